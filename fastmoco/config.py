@@ -1,0 +1,307 @@
+"""Strict YAML and the recipe's schema: an unknown key, a wrong type or a doubled key is an error."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastmoco.errors import UsageError
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[float, float, float]
+RECIPES = resources.files("fastmoco") / "recipes"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any) -> Any:
+        """YAML reads `on` and `no` as booleans, and Python takes True for 1: refuse both."""
+        for key, item in value.items() if isinstance(value, Mapping) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(item, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{key} must not be a boolean")
+        return value
+
+
+class View(_Strict):
+    """How one view is drawn from an image. Probabilities in 0..1, jitter as torchvision has it.
+
+    Attributes:
+        scale: bounds of the crop's share of the image area.
+        ratio: bounds of its aspect ratio, drawn log-uniformly.
+        jitter: strengths of brightness, contrast, saturation and hue.
+        blur_sigma: bounds of the Gaussian's standard deviation, in output pixels.
+    """
+
+    scale: tuple[Unit, Unit] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Unit = 0.5
+    jitter: tuple[Unit, Unit, Unit, Annotated[float, Field(ge=0.0, le=0.5)]] = (0, 0, 0, 0)
+    jitter_p: Unit = 1.0
+    grayscale: Unit = 0.0
+    blur: Unit = 0.0
+    blur_sigma: tuple[Annotated[float, Field(gt=0)], float] = (0.1, 2.0)
+
+
+class Optimizer(_Strict):
+    """The optimizer of the query encoder."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Unit = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+
+
+class Schedule(_Strict):
+    """The learning rate over `epochs`, whether or not the run stops before.
+
+    Attributes:
+        update: "epoch" sets the rate once an epoch, as the published code does, "step" each step.
+        first_epoch: what the first epoch counts as: 0 on ImageNet, 1 in the CIFAR-10 notebook.
+        warmup_epochs: linear rise from 0, before either schedule.
+    """
+
+    name: Literal["cosine", "step"] = "cosine"
+    epochs: Count
+    milestones: tuple[int, ...] = ()
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    update: Literal["epoch", "step"] = "epoch"
+    first_epoch: Literal[0, 1] = 0
+
+
+class Monitor(_Strict):
+    """kNN accuracy during training: `queries` classified by their neighbours in `bank`."""
+
+    bank: Path
+    queries: Path
+    feature: Literal["head", "backbone"] = "head"
+    k: Count = 200
+    t: Annotated[float, Field(gt=0)] = 0.1
+    every: Count = 1
+
+
+class Recipe(_Strict):
+    """One training run.
+
+    Attributes:
+        data: shard sets, as one; ids run through them in order.
+        mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
+        batch: images a step over all ranks.
+        bn_group: samples normalised together by BatchNorm, whatever the number of ranks.
+        queue: number of negative keys K.
+        momentum: m of the key encoder.
+        temperature: T of the loss.
+        stop_epoch: end here, on the schedule of `schedule.epochs`.
+        log_every, checkpoint_every: in steps.
+        keep: checkpoints kept, the newest ones.
+        max_skipped: steps in a row with a non-finite gradient before the run stops.
+        threads: decoding threads a rank; 0: cores / ranks of this machine.
+    """
+
+    name: str
+    data: Annotated[tuple[Path, ...], Field(min_length=1)]
+    out: Path
+    monitor: Monitor | None = None
+
+    arch: str = "resnet50"
+    stem: Literal["imagenet", "small", "small-stride2"] = "imagenet"
+    head: Literal["linear", "mlp"] = "linear"
+    dim: Count = 128
+
+    image_size: Annotated[int, Field(ge=8)] = 224
+    mean: Triple | None = (0.485, 0.456, 0.406)
+    std: Triple | None = (0.229, 0.224, 0.225)
+    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
+
+    batch: Count = 256
+    bn_group: Count = 32
+    queue: Count = 65536
+    momentum: Unit = 0.999
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    optimizer: Optimizer
+    schedule: Schedule
+    stop_epoch: Count | None = None
+
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    deterministic: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    executor: Literal["dali", "torchvision"] = "dali"
+    threads: Annotated[int, Field(ge=0)] = 0
+    prefetch: Count = 2
+
+    log_every: Count = 50
+    checkpoint_every: Count = 500
+    keep: Annotated[int, Field(ge=2)] = 2
+    max_skipped: Count = 20
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Recipe":
+        if self.batch % self.bn_group:
+            raise ValueError(
+                f"batch {self.batch} is not a whole number of bn_group {self.bn_group}: "
+                "choose a bn_group that divides it"
+            )
+        if self.batch == 1 or self.bn_group == 1:
+            raise ValueError("bn_group 1 leaves BatchNorm nothing to average: choose 2 or more")
+        return self
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which the run ends, counted from 1."""
+        return min(self.stop_epoch or self.schedule.epochs, self.schedule.epochs)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"The key {key!r} stands twice (line {line}): keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML strictly.
+
+    Raises:
+        UsageError: it is not YAML, holds a tag, or gives a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds no objects
+    except yaml.YAMLError as error:
+        raise UsageError(f"{origin} is not plain YAML: {' '.join(str(error).split())}") from error
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name[-5:] == ".yaml")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by its name or path, with `key=value` overrides (dots reach into it).
+
+    Raises:
+        UsageError: no such recipe, an unknown key, a value that does not fit.
+    """
+    text = _recipe_text(name_or_path)
+    values = parse_yaml(text, name_or_path)
+    if not isinstance(values, dict):
+        raise UsageError(f"{name_or_path} holds no `key: value` lines.")
+    for override in overrides:
+        _apply(values, override)
+    return validate(values, name_or_path)
+
+
+def _recipe_text(name_or_path: str) -> str:
+    shipped, path = RECIPES / f"{name_or_path}.yaml", Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise UsageError(f"There is no recipe file {path}.")
+        return path.read_text()
+    if not shipped.is_file():
+        hint = _near(name_or_path, recipe_names())
+        raise UsageError(
+            f"There is no recipe {name_or_path!r}{hint} Shipped: {', '.join(recipe_names())}; "
+            "your own needs a path that ends in .yaml."
+        )
+    return shipped.read_text()
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"{override!r} is not key=value, such as optimizer.lr=0.03.")
+    *parents, last = dotted.split(".")
+    holder: Any = values
+    for parent in parents:
+        holder = _child(holder, parent, dotted)
+    value = parse_yaml(text, dotted)
+    if isinstance(holder, list) and last.isdigit() and int(last) < len(holder):
+        holder[int(last)] = value
+    elif isinstance(holder, dict):
+        holder[last] = value
+    else:
+        raise UsageError(f"{dotted} does not name a key of the recipe.")
+
+
+def _child(holder: Any, key: str, dotted: str) -> Any:
+    if isinstance(holder, list) and key.isdigit() and int(key) < len(holder):
+        # YAML anchors share one mapping between views: an override must change one of them only.
+        holder[int(key)] = dict(holder[int(key)])
+        return holder[int(key)]
+    if isinstance(holder, dict):
+        if holder.get(key) is None:
+            holder[key] = {}
+        return holder[key]
+    raise UsageError(f"{dotted} does not name a key of the recipe.")
+
+
+def validate(values: Any, origin: str) -> Recipe:
+    """Build a recipe from parsed YAML; every fault becomes one plain line.
+
+    Raises:
+        UsageError: listing each fault with its key and, for an unknown key, the nearest known.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_fault(dict(fault)) for fault in error.errors()]
+        raise UsageError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    where = [str(part) for part in fault["loc"]]
+    dotted = ".".join(where)
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {dotted!r}{_near(where[-1], _keys_at(where[:-1]))}"
+    if fault["type"] == "missing":
+        return f"the key {dotted!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if dotted else message
+
+
+def _keys_at(where: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in where:
+        if part.isdigit():
+            continue
+        inner = [
+            cls
+            for cls in _Strict.__subclasses__()
+            if cls.__name__ in str(model.model_fields[part].annotation)
+        ]
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else "."
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,77 @@
+"""What a person sees of a run: a live line on a terminal, plain lines in a log."""
+
+import math
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastmoco.config import Recipe
+
+
+class LiveDisplay:
+    """Shows the rows of a run on rank 0.
+
+    Args:
+        recipe: of the run.
+        start, last_step: steps done before, and at the end.
+        visible: False on the other ranks.
+    """
+
+    def __init__(self, recipe: Recipe, start: int, last_step: int, visible: bool) -> None:
+        self._console = Console(quiet=not visible)
+        self._epochs = recipe.last_epoch
+        self._progress = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=20),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (visible and self._console.is_terminal),
+            speed_estimate_period=600,
+        )
+        self._task = self._progress.add_task(
+            "", total=last_step, completed=start, epoch="-", numbers="first step ..."
+        )
+        chance = math.log(recipe.queue + 1)
+        self._console.print(
+            f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
+            f"queue is full ({math.ceil(recipe.queue / recipe.batch)} steps): that is expected.",
+            highlight=False,
+        )
+
+    def __enter__(self) -> "LiveDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show a logged step."""
+        numbers = (
+            f"loss {row['loss']:.3f}  lr {row['lr']:.4g}  {row['images_per_s']:.0f} img/s  "
+            f"data wait {row['data_wait_percent']:.1f} %"
+        )
+        if row["skipped"]:
+            numbers += f"  [red]skipped {row['skipped']}[/red]"
+        epoch = f"{min(math.floor(row['epoch']) + 1, self._epochs)}/{self._epochs}"
+        self._progress.update(self._task, completed=row["step"], epoch=epoch, numbers=numbers)
+        if not self._console.is_terminal:
+            self._console.print(f"step {row['step']}  epoch {epoch}  {numbers}", highlight=False)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show the end of an epoch, and what the monitor found."""
+        parts = [f"epoch {row['epoch']}/{self._epochs}" if row["epoch"] else "untrained"]
+        if row["loss"] is not None:
+            parts.append(f"mean loss {row['loss']:.3f}")
+        if "knn_top1" in row:
+            parts.append(f"kNN {row['knn_top1']:.2f} %")
+        self._console.print("  ".join(parts), highlight=False)

@@ -1,0 +1,1 @@
+"""From a checkpoint to a number: features, kNN, linear probe."""

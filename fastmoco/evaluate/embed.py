@@ -1,0 +1,88 @@
+"""Features of every sample of a set, in id order, on any number of ranks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastmoco.config import Recipe
+from fastmoco.distributed import Ranks
+from fastmoco.load.loader import Triple, evaluation_batches
+from fastmoco.load.work import Settings
+from fastmoco.models.resnet import Encoder
+from fastmoco.shardset import Collection
+
+Feature = Literal["head", "backbone"]
+
+_BATCH = 128  # stays in the cache of a CPU core at 32 px; a GPU does not care
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How images are shown to a trained encoder: as in training, without augmentation.
+
+    Attributes:
+        size: side, pixels.
+        mean, std: of the channels, in 0..1 units.
+        precision: of the encoder's forward pass, "bf16", "fp32" or "fp64".
+        settings: how batches are made.
+    """
+
+    size: int
+    mean: Triple
+    std: Triple
+    precision: str
+    settings: Settings
+
+    @property
+    def share(self) -> float:
+        """The central share of the short side: 224 / 256 from 160 px on, all of a small image."""
+        return 224 / 256 if self.size >= 160 else 1.0
+
+
+def embed(
+    encoder: Encoder,
+    data: Collection,
+    feature: Feature,
+    sight: Sight,
+    ranks: Ranks = Ranks(),
+) -> torch.Tensor:
+    """Return the (N, features) fp32 features of all samples, on the CPU, on every rank.
+
+    Args:
+        encoder: in evaluation mode.
+        data: the sets.
+        feature: the head's output or the backbone's; neither is normalised.
+        sight: how images are shown.
+        ranks: each embeds a contiguous share.
+    """
+    own = ranks.share(len(data))
+    network = encoder if feature == "head" else encoder.backbone
+    width = encoder.dim if feature == "head" else encoder.features
+    # All ranks gather equal shares; the last one may hold fewer samples.
+    rows = torch.zeros(-(-len(data) // ranks.size), width)
+    batches = evaluation_batches(
+        data,
+        ids=own,
+        size=sight.size,
+        mean=sight.mean,
+        std=sight.std,
+        share=sight.share,
+        batch=_BATCH,
+        settings=sight.settings,
+    )
+    device = sight.settings.device
+    for batch in batches:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, torch.bfloat16, enabled=sight.precision == "bf16"),
+        ):
+            views = batch.views[0].to(next(encoder.parameters()).dtype)
+            first = int(batch.ids[0]) - own.start
+            rows[first : first + len(batch.ids)] = network(views).float().cpu()
+    return ranks.gather(rows.to(device)).cpu()[: len(data)]
+
+
+def sight_of(recipe: Recipe, mean: Triple, std: Triple, settings: Settings) -> Sight:
+    """Return how a recipe's run shows images."""
+    return Sight(recipe.image_size, mean, std, recipe.precision, settings)

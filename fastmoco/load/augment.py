@@ -1,0 +1,132 @@
+"""The numbers behind the views: a pure function of (seed, position), drawn before any pixel is read.
+
+Each position owns `DRAWS` numbers a view from numpy's counter-based Philox, so a rank reaches its
+slice of the stream in one `advance`, and any executor given these numbers draws the same views.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmoco.config import View
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+DRAWS = 32  # numbers reserved for a view; a multiple of 4, the words of one Philox counter
+_TRIES = 10  # crops tried before the fallback, as in torchvision's RandomResizedCrop
+_STREAM = 0x766965777300  # keeps these numbers apart from the permutation's under one seed
+
+
+@dataclass(frozen=True)
+class ViewNumbers:
+    """What is done to each of n images, in this order.
+
+    Attributes:
+        crop: (n, 4) int32 top, left, height, width in pixels of the source.
+        jitter: (n,) whether the four colour numbers apply; they are neutral where not.
+        brightness, contrast, saturation: (n,) factors, as in torchvision.
+        hue: (n,) in turns, -0.5..0.5.
+        grayscale, blur, flip: (n,) whether to apply each.
+        sigma: (n,) standard deviation of the blur, in output pixels.
+    """
+
+    crop: npt.NDArray[np.int32]
+    jitter: Bools
+    brightness: Floats
+    contrast: Floats
+    saturation: Floats
+    hue: Floats
+    grayscale: Bools
+    blur: Bools
+    sigma: Floats
+    flip: Bools
+
+    def row(self, index: int) -> "ViewNumbers":
+        """Return the numbers of one image, still as arrays of length one."""
+        return ViewNumbers(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))
+
+
+def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.float64]:
+    """Return the uniform numbers in [0, 1) of positions first..first+count-1: (views, count, DRAWS).
+
+    Args:
+        seed: of the run.
+        first: absolute position of the first sample.
+        count: number of consecutive positions.
+        views: views a sample; every position owns views * DRAWS numbers.
+    """
+    bits = np.random.Philox(key=np.array([seed, _STREAM], dtype=np.uint64))
+    bits.advance(first * views * DRAWS // 4)
+    raw = bits.random_raw(count * views * DRAWS) >> np.uint64(11)
+    return (raw * 2.0**-53).reshape(count, views, DRAWS).transpose(1, 0, 2)
+
+
+def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> ViewNumbers:
+    """Turn uniform numbers into a view's numbers.
+
+    Args:
+        view: what to draw from.
+        u: (n, DRAWS) uniform numbers, see `uniforms`.
+        sizes: (n, 2) height and width of the images.
+    """
+    crop = _crops(view, u[:, : 2 * _TRIES + 2], sizes)
+    rest = u[:, 2 * _TRIES + 2 :].T
+    flip, jitter, grayscale, blur = (
+        rest[i] < p for i, p in enumerate((view.flip, view.jitter_p, view.grayscale, view.blur))
+    )
+    factors = [
+        np.where(jitter, 1 + strength * (2 * rest[4 + i] - 1), 1.0).astype(np.float32)
+        for i, strength in enumerate(view.jitter[:3])
+    ]
+    hue = np.where(jitter, view.jitter[3] * (2 * rest[7] - 1), 0.0).astype(np.float32)
+    low, high = view.blur_sigma
+    sigma = (low + (high - low) * rest[8]).astype(np.float32)
+    return ViewNumbers(crop, jitter, *factors, hue, grayscale, blur, sigma, flip)
+
+
+def _crops(
+    view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """Draw crops by the rule of torchvision's `RandomResizedCrop.get_params`, all at once."""
+    height, width = sizes[:, 0], sizes[:, 1]
+    tries = u[:, : 2 * _TRIES].reshape(-1, _TRIES, 2)
+    low, high = view.scale
+    area = (height * width)[:, None] * (low + (high - low) * tries[..., 0])
+    bounds = np.log(view.ratio)
+    ratio = np.exp(bounds[0] + (bounds[1] - bounds[0]) * tries[..., 1])
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (0 < w) & (w <= width[:, None]) & (0 < h) & (h <= height[:, None])
+    first = (np.arange(len(u)), fits.argmax(axis=1))
+    h, w = h[first], w[first]
+    top = np.floor(u[:, -2] * (height - h + 1)).astype(np.int64)
+    left = np.floor(u[:, -1] * (width - w + 1)).astype(np.int64)
+    drawn = np.stack([top, left, h, w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], drawn, _fallback(view, sizes)).astype(np.int32)
+
+
+def _fallback(view: View, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the central crop whose aspect ratio lies within bounds."""
+    height, width = sizes[:, 0], sizes[:, 1]
+    ratio = np.clip(width / height, *view.ratio)
+    w = np.minimum(width, np.rint(height * ratio)).astype(np.int64)
+    h = np.minimum(height, np.rint(width / ratio)).astype(np.int64)
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+
+
+def central(sizes: npt.NDArray[np.int64], share: float) -> ViewNumbers:
+    """Return the numbers of the evaluation view: a central square of `share` of the short side.
+
+    Resizing that square to S equals resizing the short side to S / share and cutting the centre.
+
+    Args:
+        sizes: (n, 2) height and width of the images.
+        share: 1.0 for small images, 224 / 256 for the usual ImageNet evaluation.
+    """
+    side = np.rint(sizes.min(axis=1) * share).astype(np.int64)
+    corner = (sizes - side[:, None]) // 2
+    crop = np.concatenate([corner, side[:, None], side[:, None]], axis=1).astype(np.int32)
+    one, off = np.ones(len(sizes), np.float32), np.zeros(len(sizes), np.bool_)
+    return ViewNumbers(crop, off, one, one, one, one * 0, off, off, one, off)

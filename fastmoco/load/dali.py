@@ -1,0 +1,186 @@
+"""The DALI graph: decode once, draw every view from numbers that come in as inputs.
+
+One function builds it for both devices. None of DALI's own random operators takes part, so the
+graph has no state: what a batch looks like depends on its inputs alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali import math as dmath
+from nvidia.dali import types as T
+from nvidia.dali.pipeline import Pipeline
+
+from fastmoco.load.augment import ViewNumbers
+from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Undecodable, Work
+
+_CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
+_COLOUR = ((T.FLOAT, 0),) * 4
+_BLUR = ((T.BOOL, 0), (T.FLOAT, 0))
+
+
+def inputs(numbers: ViewNumbers, stages: Stages) -> list[np.ndarray[Any, Any]]:
+    """Return a view's numbers in the order in which the graph takes them.
+
+    Grayscale is saturation 0, so it needs no operator. Contrast pulls towards the crop's own mean
+    grey, as in torchvision; DALI's would pull towards 128.
+    """
+    start = numbers.crop[:, :2].astype(np.float32)
+    end = start + numbers.crop[:, 2:].astype(np.float32)
+    feed: list[np.ndarray[Any, Any]] = [start, end, numbers.flip.astype(np.int32)]
+    if stages.colour:
+        colourful = ~numbers.grayscale
+        feed += [
+            numbers.brightness * numbers.contrast,
+            numbers.brightness * (1 - numbers.contrast),
+            numbers.saturation * colourful,
+            numbers.hue * np.float32(360) * colourful,
+        ]
+    if stages.blur:
+        feed += [numbers.blur, numbers.sigma]
+    return feed
+
+
+def _kinds(stages: Stages) -> tuple[tuple[Any, int], ...]:
+    """Return the dtype and rank of each of a view's `inputs`."""
+    return _CROP + (_COLOUR if stages.colour else ()) + (_BLUR if stages.blur else ())
+
+
+def build(
+    feed: Callable[[Any], list[Any]],
+    look: Look,
+    *,
+    batch: int,
+    threads: int,
+    prefetch: int,
+    device: str,
+    device_id: int | None,
+) -> Pipeline:
+    """Build the pipeline: one NHWC batch a view, FLOAT on CPU and FLOAT16 on GPU, normalised.
+
+    Args:
+        feed: called with DALI's BatchInfo; returns the encoded images, then each view's `inputs`.
+        look: what the views need.
+        batch: samples a batch, at the most.
+        threads: worker threads.
+        prefetch: batches made ahead.
+        device: "cpu" or "gpu".
+        device_id: of the GPU; None builds a graph that can be serialised without one.
+    """
+    kinds = [(T.UINT8, 1), *(kind for stages in look.views for kind in _kinds(stages))]
+
+    @pipeline_def(enable_conditionals=True)  # type: ignore[misc]
+    def graph() -> Any:
+        encoded, *numbers = fn.external_source(
+            source=feed,
+            num_outputs=len(kinds),
+            dtype=[dtype for dtype, _ in kinds],
+            ndim=[ndim for _, ndim in kinds],
+            batch=True,
+            batch_info=True,
+        )
+        # Python's own decoders do not rotate by EXIF either; the packer has baked it in.
+        images = fn.decoders.image(
+            encoded,
+            device="mixed" if device == "gpu" else "cpu",
+            output_type=T.RGB,
+            adjust_orientation=False,
+        )
+        taken = iter(numbers)
+        return tuple(_view(images, taken, stages, look, device) for stages in look.views)
+
+    return graph(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+    )
+
+
+def _view(images: Any, taken: Iterator[Any], stages: Stages, look: Look, device: str) -> Any:
+    start, end, flip = next(taken), next(taken), next(taken)
+    side = float(look.size)
+    view = fn.resize(images, size=[side, side], roi_start=start, roi_end=end, antialias=True)
+    if stages.colour:
+        view = _colour(view, next(taken), next(taken), next(taken), next(taken))
+    if stages.blur:
+        view = _blur(view, next(taken), next(taken))
+    return fn.crop_mirror_normalize(
+        view,
+        mirror=flip,
+        mean=[255 * m for m in look.mean],
+        std=[255 * s for s in look.std],
+        dtype=T.FLOAT16 if device == "gpu" else T.FLOAT,
+        output_layout="HWC",
+    )
+
+
+def _colour(view: Any, gain: Any, grey_share: Any, saturation: Any, hue: Any) -> Any:
+    """Apply brightness, contrast, saturation and hue as one affine map, then clamp to 0..255."""
+    gray = fn.color_space_conversion(view, image_type=T.RGB, output_type=T.GRAY)
+    mean_grey = fn.reductions.mean(gray, axes=[0, 1, 2])
+    # FLOAT: rounding to uint8 between operators is the slow part on CPU.
+    turned = fn.color_twist(view, brightness=gain, saturation=saturation, hue=hue, dtype=T.FLOAT)
+    # Saturation and hue leave grey as it is, so its share may be added after them.
+    return dmath.clamp(turned + mean_grey * grey_share, 0.0, 255.0)
+
+
+def _blur(view: Any, blurred: Any, sigma: Any) -> Any:
+    if blurred:  # by predicate: DALI refuses sigma = 0
+        soft = fn.gaussian_blur(view, sigma=sigma)
+    else:
+        soft = view
+    return soft
+
+
+def to_torch(output: Any) -> torch.Tensor:
+    """Return a pipeline output as an NCHW channels-last tensor on the same memory.
+
+    Safe with DALI's default (dynamic) executor, whose outputs are reference counted.
+    """
+    return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+
+
+def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+    """Draw batches ahead of their use; see `work.Executor`.
+
+    Raises:
+        Undecodable: DALI fails a whole batch for one image and does not say which.
+    """
+    pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
+
+    def feed(info: Any) -> list[Any]:
+        work = source(info.iteration)
+        if work is None:
+            raise StopIteration
+        pending.append(work)
+        views = zip(work.numbers, look.views, strict=True)
+        return [work.encoded, *(x for numbers, stages in views for x in inputs(numbers, stages))]
+
+    on_gpu = settings.device.type == "cuda"
+    pipeline = build(
+        feed,
+        look,
+        batch=batch,
+        threads=settings.threads,
+        prefetch=settings.prefetch,
+        device="gpu" if on_gpu else "cpu",
+        device_id=(settings.device.index or 0) if on_gpu else None,
+    )
+    while (outputs := _next(pipeline, pending)) is not None:
+        yield Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
+
+
+def _next(pipeline: Pipeline, pending: deque[Work]) -> Any:
+    try:
+        return pipeline.run()
+    except StopIteration:
+        return None
+    except RuntimeError as error:
+        if not pending:
+            raise
+        raise Undecodable(pending[0]) from error

@@ -1,0 +1,183 @@
+"""Batches of views by step number, and every sample once for evaluation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastmoco.config import View
+from fastmoco.errors import DataError, UsageError
+from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
+from fastmoco.load.plan import Ids, Plan
+from fastmoco.load.reader import Reader
+from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Undecodable, Work
+from fastmoco.shardset import Collection
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step.
+
+    Attributes:
+        ids: (n,) int64 sample ids.
+        views: for each view an (n, 3, size, size) normalised channels-last tensor on the device,
+            fp32 on CPU and fp16 on GPU.
+        step: the step that it belongs to.
+    """
+
+    ids: Ids
+    views: tuple[torch.Tensor, ...]
+    step: int
+
+
+class Loader:
+    """The training stream: batch `step` is a function of the plan's seed and the step alone.
+
+    Args:
+        data: the sets.
+        plan: order and batch size.
+        views: how each view is drawn.
+        size: side of the views, pixels.
+        mean, std: of the channels, in 0..1 units.
+        settings: how batches are made.
+        rank, ranks: this process draws its contiguous slice of every global batch.
+    """
+
+    def __init__(
+        self,
+        data: Collection,
+        plan: Plan,
+        views: Sequence[View],
+        *,
+        size: int,
+        mean: Triple,
+        std: Triple,
+        settings: Settings,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.data, self.plan, self.views = data, plan, tuple(views)
+        self._look = Look(size, mean, std, tuple(_stages(view) for view in views))
+        self._settings, self._rank, self._ranks = settings, rank, ranks
+        self._reader = Reader(data)
+
+    def numbers(self, positions: Ids, ids: Ids) -> list[ViewNumbers]:
+        """Return each view's numbers at consecutive `positions`, which hold `ids`."""
+        u = uniforms(self.plan.seed, int(positions[0]), len(positions), len(self.views))
+        sizes = _sizes(self.data, ids)
+        return [draw(view, u[i], sizes) for i, view in enumerate(self.views)]
+
+    def work(self, step: int) -> Work:
+        """Return what this rank has to draw at `step`.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        positions = self.plan.positions(step, self._rank, self._ranks)
+        ids = self.plan.order(positions)
+        return Work(ids, self._reader.fetch(ids), self.numbers(positions, ids))
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of steps start, start + 1, ... without end.
+
+        Raises:
+            DataError: an image cannot be read or decoded; names the samples.
+        """
+        share = self.plan.batch // self._ranks
+        drawn = _draw_all(
+            lambda number: self.work(start + number), self._look, share, self._settings, self.data
+        )
+        for step, rendered in enumerate(drawn, start):
+            yield Batch(rendered.work.ids, rendered.views, step)
+
+
+def evaluation_batches(
+    data: Collection,
+    *,
+    ids: slice,
+    size: int,
+    mean: Triple,
+    std: Triple,
+    share: float,
+    batch: int,
+    settings: Settings,
+) -> Iterator[Batch]:
+    """Yield every sample of a range once, in id order, as one central view.
+
+    Args:
+        data: the sets.
+        ids: start and stop of the range.
+        size: side of the view, pixels.
+        mean, std: of the channels, in 0..1 units.
+        share: of the short side that the central square spans, see `augment.central`.
+        batch: samples a batch; the last one may hold fewer.
+        settings: how batches are made.
+
+    Raises:
+        DataError: an image cannot be read or decoded; names the samples.
+    """
+    reader = Reader(data)
+
+    def work(number: int) -> Work | None:
+        first = ids.start + number * batch
+        if first >= ids.stop:
+            return None
+        chunk = np.arange(first, min(first + batch, ids.stop), dtype=np.int64)
+        return Work(chunk, reader.fetch(chunk), [central(_sizes(data, chunk), share)])
+
+    look = Look(size, mean, std, (Stages(),))
+    for step, rendered in enumerate(_draw_all(work, look, batch, settings, data)):
+        yield Batch(rendered.work.ids, rendered.views, step)
+
+
+def _stages(view: View) -> Stages:
+    jitters = any(view.jitter) and view.jitter_p > 0
+    return Stages(colour=jitters or view.grayscale > 0, blur=view.blur > 0)
+
+
+def _sizes(data: Collection, ids: Ids) -> npt.NDArray[np.int64]:
+    """Return (n, 2) height and width of the images."""
+    rows = data.rows(ids)
+    return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+
+
+def _draw_all(
+    source: Source, look: Look, batch: int, settings: Settings, data: Collection
+) -> Iterator[Rendered]:
+    try:
+        yield from _executor(settings.executor)(source, look, batch, settings)
+    except Undecodable as failure:
+        raise DataError(_blame(failure.work, data)) from failure
+
+
+def _executor(name: str) -> Executor:
+    if name == "torchvision":
+        from fastmoco.load import portable
+
+        return portable.render
+    try:
+        from fastmoco.load import dali
+    except ImportError as error:
+        raise UsageError(
+            "nvidia-dali is not installed: `pip install nvidia-dali-cuda130` (Linux), "
+            "or set executor=torchvision."
+        ) from error
+    return dali.render
+
+
+def _blame(work: Work, data: Collection) -> str:
+    """Decode a failed batch one by one and name what does not decode."""
+    from fastmoco.load.portable import decodes
+
+    images = zip(work.ids.tolist(), work.encoded, strict=True)
+    bad = [sample_id for sample_id, encoded in images if not decodes(encoded)]
+    # DALI may refuse what torchvision accepts; then the batch is all that can be named.
+    named = "; ".join(data.describe(i) for i in (bad or work.ids.tolist())[:5])
+    return (
+        f"{len(bad) or 'Some'} image(s) of a batch cannot be decoded: {named}. "
+        "The shard was damaged after packing: copy the set again, or pack it anew."
+    )

@@ -1,0 +1,70 @@
+"""The same views from the same numbers, drawn by torchvision: the oracle of the tests, and the
+executor where DALI does not exist (macOS, Windows).
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as F
+
+from fastmoco.load.augment import ViewNumbers
+from fastmoco.load.work import Look, Rendered, Settings, Source, Undecodable
+
+
+def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+    """Draw batches one by one, fp32 on every device; see `work.Executor`.
+
+    Raises:
+        Undecodable: an image of the batch cannot be decoded.
+    """
+    for number in count():
+        work = source(number)
+        if work is None:
+            return
+        try:
+            images = [_decode(encoded) for encoded in work.encoded]
+        except RuntimeError as error:
+            raise Undecodable(work) from error
+        views = (_view(images, numbers, look) for numbers in work.numbers)
+        yield Rendered(work, tuple(view.to(settings.device) for view in views))
+
+
+def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB)
+
+
+def decodes(encoded: npt.NDArray[np.uint8]) -> bool:
+    """Return whether an encoded image can be decoded."""
+    try:
+        _decode(encoded)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _view(images: Sequence[torch.Tensor], numbers: ViewNumbers, look: Look) -> torch.Tensor:
+    drawn = torch.stack([_draw(x, numbers, i, look.size) for i, x in enumerate(images)])
+    mean, std = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
+    return ((drawn / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _draw(image: torch.Tensor, view: ViewNumbers, i: int, size: int) -> torch.Tensor:
+    top, left, height, width = view.crop[i].tolist()
+    x = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    if view.jitter[i]:
+        x = F.adjust_brightness(x, float(view.brightness[i]))
+        x = F.adjust_contrast(x, float(view.contrast[i]))
+        x = F.adjust_saturation(x, float(view.saturation[i]))
+        x = F.adjust_hue(x, float(view.hue[i]))
+    if view.grayscale[i]:
+        x = F.rgb_to_grayscale(x, num_output_channels=3)
+    if view.blur[i]:
+        sigma = float(view.sigma[i])
+        # The window of DALI's default: 3 sigma to either side.
+        window = 2 * int(np.ceil(3 * sigma)) + 1
+        x = F.gaussian_blur(x, [window, window], [sigma, sigma])
+    return F.horizontal_flip(x) if view.flip[i] else x

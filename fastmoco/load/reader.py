@@ -1,0 +1,64 @@
+"""The only code that touches storage: image bytes by sample id, through pread.
+
+A shard that shrinks under a memory map kills the process (SIGBUS); a short pread is an error that
+can be named.
+"""
+
+import os
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmoco.errors import DataError
+from fastmoco.shardset import Collection
+
+_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files
+
+
+class _Shard:
+    """An open shard; the descriptor closes when the last reader lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Reader:
+    """Reads the stored bytes of samples."""
+
+    def __init__(self, data: Collection) -> None:
+        self.data = data
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(_Shard)
+
+    def fetch(self, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        """Return the encoded image of each id as a uint8 array.
+
+        Raises:
+            DataError: a shard is missing or shorter than its table says; names the sample.
+        """
+        rows = self.data.rows(ids)
+        columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
+        numbers = self.data.locate(ids)[0].tolist()
+        found = [self._read(*place) for place in zip(numbers, *columns, strict=True)]
+        for sample_id, image in zip(ids.tolist(), found, strict=True):
+            if image is None:
+                raise DataError(
+                    f"Cannot read {self.data.describe(sample_id)}: the shard is damaged; "
+                    "copy the set again, or pack it anew."
+                )
+        return [image for image in found if image is not None]
+
+    def _read(
+        self, number: int, shard: int, offset: int, size: int
+    ) -> npt.NDArray[np.uint8] | None:
+        owner = self.data.sets[number]
+        try:
+            opened = self._open(str(owner.root / owner.manifest.shards[shard].name))
+            content = os.pread(opened.descriptor, size, offset)
+        except OSError:
+            return None
+        return np.frombuffer(content, dtype=np.uint8) if len(content) == size else None

@@ -1,0 +1,84 @@
+"""What the loader asks of an executor, whichever of the two it is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastmoco.load.augment import ViewNumbers
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Which operators a view needs beside crop, flip and normalisation."""
+
+    colour: bool = False
+    blur: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """What all batches have in common.
+
+    Attributes:
+        size: side of the square views, pixels.
+        mean, std: of the channels, in 0..1 units.
+        views: the operators that each view needs.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: tuple[Stages, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How batches are made; none of it changes what they hold.
+
+    Attributes:
+        executor: "dali", or "torchvision" where DALI does not exist.
+        device: where the views end up.
+        threads: decoding threads.
+        prefetch: batches made ahead.
+    """
+
+    executor: Literal["dali", "torchvision"] = "dali"
+    device: torch.device = torch.device("cpu")
+    threads: int = 2
+    prefetch: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch to render: encoded images and, for each view, the numbers that draw it."""
+
+    ids: npt.NDArray[np.int64]
+    encoded: list[npt.NDArray[np.uint8]]
+    numbers: list[ViewNumbers]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A batch that has been drawn: for each view an (n, 3, size, size) channels-last tensor."""
+
+    work: Work
+    views: tuple[torch.Tensor, ...]
+
+
+class Undecodable(Exception):
+    """A batch cannot be drawn; the executor does not know which image is to blame."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__("a batch cannot be decoded")
+        self.work = work
+
+
+Source = Callable[[int], Work | None]
+"""Gives the work of batch 0, 1, ...; None ends the stream."""
+
+Executor = Callable[[Source, Look, int, Settings], Iterator[Rendered]]
+"""Draws what a source asks for: (source, look, samples a batch at the most, settings)."""

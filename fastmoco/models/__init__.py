@@ -1,0 +1,1 @@
+"""ResNet backbones whose BatchNorm works on groups of samples, and their heads."""

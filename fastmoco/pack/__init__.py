@@ -1,0 +1,1 @@
+"""The packing station: from image files to a shard set."""

@@ -1,0 +1,167 @@
+"""Assembles a run from its recipe: sets, loader, engine, monitor, loop."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
+
+import torch
+
+from fastmoco.config import Monitor, Recipe, load_recipe
+from fastmoco.display import LiveDisplay
+from fastmoco.distributed import Ranks, joined
+from fastmoco.errors import DataError, FastmocoError, UsageError
+from fastmoco.evaluate.embed import Sight, embed, sight_of
+from fastmoco.evaluate.knn import Neighbours
+from fastmoco.load.loader import Loader, Triple
+from fastmoco.load.plan import Plan
+from fastmoco.load.work import Settings
+from fastmoco.models.resnet import Encoder
+from fastmoco.run import RunFolder, fingerprint
+from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.train import loop
+from fastmoco.train.moco import MoCo, check_bn_group
+
+_USAGE = "usage: pretrain RECIPE [key=value ...]   (a shipped recipe's name, or a path to a .yaml)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `RECIPE [key=value ...]` as one rank and return the exit code.
+
+    A user's error is one plain line from the rank that met it, never a traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    leads = os.environ.get("RANK", "0") == "0"
+    try:
+        if not arguments or arguments[0] in {"-h", "--help"}:
+            raise UsageError(_USAGE)
+        pretrain(load_recipe(arguments[0], arguments[1:]))
+    except FastmocoError as error:
+        # Every rank meets an error of usage; a damaged image is met by one rank alone.
+        if leads or isinstance(error, DataError):
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if leads:
+            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def pretrain(recipe: Recipe) -> RunFolder:
+    """Train a recipe, from its last checkpoint if there is one; every rank calls this.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        FastmocoError: what went wrong, in words; it is in the folder's status.json too.
+    """
+    with joined(recipe.device) as (ranks, device):
+        check_bn_group(recipe, ranks.size)
+        data = Collection.open(recipe.data)
+        Plan(len(data), recipe.batch, recipe.seed)  # refuses a batch larger than the data
+        run = RunFolder(recipe.out)
+        if not ranks.leads:
+            _train(recipe, data, run, ranks, device)
+            return run
+        with run.locked():
+            try:
+                _train(recipe, data, run, ranks, device)
+            except FastmocoError as error:
+                run.finish(error.exit_code, str(error))
+                raise
+            run.finish(0, f"finished epoch {recipe.last_epoch}")
+    return run
+
+
+def _train(
+    recipe: Recipe, data: Collection, run: RunFolder, ranks: Ranks, device: torch.device
+) -> None:
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    settings = _settings(recipe, ranks, device)
+    mean, std = channel_statistics(recipe, data.sets[0])
+    plan = Plan(len(data), recipe.batch, recipe.seed)
+    loader = Loader(
+        data,
+        plan,
+        recipe.views,
+        size=recipe.image_size,
+        mean=mean,
+        std=std,
+        settings=settings,
+        rank=ranks.rank,
+        ranks=ranks.size,
+    )
+    marks = fingerprint(recipe, data.set_ids, len(data))
+    found = run.latest(marks)
+    start = found[1] if found else 0
+    if ranks.leads:
+        run.describe(recipe, versions(ranks, device))
+        run.rewind(start)
+    monitor = recipe.monitor and _monitor(
+        recipe.monitor, sight_of(recipe, mean, std, settings), ranks
+    )
+    last_step = recipe.last_epoch * plan.steps_per_epoch
+    with LiveDisplay(recipe, start, last_step, ranks.leads) as display:
+        trainer = loop.Trainer(
+            recipe, MoCo(recipe, ranks, device), loader, run, marks, display, monitor
+        )
+        if found:
+            trainer.load(found[0])
+        trainer.train(start)
+
+
+def _settings(recipe: Recipe, ranks: Ranks, device: torch.device) -> Settings:
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
+    return Settings(recipe.executor, device, threads, recipe.prefetch)
+
+
+def channel_statistics(recipe: Recipe, first: ShardSet) -> tuple[Triple, Triple]:
+    """Return mean and deviation of the channels: the recipe's, or those of its first set."""
+    mean = recipe.mean or cast(Triple, tuple(first.manifest.mean))
+    std = recipe.std or cast(Triple, tuple(first.manifest.std))
+    return mean, std
+
+
+def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
+    bank, queries = labelled_pair(monitor.bank, monitor.queries)
+    bank_labels = torch.from_numpy(bank.labels()).long()
+    query_labels = torch.from_numpy(queries.labels()).long()
+
+    def knn(encoder: Encoder) -> dict[str, float]:
+        features, asked = (
+            embed(encoder, Collection([s]), monitor.feature, sight, ranks) for s in (bank, queries)
+        )
+        neighbours = Neighbours(
+            features, bank_labels, len(bank.manifest.classes), monitor.k, monitor.t
+        )
+        return {"knn_top1": neighbours.accuracy(asked, query_labels)}
+
+    return knn
+
+
+def versions(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Return what a number depends on beside its recipe."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name(device) if on_gpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "ranks": ranks.size,
+        **{name: _version(name) for name in ("fastmoco", "torch", "torchvision", "numpy")},
+        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

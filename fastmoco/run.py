@@ -1,0 +1,208 @@
+"""The contract between training and evaluation: the run folder and its verified checkpoints.
+
+config.yaml                      the resolved recipe
+versions.json                    what it ran on
+metrics.jsonl                    one row a logged step, epoch and monitor
+status.json                      how the last start ended: exit code and message
+checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
+"""
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from fastmoco.config import Recipe, load_recipe, to_yaml
+from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.files import new_folder, sha256_of, sync, write_bytes, write_json
+
+CHECKPOINT_VERSION = 1
+
+Fingerprint = dict[str, Any]
+State = dict[str, Any]
+
+
+def fingerprint(recipe: Recipe, set_ids: list[str], samples: int) -> Fingerprint:
+    """Return what must not change under a run: it decides what every later step means."""
+    return {
+        "sets": set_ids,
+        "samples": samples,
+        **recipe.model_dump(
+            mode="json",
+            include={
+                "arch",
+                "stem",
+                "head",
+                "dim",
+                "image_size",
+                "views",
+                "batch",
+                "bn_group",
+                "queue",
+                "seed",
+            },
+        ),
+    }
+
+
+class RunFolder:
+    """A run on disk.
+
+    Args:
+        root: the folder; made when it is first written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.checkpoints = self.root / "checkpoints"
+        self.metrics = self.root / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for writing; the lock dies with its process.
+
+        Raises:
+            UsageError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"The run folder {self.root} is in use by another process: wait for it, stop it, "
+                "or choose another folder by out=DIR."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write to the run folder {self.root} ({error.strerror}): "
+                "choose another by out=DIR."
+            ) from error
+        try:
+            for leftover in self.checkpoints.glob(".*.partial"):
+                shutil.rmtree(leftover)
+            yield
+        finally:
+            lock.release()
+
+    def recipe(self) -> Recipe:
+        """Return the resolved recipe of the run.
+
+        Raises:
+            UsageError: there is no run here.
+        """
+        path = self.root / "config.yaml"
+        if not path.is_file():
+            raise UsageError(f"{self.root} is not a run folder (no config.yaml).")
+        return load_recipe(str(path))
+
+    def describe(self, recipe: Recipe, versions: dict[str, Any]) -> None:
+        """Write down what is run, and on what."""
+        write_bytes(self.root / "config.yaml", to_yaml(recipe).encode())
+        write_json(self.root / "versions.json", versions)
+
+    def finish(self, code: int, message: str) -> None:
+        """Write down how the run ended: torchrun hides its workers' exit codes."""
+        write_json(self.root / "status.json", {"code": code, "message": message})
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to the metrics."""
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the metrics; a row cut short by a kill is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: a resumed run writes them again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        write_bytes(self.metrics, "".join(kept).encode())
+
+    def save(self, state: State, step: int, marks: Fingerprint, keep: int) -> Path:
+        """Write a checkpoint, whole or not at all, then drop all but the newest `keep`."""
+        final = self.checkpoints / f"step-{step:09d}"
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
+        with new_folder(final) as folder:
+            torch.save(state, folder / "state.pt")
+            sync(folder / "state.pt")
+            manifest = {
+                "format_version": CHECKPOINT_VERSION,
+                "step": step,
+                "sha256": sha256_of(folder / "state.pt"),
+                "fingerprint": marks,
+            }
+            write_json(folder / "manifest.json", manifest)
+        for old in self._folders()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*"))
+
+    def latest(self, marks: Fingerprint | None = None) -> tuple[State, int] | None:
+        """Return the newest checkpoint that its hash vouches for, and its step; None: none yet.
+
+        Args:
+            marks: the fingerprint that it must have.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or one is of another run or format.
+        """
+        damaged: list[str] = []
+        for folder in reversed(self._folders()):
+            manifest = _verified(folder)
+            if manifest is None:
+                damaged.append(folder.name)
+                continue
+            if marks is not None:
+                _compare(folder, manifest["fingerprint"], marks)
+            return torch.load(folder / "state.pt", weights_only=True), int(manifest["step"])
+        if damaged:
+            raise CheckpointError(
+                f"Every checkpoint of {self.root} is damaged ({', '.join(damaged)}): "
+                "restore one, or start anew with another out=DIR."
+            )
+        return None
+
+
+def _verified(folder: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest if its content is what was written, else None.
+
+    Raises:
+        CheckpointError: it was written by a newer version.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        version, expected = int(manifest["format_version"]), manifest["sha256"]
+        if version > CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{folder} has checkpoint version {version}, this fastmoco reads up to "
+                f"{CHECKPOINT_VERSION}: upgrade fastmoco."
+            )
+        return manifest if sha256_of(folder / "state.pt") == expected else None
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError):
+        return None
+
+
+def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    for field in wanted:
+        if found.get(field) != wanted[field]:
+            raise CheckpointError(
+                f"{folder} is of another run: {field} was {_short(found.get(field))}, "
+                f"now it is {_short(wanted[field])}. Restore it, or choose another out=DIR."
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,252 @@
+"""What is stored for an image: its bytes, new bytes, or a reason. PIL and DALI are the judges."""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from fastmoco.pack import check
+from fastmoco.pack.check import Checked, check_file, check_image
+
+Pixels = npt.NDArray[np.uint8]
+Picture = Callable[..., Image.Image]
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(content: bytes) -> Pixels:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def rotated(image: Image.Image, format: str, orientation: int = 6) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, format, exif=exif)
+
+
+def checked(content: bytes) -> Checked:
+    result = check_image(content)
+    assert isinstance(result, Checked), result
+    return result
+
+
+def dali_pixels(contents: list[bytes]) -> list[Pixels]:
+    """Decode as training does."""
+    fn = pytest.importorskip("nvidia.dali.fn")
+    from nvidia.dali import Pipeline
+
+    pipeline = Pipeline(batch_size=len(contents), num_threads=1, device_id=None)
+    batch = [np.frombuffer(content, dtype=np.uint8) for content in contents]
+    with pipeline:
+        encoded = fn.external_source(lambda: batch)
+        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", adjust_orientation=False))
+    pipeline.build()
+    (decoded,) = pipeline.run()
+    return [np.array(decoded.at(i)) for i in range(len(contents))]
+
+
+def kept_kinds(image: Image.Image) -> dict[str, bytes]:
+    return {
+        "jpeg": encode(image, "JPEG"),
+        "jpeg 4:4:4": encode(image, "JPEG", subsampling="4:4:4"),
+        "jpeg progressive": encode(image, "JPEG", progressive=True),
+        "jpeg grey": encode(image.convert("L"), "JPEG"),
+        "jpeg upright exif": rotated(image, "JPEG", orientation=1),
+        "jpeg and preview": encode(image, "MPO", save_all=True, append_images=[image]),
+        "png": encode(image, "PNG"),
+        "png grey": encode(image.convert("L"), "PNG"),
+        "png alpha": encode(with_alpha(image), "PNG"),
+        "png grey alpha": encode(with_alpha(image).convert("LA"), "PNG"),
+        "png palette": encode(image.quantize(200), "PNG"),
+        "png transparent palette": encode(image.quantize(200), "PNG", transparency=3),
+        "webp": encode(image, "WEBP"),
+        "webp lossless": encode(image, "WEBP", lossless=True),
+        "webp alpha": encode(with_alpha(image), "WEBP", lossless=True),
+    }
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def reencoded_kinds(image: Image.Image) -> dict[str, tuple[bytes, str]]:
+    return {
+        "rotated jpeg": (rotated(image, "JPEG"), "jpg"),
+        "rotated grey jpeg": (rotated(image.convert("L"), "JPEG"), "jpg"),
+        "cmyk jpeg": (encode(image.convert("CMYK"), "JPEG"), "jpg"),
+        "rotated png": (rotated(image, "PNG"), "png"),
+        "rotated webp": (rotated(image, "WEBP"), "png"),
+        "1-bit png": (encode(image.convert("1"), "PNG"), "png"),
+        "4-bit png": (encode(image.quantize(16), "PNG"), "png"),
+        "png with a damaged end": (encode(image, "PNG")[:-1] + b"?", "png"),
+        "bmp": (encode(image, "BMP"), "png"),
+        "tiff": (encode(image, "TIFF"), "png"),
+        "gif": (encode(image, "GIF"), "png"),
+        "ppm": (encode(image, "PPM"), "png"),
+    }
+
+
+def test_bytes_are_kept_where_the_decoder_is_sure(make_picture: Picture) -> None:
+    kinds = kept_kinds(make_picture(1))
+    results = {kind: checked(content) for kind, content in kinds.items()}
+    for kind, content in kinds.items():
+        assert results[kind].content == content, kind
+        assert results[kind].extension == {"j": "jpg", "p": "png", "w": "webp"}[kind[0]], kind
+        assert results[kind].progressive == (kind == "jpeg progressive"), kind
+    for kind, found in zip(kinds, dali_pixels(list(kinds.values())), strict=True):
+        np.testing.assert_array_equal(found, pixels(kinds[kind]), err_msg=kind)
+
+
+def test_everything_else_is_reencoded_into_a_kept_kind(make_picture: Picture) -> None:
+    kinds = reencoded_kinds(make_picture(1))
+    results = [checked(content) for content, _ in kinds.values()]
+    for (kind, (content, extension)), result in zip(kinds.items(), results, strict=True):
+        assert result.content != content and result.extension == extension, kind
+        assert checked(result.content).content == result.content, kind
+        if extension == "png" and not kind.startswith("rotated") and "end" not in kind:
+            np.testing.assert_array_equal(pixels(result.content), pixels(content), err_msg=kind)
+    for result, found in zip(results, dali_pixels([r.content for r in results]), strict=True):
+        np.testing.assert_array_equal(found, pixels(result.content))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_rotation_is_baked_in(make_picture: Picture, orientation: int) -> None:
+    image = make_picture(1)
+    turns = [Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2)]
+    upright = np.asarray(image.transpose(turns[orientation - 2]))
+    result = checked(rotated(image, "PNG", orientation))
+    np.testing.assert_array_equal(pixels(result.content), upright)
+    assert (result.height, result.width) == upright.shape[:2]
+
+
+def test_rotated_jpeg_stays_close_and_full_chroma(make_picture: Picture) -> None:
+    content = rotated(make_picture(1), "JPEG", 3)
+    result = checked(content)
+    difference = pixels(result.content)[::-1, ::-1].astype(int) - pixels(content)
+    assert np.abs(difference).mean() < 1.5
+    with Image.open(io.BytesIO(result.content)) as image:
+        assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_rounded(format: str) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    result = checked(encode(Image.fromarray(values), format))
+    expected = np.rint(values / 257).astype(np.uint8)
+    np.testing.assert_array_equal(pixels(result.content)[..., 0], expected)
+
+
+def test_damaged_exif_is_no_rotation(make_picture: Picture) -> None:
+    content = encode(make_picture(1), "JPEG", exif=b"Exif\0\0garbage that is not a TIFF")
+    assert checked(content).content == content
+
+
+def test_only_regular_huffman_coded_jpeg_is_kept(make_picture: Picture) -> None:
+    content = encode(make_picture(1), "JPEG")
+    assert check._frame_marker(content) == check.BASELINE
+    assert check._frame_marker(content.replace(b"\xff\xc0", b"\xff\xc9")) == 0xC9  # arithmetic
+    filled = content.replace(b"\xff\xc0", b"\xff\xff\xff\xc0")  # fill bytes are legal
+    assert checked(filled).content == filled
+    strayed = content.replace(b"\xff\xc0", b"?\xff\xc0")  # and stray ones are not
+    assert check._frame_marker(strayed) == 0
+    assert checked(strayed).content not in (strayed, content)
+    assert check._frame_marker(b"\xff\xd8" + b"\xff" * 9) == 0
+
+
+def test_sums_are_exact(make_picture: Picture) -> None:
+    for content in kept_kinds(make_picture(2)).values():
+        result, values = checked(content), pixels(content).astype(np.int64)
+        assert (result.height, result.width) == values.shape[:2]
+        assert result.sums == tuple(values.sum(axis=(0, 1)))
+        assert result.squares == tuple((values**2).sum(axis=(0, 1)))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that is only a header: what it claims costs nothing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
+
+
+def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
+    frames = {"save_all": True, "append_images": [image.rotate(90)]}
+    jpeg, png = encode(image, "JPEG"), encode(image, "PNG")
+    damaged = bytearray(png)
+    damaged[-20] ^= 1  # behind the last pixel, in the checksum: only libpng minds
+    return {
+        "nothing": (b"", "not an image"),
+        "text": (b"<html>not found</html>" * 9, "not an image"),
+        "other format": (encode(image, "ICO"), "not an image"),
+        "cut jpeg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
+        "cut png": (png[: len(png) // 2], "cannot be decoded"),
+        "damaged png": (bytes(damaged), "cannot be decoded"),
+        "animated gif": (encode(image, "GIF", **frames), "more than one frame"),
+        "animated webp": (encode(image, "WEBP", **frames), "more than one frame"),
+        "animated png": (encode(image, "PNG", **frames), "more than one frame"),
+        "pages": (encode(image, "TIFF", **frames), "more than one frame"),
+        "float": (encode(image.convert("F"), "TIFF"), "32-bit values"),
+        "huge": (png_header(10_001, 10_000), "more than 100 million pixels"),
+        "bomb": (png_header(60_000, 60_000), "more than 100 million pixels"),
+        "long": (png_header(65_536, 9), "a side of more than 65535"),
+    }
+
+
+def test_what_cannot_be_stored_has_a_reason(make_picture: Picture) -> None:
+    for kind, (content, reason) in refused(make_picture(1)).items():
+        result = check_image(content)
+        assert isinstance(result, str), kind
+        assert re.search(reason, result), (kind, result)
+        assert check_image(content) == result, kind  # no address of an object in the words
+
+
+def test_min_side(make_picture: Picture) -> None:
+    content = encode(make_picture(1, (9, 7)), "PNG")
+    assert isinstance(check_image(content, min_side=7), Checked)
+    assert check_image(content, min_side=8) == "is 9 x 7, smaller than 8 pixels"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_file(tmp_path / "gone.png") == "cannot be read (No such file or directory)"
+    monkeypatch.setattr(check, "MAX_BYTES", 2**20)
+    (tmp_path / "big.png").write_bytes(b"x" * (2**20 + 1))
+    assert check_file(tmp_path / "big.png") == "is larger than 1 MiB"
+
+
+def test_the_extension_of_the_file_means_nothing(tmp_path: Path, make_picture: Picture) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(make_picture(1), "PNG"))
+    result = check_file(tmp_path / "a.jpg")
+    assert isinstance(result, Checked) and result.extension == "png"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "png", "png alpha", "webp"])
+def test_whatever_passes_decodes_in_dali(make_picture: Picture, kind: str) -> None:
+    """One image that DALI cannot decode kills its batch: damage at random must not get there."""
+    content, generator = kept_kinds(make_picture(3))[kind], np.random.default_rng(7)
+    passed = []
+    for trial in range(300):
+        damaged = bytearray(content)
+        start = len(content) - 40 if trial % 2 else 0  # decoders differ most about the end
+        for at in generator.integers(start, len(content), generator.integers(1, 4)):
+            damaged[at] = generator.integers(256)
+        cut = generator.integers(1, len(content)) if trial % 4 == 0 else len(content)
+        result = check_image(bytes(damaged[:cut]))
+        if isinstance(result, Checked):
+            passed.append(result.content)
+    assert passed
+    for stored, found in zip(passed, dali_pixels(passed), strict=True):
+        np.testing.assert_array_equal(found, pixels(stored))
