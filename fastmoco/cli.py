@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -90,13 +90,93 @@ def shard(
     _summarise(out, manifest)
 
 
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to a .yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as optimizer.lr=0.03.")
+    ] = None,
+) -> None:
+    """Train a recipe in this process, from its last checkpoint if there is one."""
+    from fastmoco.pretrain import main as run
+
+    sys.exit(run([recipe, *(overrides or [])]))
+
+
+_Run = Annotated[Path, typer.Argument(help="The run's folder.")]
+_Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
+_Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def knn(
+    run: _Run,
+    train: _Train = None,
+    test: _Test = None,
+    feature: Annotated[
+        Literal["head", "backbone"], typer.Option(help="Which output to compare.")
+    ] = "backbone",
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
+    t: Annotated[float, typer.Option(help="Temperature of their weights.")] = 0.1,
+    device: _Device = "auto",
+) -> None:
+    """Classify a test set by its nearest neighbours among the features of a run."""
+    from fastmoco.evaluate.evaluation import Evaluation
+
+    found = Evaluation.open(run, train, test, device).knn(feature, k, t)
+    print(f"kNN top-1 {found['top1']:.2f} %  ({feature} features, k {k}, t {t:g})")
+    print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
+
+
+@app.command()
+def probe(
+    run: _Run,
+    train: _Train = None,
+    test: _Test = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Repeatable. [default: 0.1 0.3 1 3 10 30]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    device: _Device = "auto",
+) -> None:
+    """Train linear classifiers on the frozen backbone of a run: the linear-probe number."""
+    from fastmoco.evaluate.evaluation import Evaluation
+    from fastmoco.evaluate.probe import Protocol
+
+    protocol = Protocol(
+        epochs=epochs,
+        lrs=tuple(lr or Protocol.lrs),
+        batch=batch,
+        seed=seed,
+        features="cached" if cached else "augmented",
+    )
+    evaluation = Evaluation.open(run, train, test, device)
+    with _progress("probe") as on_progress:
+        found = evaluation.probe(protocol, lambda done: on_progress(done, epochs))
+    print(f"linear probe, {protocol.features} features, {epochs} epochs")
+    for score in found["learning_rates"]:
+        mark = " <- best by test accuracy" if score == found["best"] else ""
+        accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
+        print(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+    print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr; yield the callable that moves it to (done, total)."""
+    """Show a bar on a terminal's stderr; yield the callable that moves it to (done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(escape(what), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

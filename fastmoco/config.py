@@ -1,4 +1,4 @@
-"""Strict YAML and the recipe's schema: an unknown key, a wrong type or a doubled key is an error."""
+"""Strict YAML and the recipe's schema: an unknown key, wrong type or doubled key is an error."""
 
 import difflib
 import re
@@ -168,7 +168,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise UsageError(f"The key {key!r} stands twice (line {line}): keep one.")

@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,9 +15,9 @@ from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import DataError, FastmocoError, UsageError
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
-from fastmoco.load.loader import Loader, Triple
+from fastmoco.load.loader import Loader
 from fastmoco.load.plan import Plan
-from fastmoco.load.work import Settings
+from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder, fingerprint
 from fastmoco.shardset import Collection, ShardSet, labelled_pair
@@ -62,6 +62,7 @@ def pretrain(recipe: Recipe) -> RunFolder:
     with joined(recipe.device) as (ranks, device):
         check_bn_group(recipe, ranks.size)
         data = Collection.open(recipe.data)
+        recipe = resolve(recipe, data.sets[0])
         Plan(len(data), recipe.batch, recipe.seed)  # refuses a batch larger than the data
         run = RunFolder(recipe.out)
         if not ranks.leads:
@@ -81,16 +82,16 @@ def _train(
     recipe: Recipe, data: Collection, run: RunFolder, ranks: Ranks, device: torch.device
 ) -> None:
     torch.use_deterministic_algorithms(recipe.deterministic)
-    settings = _settings(recipe, ranks, device)
-    mean, std = channel_statistics(recipe, data.sets[0])
+    settings = settings_of(recipe, ranks, device)
+    sight = sight_of(recipe, settings)
     plan = Plan(len(data), recipe.batch, recipe.seed)
     loader = Loader(
         data,
         plan,
         recipe.views,
         size=recipe.image_size,
-        mean=mean,
-        std=std,
+        mean=sight.mean,
+        std=sight.std,
         settings=settings,
         rank=ranks.rank,
         ranks=ranks.size,
@@ -101,9 +102,7 @@ def _train(
     if ranks.leads:
         run.describe(recipe, versions(ranks, device))
         run.rewind(start)
-    monitor = recipe.monitor and _monitor(
-        recipe.monitor, sight_of(recipe, mean, std, settings), ranks
-    )
+    monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     last_step = recipe.last_epoch * plan.steps_per_epoch
     with LiveDisplay(recipe, start, last_step, ranks.leads) as display:
         trainer = loop.Trainer(
@@ -114,16 +113,11 @@ def _train(
         trainer.train(start)
 
 
-def _settings(recipe: Recipe, ranks: Ranks, device: torch.device) -> Settings:
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
-    return Settings(recipe.executor, device, threads, recipe.prefetch)
-
-
-def channel_statistics(recipe: Recipe, first: ShardSet) -> tuple[Triple, Triple]:
-    """Return mean and deviation of the channels: the recipe's, or those of its first set."""
-    mean = recipe.mean or cast(Triple, tuple(first.manifest.mean))
-    std = recipe.std or cast(Triple, tuple(first.manifest.std))
-    return mean, std
+def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
+    """Return the recipe with the channel statistics of its first set where it names none."""
+    mean = recipe.mean or tuple(first.manifest.mean)
+    std = recipe.std or tuple(first.manifest.std)
+    return recipe.model_copy(update={"mean": mean, "std": std})
 
 
 def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:

@@ -1,4 +1,6 @@
-"""Train a recipe on 1..N processes: torchrun --nproc_per_node=N launch/pretrain.py RECIPE [k=v ...]
+"""Train a recipe on 1..N processes.
+
+    torchrun --nproc_per_node=N launch/pretrain.py RECIPE [key=value ...]
 
 Also `fastmoco pretrain` for one process and `torchrun -m fastmoco.pretrain` without a clone.
 """

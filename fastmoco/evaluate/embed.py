@@ -1,7 +1,8 @@
 """Features of every sample of a set, in id order, on any number of ranks."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +40,15 @@ class Sight:
         """The central share of the short side: 224 / 256 from 160 px on, all of a small image."""
         return 224 / 256 if self.size >= 160 else 1.0
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that the encoder computes in."""
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.settings.device.type, torch.bfloat16, enabled=enabled)
+
+    def cast(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images in the dtype of the encoder's weights."""
+        return images.to(torch.float64 if self.precision == "fp64" else torch.float32)
+
 
 def embed(
     encoder: Encoder,
@@ -71,18 +81,15 @@ def embed(
         batch=_BATCH,
         settings=sight.settings,
     )
-    device = sight.settings.device
     for batch in batches:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=sight.precision == "bf16"),
-        ):
-            views = batch.views[0].to(next(encoder.parameters()).dtype)
-            first = int(batch.ids[0]) - own.start
-            rows[first : first + len(batch.ids)] = network(views).float().cpu()
-    return ranks.gather(rows.to(device)).cpu()[: len(data)]
+        first = int(batch.ids[0]) - own.start
+        with torch.inference_mode(), sight.autocast():
+            features = network(sight.cast(batch.views[0]))
+        rows[first : first + len(batch.ids)] = features.float().cpu()
+    return ranks.gather(rows.to(sight.settings.device)).cpu()[: len(data)]
 
 
-def sight_of(recipe: Recipe, mean: Triple, std: Triple, settings: Settings) -> Sight:
-    """Return how a recipe's run shows images."""
-    return Sight(recipe.image_size, mean, std, recipe.precision, settings)
+def sight_of(recipe: Recipe, settings: Settings) -> Sight:
+    """Return how the run of a resolved recipe shows images."""
+    assert recipe.mean and recipe.std, "the recipe is not resolved"
+    return Sight(recipe.image_size, recipe.mean, recipe.std, recipe.precision, settings)

@@ -30,7 +30,7 @@ class Neighbours:
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the (chunk, classes) votes for (M, dim) queries, chunk by chunk."""
         bank = normalize(self.features, dim=1).T
-        for chunk in normalize(queries, dim=1).split(_CHUNK):
+        for chunk in torch.split(normalize(queries, dim=1), _CHUNK):
             similarity, index = (chunk @ bank).topk(min(self.k, len(self.features)), dim=1)
             votes = torch.zeros(len(chunk), self.classes)
             yield votes.scatter_add_(1, self.labels[index], (similarity / self.t).exp())

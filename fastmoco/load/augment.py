@@ -1,4 +1,4 @@
-"""The numbers behind the views: a pure function of (seed, position), drawn before any pixel is read.
+"""The numbers behind the views: a pure function of (seed, position), drawn before any pixel.
 
 Each position owns `DRAWS` numbers a view from numpy's counter-based Philox, so a rank reaches its
 slice of the stream in one `advance`, and any executor given these numbers draws the same views.
@@ -49,7 +49,7 @@ class ViewNumbers:
 
 
 def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.float64]:
-    """Return the uniform numbers in [0, 1) of positions first..first+count-1: (views, count, DRAWS).
+    """Return (views, count, DRAWS) uniform numbers in [0, 1) of consecutive positions.
 
     Args:
         seed: of the run.
@@ -60,7 +60,7 @@ def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.fl
     bits = np.random.Philox(key=np.array([seed, _STREAM], dtype=np.uint64))
     bits.advance(first * views * DRAWS // 4)
     raw = bits.random_raw(count * views * DRAWS) >> np.uint64(11)
-    return (raw * 2.0**-53).reshape(count, views, DRAWS).transpose(1, 0, 2)
+    return (raw * np.float64(2.0**-53)).reshape(count, views, DRAWS).transpose(1, 0, 2)
 
 
 def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> ViewNumbers:
@@ -76,14 +76,16 @@ def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -
     flip, jitter, grayscale, blur = (
         rest[i] < p for i, p in enumerate((view.flip, view.jitter_p, view.grayscale, view.blur))
     )
-    factors = [
+    brightness, contrast, saturation = (
         np.where(jitter, 1 + strength * (2 * rest[4 + i] - 1), 1.0).astype(np.float32)
         for i, strength in enumerate(view.jitter[:3])
-    ]
+    )
     hue = np.where(jitter, view.jitter[3] * (2 * rest[7] - 1), 0.0).astype(np.float32)
     low, high = view.blur_sigma
     sigma = (low + (high - low) * rest[8]).astype(np.float32)
-    return ViewNumbers(crop, jitter, *factors, hue, grayscale, blur, sigma, flip)
+    return ViewNumbers(
+        crop, jitter, brightness, contrast, saturation, hue, grayscale, blur, sigma, flip
+    )
 
 
 def _crops(
@@ -98,7 +100,7 @@ def _crops(
     ratio = np.exp(bounds[0] + (bounds[1] - bounds[0]) * tries[..., 1])
     w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (0 < w) & (w <= width[:, None]) & (0 < h) & (h <= height[:, None])
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first = (np.arange(len(u)), fits.argmax(axis=1))
     h, w = h[first], w[first]
     top = np.floor(u[:, -2] * (height - h + 1)).astype(np.int64)

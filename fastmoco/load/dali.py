@@ -73,7 +73,7 @@ def build(
     """
     kinds = [(T.UINT8, 1), *(kind for stages in look.views for kind in _kinds(stages))]
 
-    @pipeline_def(enable_conditionals=True)  # type: ignore[misc]
+    @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
     def graph() -> Any:
         encoded, *numbers = fn.external_source(
             source=feed,
@@ -130,7 +130,8 @@ def _colour(view: Any, gain: Any, grey_share: Any, saturation: Any, hue: Any) ->
 
 
 def _blur(view: Any, blurred: Any, sigma: Any) -> Any:
-    if blurred:  # by predicate: DALI refuses sigma = 0
+    # A statement, since DALI compiles it; by predicate, since DALI refuses sigma = 0.
+    if blurred:  # noqa: SIM108
         soft = fn.gaussian_blur(view, sigma=sigma)
     else:
         soft = view
@@ -142,7 +143,7 @@ def to_torch(output: Any) -> torch.Tensor:
 
     Safe with DALI's default (dynamic) executor, whose outputs are reference counted.
     """
-    return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+    return torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
 
 
 def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:

@@ -89,7 +89,7 @@ class Plan:
         return self.samples // self.batch
 
     def positions(self, step: int, rank: int = 0, ranks: int = 1) -> Ids:
-        """Return the positions of a rank's contiguous slice of the global batch: (batch / ranks,)."""
+        """Return the (batch / ranks,) positions of a rank's slice of the global batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = epoch * self.samples + within * self.batch
         share = self.batch // ranks

@@ -1,5 +1,6 @@
-"""The same views from the same numbers, drawn by torchvision: the oracle of the tests, and the
-executor where DALI does not exist (macOS, Windows).
+"""The same views from the same numbers, drawn by torchvision.
+
+The oracle of the tests, and the executor where DALI does not exist (macOS, Windows).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
 
 
 def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
-    return decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB)
+    image: torch.Tensor = decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB)
+    return image
 
 
 def decodes(encoded: npt.NDArray[np.uint8]) -> bool:
@@ -54,7 +56,7 @@ def _view(images: Sequence[torch.Tensor], numbers: ViewNumbers, look: Look) -> t
 
 def _draw(image: torch.Tensor, view: ViewNumbers, i: int, size: int) -> torch.Tensor:
     top, left, height, width = view.crop[i].tolist()
-    x = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    x: torch.Tensor = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
     if view.jitter[i]:
         x = F.adjust_brightness(x, float(view.brightness[i]))
         x = F.adjust_contrast(x, float(view.contrast[i]))

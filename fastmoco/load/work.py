@@ -1,13 +1,16 @@
 """What the loader asks of an executor, whichever of the two it is."""
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.config import Recipe
+from fastmoco.distributed import Ranks
 from fastmoco.load.augment import ViewNumbers
 
 
@@ -47,9 +50,15 @@ class Settings:
     """
 
     executor: Literal["dali", "torchvision"] = "dali"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
     prefetch: int = 2
+
+
+def settings_of(recipe: Recipe, ranks: Ranks, device: torch.device) -> Settings:
+    """Return how a recipe's batches are made here: `threads: 0` shares the cores of the machine."""
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
+    return Settings(recipe.executor, device, threads, recipe.prefetch)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         if not self.training or not self.group or len(input) == self.group:
             return self._normalise(input, self.running_mean, self.running_var)
         assert self.running_mean is not None and self.running_var is not None
-        parts = input.split(self.group)
+        parts = torch.split(input, self.group)
         means = self.running_mean.repeat(len(parts), 1)
         variances = self.running_var.repeat(len(parts), 1)
         output = [self._normalise(*part) for part in zip(parts, means, variances, strict=True)]
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
         self.backbone.fc = nn.Identity()
         self.dim = dim
         self.head = _head(head, self.features, dim)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return (n, dim) projections of (n, 3, H, W) images."""

@@ -15,7 +15,7 @@ from fastmoco.models.resnet import batch_norms
 
 
 @torch.no_grad()
-def finite(parameters: Iterable[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+def finite(parameters: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether the gradients' norm is finite (0-d bool), and the norm (0-d)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -73,7 +73,7 @@ class RunningStatistics:
         places = [(n, name) for n in norms for name in ("running_mean", "running_var")]
         buffers: list[torch.Tensor] = [getattr(norm, name) for norm, name in places]
         self.flat = torch.cat(buffers)
-        views = self.flat.split([len(b) for b in buffers])
+        views = torch.split(self.flat, [len(b) for b in buffers])
         for (norm, name), view in zip(places, views, strict=True):
             setattr(norm, name, view)
 

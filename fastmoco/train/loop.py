@@ -74,7 +74,8 @@ class Trainer:
                 self.recipe.schedule, self.recipe.optimizer.lr, step, self._per_epoch
             )
             set_learning_rate(self.moco.optimizer, lr)
-            outcome = self.moco.step(*batch.views, step)
+            query_view, key_view = batch.views
+            outcome = self.moco.step(query_view, key_view, step)
             self._meter.count(outcome, waited_s)
 
             done = step + 1

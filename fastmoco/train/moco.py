@@ -63,8 +63,8 @@ class MoCo:
         self.guard = Guard(recipe.max_skipped).to(device)
         self.optimizer = build_optimizer(recipe.optimizer, self.encoder_q.parameters())
         self._query = ranks.wrap(self.encoder_q)
-        self._params_q = list(self.encoder_q.parameters())
-        self._params_k = list(self.encoder_k.parameters())
+        self._params_q: list[torch.Tensor] = list(self.encoder_q.parameters())
+        self._params_k: list[torch.Tensor] = list(self.encoder_k.parameters())
         self.train()
 
     def step(self, query_view: torch.Tensor, key_view: torch.Tensor, step: int) -> Outcome:

@@ -1,13 +1,11 @@
 """The momentum update of the key encoder."""
 
-from collections.abc import Sequence
-
 import torch
 
 
 @torch.no_grad()
 def momentum_update(
-    keys: Sequence[torch.Tensor], queries: Sequence[torch.Tensor], m: float, ok: torch.Tensor
+    keys: list[torch.Tensor], queries: list[torch.Tensor], m: float, ok: torch.Tensor
 ) -> None:
     """Move the key parameters towards the query ones: k = m k + (1 - m) q (MoCo eq. 2).
 
@@ -20,4 +18,4 @@ def momentum_update(
     """
     # A list of device weights: one 0-d tensor for all would be read back to the host.
     weight = (1 - m) * ok.to(keys[0].dtype)
-    torch._foreach_lerp_(keys, queries, [weight] * len(keys))  # type: ignore[arg-type]
+    torch._foreach_lerp_(keys, queries, [weight] * len(keys))

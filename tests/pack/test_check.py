@@ -44,18 +44,20 @@ def checked(content: bytes) -> Checked:
 
 
 def dali_pixels(contents: list[bytes]) -> list[Pixels]:
-    """Decode as training does."""
+    """Decode as training does, but singly: DALI 2.4 now and then crashes on a bad one of many."""
     fn = pytest.importorskip("nvidia.dali.fn")
     from nvidia.dali import Pipeline
 
-    pipeline = Pipeline(batch_size=len(contents), num_threads=1, device_id=None)
-    batch = [np.frombuffer(content, dtype=np.uint8) for content in contents]
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
-        encoded = fn.external_source(lambda: batch)
+        encoded = fn.external_source(name="encoded")
         pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", adjust_orientation=False))
     pipeline.build()
-    (decoded,) = pipeline.run()
-    return [np.array(decoded.at(i)) for i in range(len(contents))]
+    decoded = []
+    for content in contents:
+        pipeline.feed_input("encoded", [np.frombuffer(content, dtype=np.uint8)])
+        decoded.append(np.array(pipeline.run()[0].at(0)))
+    return decoded
 
 
 def kept_kinds(image: Image.Image) -> dict[str, bytes]:
@@ -187,7 +189,7 @@ def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
     frames = {"save_all": True, "append_images": [image.rotate(90)]}
     jpeg, png = encode(image, "JPEG"), encode(image, "PNG")
     damaged = bytearray(png)
-    damaged[-20] ^= 1  # behind the last pixel, in the checksum: only libpng minds
+    damaged[-14] ^= 1  # behind the last pixel, in the checksum: only libpng minds
     return {
         "nothing": (b"", "not an image"),
         "text": (b"<html>not found</html>" * 9, "not an image"),

@@ -1,0 +1,159 @@
+"""From a run folder to a number: opens what an evaluation needs, and writes down what it found."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmoco.config import Recipe, View
+from fastmoco.distributed import Ranks, device_of
+from fastmoco.errors import UsageError
+from fastmoco.evaluate.embed import Feature, Sight, embed, sight_of
+from fastmoco.evaluate.frozen import load_encoder, unchanged
+from fastmoco.evaluate.knn import Neighbours
+from fastmoco.evaluate.probe import (
+    Heads,
+    Pair,
+    Protocol,
+    Score,
+    probe_cached,
+    record,
+    scores,
+    train_heads,
+)
+from fastmoco.load.loader import Loader
+from fastmoco.load.plan import Plan
+from fastmoco.load.work import settings_of
+from fastmoco.models.resnet import Encoder
+from fastmoco.run import RunFolder
+from fastmoco.shardset import Collection, ShardSet, labelled_pair
+
+# As in the paper's probe: RandomResizedCrop and flip, no colour change.
+_PROBE_VIEW = View(scale=(0.08, 1.0), flip=0.5)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A frozen encoder and the labelled sets that it is tried on.
+
+    Attributes:
+        run: where the encoder comes from and the numbers go to.
+        recipe: of the run.
+        encoder: the query encoder, frozen, in evaluation mode.
+        step: of the checkpoint.
+        sight: how images are shown.
+        train, test: sets with equal class lists.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    encoder: Encoder
+    step: int
+    sight: Sight
+    train: ShardSet
+    test: ShardSet
+
+    @classmethod
+    def open(
+        cls, root: Path, train: Path | None = None, test: Path | None = None, device: str = "auto"
+    ) -> "Evaluation":
+        """Open a run and two labelled sets, by default those of its monitor.
+
+        Raises:
+            UsageError: no run there, or no sets named.
+            CheckpointError: no checkpoint, or it does not fit the recipe.
+            DataError: the sets do not fit together.
+        """
+        run = RunFolder(root)
+        where = device_of(device, 0)
+        encoder, recipe, step = load_encoder(run, where)
+        if recipe.monitor:
+            train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
+        if not train or not test:
+            raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
+        sight = sight_of(recipe, settings_of(recipe, Ranks(), where))
+        return cls(run, recipe, encoder, step, sight, *labelled_pair(train, test))
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.train.manifest.classes)
+
+    def features(self, shard_set: ShardSet, feature: Feature) -> Pair:
+        """Return the (N, width) fp32 features and (N,) int64 labels of a set."""
+        labels = torch.from_numpy(shard_set.labels()).long()
+        return embed(self.encoder, Collection([shard_set]), feature, self.sight), labels
+
+    def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
+        """Classify the test set by its nearest neighbours in the training set, and record it."""
+        bank = Neighbours(*self.features(self.train, feature), self.classes, k, t)
+        top1 = bank.accuracy(*self.features(self.test, feature))
+        protocol = {"feature": feature, "k": k, "t": t}
+        return self._record({"kind": "knn", "top1": top1, "protocol": protocol})
+
+    def probe(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> dict[str, Any]:
+        """Train linear classifiers on the frozen backbone, and record their scores.
+
+        Args:
+            protocol: how.
+            on_epoch: called with the epochs done, for a progress bar.
+        """
+        with unchanged(self.encoder):
+            test = self.features(self.test, "backbone")
+            if protocol.features == "cached":
+                train = self.features(self.train, "backbone")
+                found = probe_cached(train, test, self.classes, protocol, on_epoch)
+            else:
+                found = self._probe_augmented(test, protocol, on_epoch)
+        return self._record(record(found, protocol))
+
+    def _probe_augmented(
+        self, test: Pair, protocol: Protocol, on_epoch: Callable[[int], None]
+    ) -> list[Score]:
+        heads = Heads(self.encoder.features, self.classes, protocol.lrs)
+        heads.to(self.sight.settings.device)
+        train_heads(heads, self._augmented_epochs(protocol), protocol, on_epoch)
+        return scores(heads.cpu(), *test)
+
+    def _augmented_epochs(self, protocol: Protocol) -> Iterator[Iterator[Pair]]:
+        """Yield the epochs of features of freshly cropped and flipped images."""
+        data = Collection([self.train])
+        plan = Plan(len(data), min(protocol.batch, len(data)), protocol.seed)
+        loader = Loader(
+            data,
+            plan,
+            [_PROBE_VIEW],
+            size=self.sight.size,
+            mean=self.sight.mean,
+            std=self.sight.std,
+            settings=self.sight.settings,
+        )
+        labels = torch.from_numpy(self.train.labels()).long()
+        device = self.sight.settings.device
+        pairs = (
+            (self._backbone(batch.views[0]), labels[batch.ids].to(device))
+            for batch in loader.batches()
+        )
+        for _ in range(protocol.epochs):
+            yield islice(pairs, plan.steps_per_epoch)
+
+    @torch.no_grad()
+    def _backbone(self, images: torch.Tensor) -> torch.Tensor:
+        with self.sight.autocast():
+            features: torch.Tensor = self.encoder.backbone(self.sight.cast(images))
+        return features.float()
+
+    def _record(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Add what the number was measured on, and append it to the run's evaluations."""
+        sets = {
+            name: {"path": str(s.root), "set_id": s.manifest.set_id, "samples": len(s)}
+            for name, s in (("train", self.train), ("test", self.test))
+        }
+        result |= {"run": self.recipe.name, "step": self.step, "sets": sets}
+        with (self.run.root / "evaluations.jsonl").open("a") as stream:
+            stream.write(json.dumps(result) + "\n")
+        return result

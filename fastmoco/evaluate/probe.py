@@ -1,0 +1,166 @@
+"""The linear probe: a linear classifier on frozen features, at several learning rates in one pass.
+
+Protocol of the MoCo paper (He et al. 2020, section 4.1): SGD, learning rate 30, momentum 0.9, no
+weight decay, batch 256, 100 epochs, rate times 0.1 after 60 % and 80 % of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the heads are trained.
+
+    Attributes:
+        epochs: of training; the milestones scale with them.
+        lrs: one head each.
+        batch: images a step.
+        seed: of the order.
+        features: "cached" (one central view, embedded once) or "augmented" (crop and flip anew
+            each epoch, as in the paper).
+    """
+
+    epochs: int = 100
+    lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    batch: int = 256
+    seed: int = 0
+    features: str = "augmented"
+
+    def rate(self, epoch: int) -> float:
+        """Return what the learning rates are multiplied by in an epoch, counted from 0."""
+        return 0.1 ** sum(epoch >= milestone * self.epochs for milestone in (0.6, 0.8))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy of one head on the test set, percent."""
+
+    lr: float
+    top1: float
+    top5: float
+
+
+class Heads(nn.Module):
+    """Linear classifiers with equal initial weights, one a learning rate.
+
+    Args:
+        features: width of the input.
+        classes: number of labels.
+        lrs: learning rates.
+    """
+
+    def __init__(self, features: int, classes: int, lrs: Sequence[float]) -> None:
+        super().__init__()
+        weight = torch.empty(classes, features)
+        nn.init.normal_(weight, std=0.01, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight.repeat(len(lrs), 1))
+        self.bias = nn.Parameter(torch.zeros(classes * len(lrs)))
+        self.lrs: torch.Tensor
+        self.register_buffer("lrs", torch.tensor(lrs))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return (n, heads, classes) logits of (n, features) fp32 features."""
+        logits = nn.functional.linear(features, self.weight, self.bias)
+        return logits.view(len(features), len(self.lrs), -1)
+
+    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropies of the heads, each times its learning rate, summed.
+
+        SGD without weight decay at rate 1 on this sum moves each head as its own rate would.
+        """
+        logits = self(features)
+        wanted = labels[:, None].expand(-1, len(self.lrs))
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        return (each.mean(dim=0) * self.lrs).sum()
+
+
+def train_heads(
+    heads: Heads,
+    epochs: Iterable[Iterable[Pair]],
+    protocol: Protocol,
+    on_epoch: Callable[[int], None],
+) -> None:
+    """Train the heads in place.
+
+    Args:
+        heads: to train.
+        epochs: for each epoch its batches of (n, features) fp32 and (n,) int64 labels.
+        protocol: see `Protocol`.
+        on_epoch: called with the epochs done.
+    """
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
+    for epoch, batches in enumerate(epochs):
+        optimizer.param_groups[0]["lr"] = protocol.rate(epoch)
+        for features, labels in batches:
+            optimizer.zero_grad()
+            heads.loss(features, labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        on_epoch(epoch + 1)
+
+
+def cached_epochs(
+    features: torch.Tensor, labels: torch.Tensor, protocol: Protocol
+) -> Iterator[Iterator[Pair]]:
+    """Yield the epochs over features that were embedded once: all of them, in a new order each."""
+    generator = torch.Generator().manual_seed(protocol.seed)
+    for _ in range(protocol.epochs):
+        order = torch.randperm(len(features), generator=generator)
+        yield ((features[rows], labels[rows]) for rows in torch.split(order, protocol.batch))
+
+
+@torch.no_grad()
+def scores(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Score]:
+    """Return each head's top-1 and top-5 accuracy on (N, features) and (N,) labels."""
+    logits = heads(features)
+    best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None, None]
+    top1 = 100 * best[:, :, 0].float().mean(dim=0)
+    top5 = 100 * best.any(dim=2).float().mean(dim=0)
+    table = zip(heads.lrs.tolist(), top1.tolist(), top5.tolist(), strict=True)
+    return [Score(*row) for row in table]
+
+
+def probe_cached(
+    train: Pair,
+    test: Pair,
+    classes: int,
+    protocol: Protocol,
+    on_epoch: Callable[[int], None] = lambda done: None,
+) -> list[Score]:
+    """Train the heads on cached features and score them.
+
+    Args:
+        train: (N, features) fp32 features and (N,) int64 labels.
+        test: the same of the test set.
+        classes: number of labels.
+        protocol: see `Protocol`.
+        on_epoch: called with the epochs done.
+
+    Returns:
+        One score a learning rate.
+    """
+    heads = Heads(train[0].shape[1], classes, protocol.lrs)
+    train_heads(heads, cached_epochs(*train, protocol), protocol, on_epoch)
+    return scores(heads, *test)
+
+
+def best_of(found: Sequence[Score]) -> Score:
+    """Return the score with the highest top-1."""
+    return max(found, key=lambda score: score.top1)
+
+
+def record(found: Sequence[Score], protocol: Protocol) -> dict[str, Any]:
+    """Return a result that cannot be taken for another: the numbers with their protocol."""
+    return {
+        "kind": "probe",
+        "best": asdict(best_of(found)),
+        "learning_rates": [asdict(score) for score in found],
+        "protocol": asdict(protocol)
+        | {"optimizer": "sgd 0.9", "weight_decay": 0.0, "best_by": "test"},
+    }
