@@ -1,0 +1,77 @@
+"""Imports go down one list only: a newcomer can read the road of the data from top to bottom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmoco
+
+PACKAGE = Path(fastmoco.__file__).parent
+# Stations that share a line never import each other.
+ORDER = [
+    {"cli"},
+    {"demo"},
+    {"figures"},
+    {"pretrain"},
+    {"display"},
+    {"train", "evaluate"},
+    {"load", "pack"},
+    {"models"},
+    {"run"},
+    {"shardset"},
+    {"distributed"},
+    {"config"},
+    {"files"},
+    {"errors"},
+]
+LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
+
+
+def station_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_stations(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("fastmoco.")}
+
+
+def faults(station: str, source: str) -> set[str]:
+    others = imported_stations(source) - {station}
+    return {other for other in others if LEVEL[other] <= LEVEL[station]}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"], ids=lambda p: p.stem
+)
+def test_imports_go_down(path):
+    assert station_of(path) in LEVEL, "a new station needs its place in ORDER"
+    assert not faults(station_of(path), path.read_text())
+
+
+def test_the_rule_sees_a_fault():
+    assert faults("load", "from fastmoco.pack.writer import pack") == {"pack"}
+    assert faults("evaluate", "def f():\n    import fastmoco.train.moco") == {"train"}
+    assert faults("files", "from fastmoco import config") == {"config"}
+    assert not faults("train", "from fastmoco.load.loader import Loader")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, fastmoco.cli; print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(ran.stdout.split()) & {"torch", "nvidia", "numpy", "PIL", "pydantic", "yaml"}
+    assert "typer" in ran.stdout.split()
+
+
+def test_the_launcher_is_thin():
+    launcher = PACKAGE.parent / "launch" / "pretrain.py"
+    assert len(launcher.read_text().splitlines()) <= 40

@@ -1,0 +1,207 @@
+"""Runs as a user starts them: real processes, real kills, exit codes and words."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastmoco.config import load_recipe
+from fastmoco.errors import UsageError
+from fastmoco.pretrain import main
+from fastmoco.run import RunFolder
+from fastmoco.train.moco import check_bn_group
+
+LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
+
+
+@pytest.fixture
+def recipe(small_set, tmp_path) -> Path:
+    """A recipe of 12 steps on 24 images, as a file."""
+    view = {"jitter": [0.4, 0.4, 0.4, 0.1], "grayscale": 0.2}
+    values = {
+        "name": "tiny",
+        "data": [str(small_set.root)],
+        "out": str(tmp_path / "run"),
+        "monitor": {
+            "bank": str(small_set.root),
+            "queries": str(small_set.root),
+            "k": 3,
+            "every": 2,
+        },
+        "arch": "resnet10",
+        "stem": "small-stride2",
+        "dim": 16,
+        "image_size": 16,
+        "views": [view, view],
+        "batch": 8,
+        "bn_group": 4,
+        "queue": 20,
+        "momentum": 0.9,
+        "optimizer": {"lr": 0.03},
+        "schedule": {"epochs": 4},
+        "log_every": 2,
+        "checkpoint_every": 2,
+        "threads": 1,
+        "device": "cpu",
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(recipe: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, str(LAUNCHER), str(recipe), *overrides]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return [*torchrun, "--standalone", str(LAUNCHER), str(recipe), *overrides]
+
+
+def run(recipe: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, *overrides, ranks=ranks), capture_output=True, text=True, timeout=240
+    )
+
+
+def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    nested = [(k, v) for k, v in items if isinstance(v, dict | list | torch.Tensor)]
+    return {n: t for k, v in nested for n, t in tensors(v, f"{name}.{k}").items()}
+
+
+def final_state(root: Path) -> dict[str, torch.Tensor]:
+    state, step = RunFolder(root).latest()
+    assert step == 12
+    return tensors(state)
+
+
+def numbers(root: Path) -> list[dict]:
+    """Return the metrics without what depends on the clock."""
+    clock = {"images_per_s", "data_wait_percent"}
+    return [{k: v for k, v in row.items() if k not in clock} for row in RunFolder(root).rows()]
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_end_bit_equal_to_a_run_in_one_go(recipe, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(recipe, f"out={whole}").returncode == 0
+    process = subprocess.Popen(command(recipe, f"out={killed}"), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    # Between the checkpoints of steps 4 and 12, in the middle of an epoch of 3 steps.
+    while not (killed / "checkpoints" / "step-000000004").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert RunFolder(killed).latest()[1] < 12
+    assert run(recipe, f"out={killed}").returncode == 0
+    ours, theirs = final_state(killed), final_state(whole)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert numbers(killed) == numbers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_train_as_one_does(recipe, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(recipe, f"out={one}", "precision=fp64").returncode == 0
+    done = run(recipe, f"out={two}", "precision=fp64", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("untrained") == 1  # rank 0 alone talks
+    ours, theirs = final_state(two), final_state(one)
+    for name in theirs:
+        assert torch.allclose(ours[name].double(), theirs[name].double(), rtol=0, atol=1e-9), name
+    rows = zip(numbers(one), numbers(two), strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in rows if a["loss"])
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_its_number_depends_on(recipe, tmp_path):
+    done = run(recipe)
+    assert done.returncode == 0, done.stderr
+    folder = RunFolder(tmp_path / "run")
+    assert folder.recipe().mean is not None  # resolved
+    assert (folder.root / "versions.json").is_file()
+    assert '"code": 0' in (folder.root / "status.json").read_text()
+    kinds = [row["kind"] for row in folder.rows()]
+    assert kinds.count("step") == 6 and kinds.count("epoch") == 5
+    epochs = [row for row in folder.rows() if row["kind"] == "epoch"]
+    assert [row["epoch"] for row in epochs if "knn_top1" in row] == [0, 2, 4]
+    assert "Chance is a loss of log(K + 1) = 3.04" in done.stdout
+    again = run(recipe)
+    assert again.returncode == 0 and "step 12" not in again.stdout  # nothing left to do
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_architecture_is_exit_4(recipe, tmp_path):
+    assert run(recipe, "schedule.epochs=1").returncode == 0
+    done = run(recipe, "arch=resnet18")
+    assert done.returncode == 4
+    assert "arch was resnet10, now it is resnet18" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert '"code": 4' in (tmp_path / "run" / "status.json").read_text()
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(arguments)
+    return code, capsys.readouterr().err
+
+
+def test_usage_errors_are_exit_2_in_words(recipe, capsys):
+    assert fails(capsys, str(recipe), "batch=32") == (
+        2,
+        "error: batch 32 is larger than the data (24 images): lower `batch` or add images.\n",
+    )
+    code, words = fails(capsys, str(recipe), "bacth=8")
+    assert code == 2 and "did you mean 'batch'" in words
+    code, words = fails(capsys, str(recipe), "arch=resnet19")
+    assert code == 2 and "no ResNet 'resnet19'" in words
+    code, words = fails(capsys)
+    assert code == 2 and "RECIPE" in words
+
+
+def test_a_missing_set_is_exit_3_and_says_how_to_make_one(recipe, capsys):
+    code, words = fails(capsys, str(recipe), "data=[nowhere]")
+    assert code == 3 and "`fastmoco shard`" in words
+
+
+def test_cuda_without_a_gpu_is_exit_2(recipe, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, words = fails(capsys, str(recipe), "device=cuda")
+    assert code == 2 and "set device=cpu" in words
+
+
+def test_a_run_folder_in_use_is_exit_2(recipe, capsys, tmp_path):
+    with RunFolder(tmp_path / "run").locked():
+        code, words = fails(capsys, str(recipe))
+    assert code == 2 and "in use by another process" in words
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_run_folder_is_exit_2(recipe, capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    code, words = fails(capsys, str(recipe))
+    assert code == 2 and "Cannot write" in words
+
+
+def test_a_rank_holds_a_whole_number_of_bn_groups():
+    recipe = load_recipe("moco_v2_imagenet_r50")  # 256 in groups of 32
+    for ranks in (1, 2, 4, 8):
+        check_bn_group(recipe, ranks)
+    for ranks, fitting in ((3, 2), (5, 4), (16, 8)):
+        with pytest.raises(UsageError, match=f"start {fitting} ranks"):
+            check_bn_group(recipe, ranks)
+
+
+def test_divergence_is_exit_5(recipe, capsys):
+    code, words = fails(capsys, str(recipe), "optimizer.lr=1e30", "max_skipped=2", "monitor=null")
+    assert code == 5 and "steps in a row gave a non-finite gradient" in words

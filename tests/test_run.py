@@ -1,0 +1,148 @@
+"""Checkpoints that can be trusted: whole, verified, of this run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.run import RunFolder
+
+MARKS = {"batch": 8, "arch": "resnet18"}
+
+
+def save(run: RunFolder, *steps: int, keep: int = 2) -> None:
+    for step in steps:
+        run.save({"weights": torch.full((4096,), float(step))}, step, MARKS, keep)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    return folder
+
+
+def test_the_newest_comes_back_and_old_ones_go(run):
+    save(run, 1, 2, 10)
+    state, step = run.latest(MARKS)
+    assert step == 10 and torch.equal(state["weights"], torch.full((4096,), 10.0))
+    assert [p.name for p in sorted(run.checkpoints.iterdir())] == [
+        "step-000000002",
+        "step-000000010",
+    ]
+
+
+def test_no_checkpoint_is_no_error(run):
+    assert run.latest(MARKS) is None
+
+
+@pytest.mark.parametrize("where", [0, 5000, -1])
+def test_a_flipped_byte_falls_back_to_the_one_before(run, where):
+    save(run, 1, 2)
+    path = run.checkpoints / "step-000000002" / "state.pt"
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+    assert run.latest(MARKS)[1] == 1
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_a_truncated_or_missing_file_falls_back(run, name):
+    save(run, 1, 2, 3, keep=3)
+    first, second = (run.checkpoints / f"step-00000000{n}" / name for n in (3, 2))
+    first.write_bytes(first.read_bytes()[:-20])
+    second.unlink()
+    assert run.latest(MARKS)[1] == 1
+
+
+def test_all_damaged_is_refused_and_named(run):
+    save(run, 1)
+    (run.checkpoints / "step-000000001" / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step-000000001"):
+        run.latest(MARKS)
+
+
+def test_another_run_is_refused_with_field_old_and_new(run):
+    save(run, 1)
+    with pytest.raises(CheckpointError, match="arch was resnet18, now it is resnet50"):
+        run.latest({**MARKS, "arch": "resnet50"})
+
+
+def test_a_newer_format_is_refused_in_words(run):
+    save(run, 1)
+    path = run.checkpoints / "step-000000001" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="upgrade fastmoco"):
+        run.latest(MARKS)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(run, tmp_path):
+    sentinel = tmp_path / "sentinel"
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (sentinel,))
+
+    run.save({"bomb": Bomb()}, 1, MARKS, keep=2)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        run.latest(MARKS)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("moment", ["torch.save", "fastmoco.run.write_json", "pathlib.Path.rename"])
+def test_sigkill_while_saving_keeps_the_last_good_one(run, moment):
+    save(run, 1)
+    module, name = moment.rsplit(".", 1)
+    target = "pathlib.Path" if module == "pathlib.Path" else module
+    code = f"""
+import os, signal, torch, pathlib, fastmoco.run
+from fastmoco.run import RunFolder
+real = {target}.{name}
+def dies(*a, **k):
+    if {name!r} == "save":
+        real(*a, **k)
+    os.kill(os.getpid(), signal.SIGKILL)
+{target}.{name} = dies
+RunFolder({str(run.root)!r}).save({{"weights": torch.zeros(4096)}}, 2, {MARKS!r}, 2)
+"""
+    died = subprocess.run([sys.executable, "-c", code], check=False)
+    assert died.returncode == -9
+    assert run.latest(MARKS)[1] == 1
+    with run.locked():
+        assert [p.name for p in run.checkpoints.iterdir()] == ["step-000000001"]
+
+
+def test_two_processes_cannot_hold_one_folder_and_a_dead_one_lets_go(run):
+    code = f"""
+import time
+from fastmoco.run import RunFolder
+with RunFolder({str(run.root)!r}).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="in use by another process"), run.locked():
+            pass
+        holder.kill()
+    with run.locked():
+        pass
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_row_is_skipped(run):
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    run.rewind(2)
+    assert run.rows() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="not a run folder"):
+        RunFolder(tmp_path).recipe()

@@ -1,0 +1,89 @@
+"""Algorithm 1 of the MoCo paper, written as it reads: no fusing, one "GPU" after the other.
+
+Momentum update before the keys, the logits concatenated into (1 + K), cross-entropy with label 0,
+the queue a Python list, plain torch SGD, plain torchvision BatchNorm: every group of samples that
+shares statistics goes through the network by itself, as on a GPU of its own.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.models import resnet
+
+from fastmoco.config import Recipe
+
+
+def network(recipe: Recipe, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Return a plain torchvision ResNet-10 with a linear head and the given weights."""
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=recipe.dim)
+    net.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
+    net.maxpool = nn.Identity()
+    plain = {
+        n.replace("backbone.", "").replace("head.", "fc."): t.clone() for n, t in weights.items()
+    }
+    net.load_state_dict(plain)
+    return net.to(torch.float64)
+
+
+class NaiveMoCo:
+    """The paper's state: two networks and a queue."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, torch.Tensor], queue: torch.Tensor):
+        self.recipe = recipe
+        self.f_q = network(recipe, weights)
+        self.f_k = copy.deepcopy(self.f_q)
+        self.queue = list(queue.clone())
+        self.pointer = 0
+        self.sgd = torch.optim.SGD(
+            self.f_q.parameters(),
+            lr=recipe.optimizer.lr,
+            momentum=recipe.optimizer.momentum,
+            weight_decay=recipe.optimizer.weight_decay,
+            foreach=False,
+        )
+
+    def momentum_update(self) -> None:
+        m = self.recipe.momentum
+        for k, q in zip(self.f_k.parameters(), self.f_q.parameters(), strict=True):
+            k.data = m * k.data + (1 - m) * q.data
+
+    def step(self, x_q: torch.Tensor, x_k: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the (batch,) losses."""
+        self.momentum_update()
+        order = np.random.Philox(key=np.array([self.recipe.seed, 2**63 + step], np.uint64))
+        order = torch.from_numpy(np.argsort(order.random_raw(len(x_k)), kind="stable"))
+        q = nn.functional.normalize(self.by_groups(self.f_q, x_q), dim=1)
+        with torch.no_grad():
+            shuffled = self.by_groups(self.f_k, x_k[order])
+            k = torch.empty_like(shuffled)
+            k[order] = nn.functional.normalize(shuffled, dim=1)
+        positive = torch.einsum("nc,nc->n", q, k)[:, None]
+        negative = torch.einsum("nc,kc->nk", q, torch.stack(self.queue))
+        logits = torch.cat([positive, negative], dim=1) / self.recipe.temperature
+        labels = torch.zeros(len(logits), dtype=torch.long)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        self.sgd.zero_grad()
+        loss.mean().backward()
+        self.sgd.step()
+        for key in k:
+            self.queue[self.pointer] = key
+            self.pointer = (self.pointer + 1) % len(self.queue)
+        return loss.detach()
+
+    def by_groups(self, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Run each group by itself; the running statistics end as the mean over the groups."""
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        before = [(m.running_mean, m.running_var) for m in norms]
+        out, after = [], []
+        for group in x.split(self.recipe.bn_group):
+            for norm, (mean, var) in zip(norms, before, strict=True):
+                norm.running_mean, norm.running_var = mean.clone(), var.clone()
+            out.append(net(group))
+            after.append([(m.running_mean, m.running_var) for m in norms])
+        for norm, statistics in zip(norms, zip(*after, strict=True), strict=True):
+            means, variances = zip(*statistics, strict=True)
+            norm.running_mean = torch.stack(means).mean(dim=0)
+            norm.running_var = torch.stack(variances).mean(dim=0)
+        return torch.cat(out)

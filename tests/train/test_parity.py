@@ -1,0 +1,91 @@
+"""The engine against the paper's algorithm written naively (design: 1e-9 over 20 fp64 steps)."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.config import Recipe
+from fastmoco.distributed import Ranks
+from fastmoco.train.moco import MoCo, build_encoder
+from fastmoco.train.optim import set_learning_rate
+from fastmoco.train.queue import KeyQueue
+
+_SPEC = importlib.util.spec_from_file_location("naive", Path(__file__).with_name("naive.py"))
+naive = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(naive)
+
+STEPS = 20
+
+
+def plain_name(name: str) -> str:
+    return name.replace("backbone.", "").replace("head.", "fc.")
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert {plain_name(name) for name in ours} <= set(theirs)
+    gaps = [
+        (t - theirs[plain_name(n)]).abs().max() for n, t in ours.items() if t.is_floating_point()
+    ]
+    return float(max(gaps))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+# 16 rows a step into a queue that wraps unevenly, evenly, or is overrun by one batch
+@pytest.mark.parametrize(("ranks", "queue"), [(1, 40), (1, 48), (1, 12), (2, 40)])
+def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, queue):
+    recipe = Recipe.model_validate(worker.DEFAULTS | {"queue": queue})
+    ours = run_ranks(ranks, steps=STEPS, recipe={"queue": queue})["log"]
+    start = build_encoder(recipe).to(torch.float64).state_dict()
+    keys = KeyQueue(queue, recipe.dim, recipe.seed, torch.float64).keys
+    theirs = naive.NaiveMoCo(recipe, start, keys)
+    for step, row in enumerate(ours):
+        loss = theirs.step(*worker.images(recipe.batch, step), step)
+        assert torch.allclose(row["loss"], loss, rtol=0, atol=1e-9), step
+        gradients = {n: p.grad for n, p in theirs.f_q.named_parameters()}
+        assert largest_difference(row["gradients"], gradients) < 1e-9, step
+        assert torch.allclose(row["queue"], torch.stack(theirs.queue), rtol=0, atol=1e-9), step
+        assert row["pointer"] == theirs.pointer
+    theirs.momentum_update()  # ours moves the key encoder at the end of a step
+    keys_of = {n: t for n, t in row["key"].items() if "running" not in n}
+    assert largest_difference(keys_of, theirs.f_k.state_dict()) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_running_statistics_of_two_ranks_settle_to_those_of_one(run_ranks):
+    one, two = (run_ranks(ranks, steps=3)["state"] for ranks in (1, 2))
+    for encoder in ("encoder_q", "encoder_k"):
+        for name, tensor in one[encoder].items():
+            assert torch.allclose(tensor, two[encoder][name], rtol=0, atol=1e-9), name
+
+
+def test_one_fp32_step_equals_algorithm_1(worker):
+    # Groups of 16: BatchNorm over 4 values, as above, magnifies fp32 rounding tenfold.
+    options = {"precision": "fp32", "batch": 32, "bn_group": 16}
+    recipe = Recipe.model_validate(worker.DEFAULTS | options)
+    moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+    theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
+    set_learning_rate(moco.optimizer, recipe.optimizer.lr)
+    views = worker.images(recipe.batch, 0, size=16)
+    ours = moco.step(*(view.float() for view in views), 0)
+    loss = theirs.step(*views, 0)
+    assert torch.allclose(ours.loss.double(), loss, rtol=0, atol=1e-5)
+    assert largest_difference(moco.encoder_q.state_dict(), theirs.f_q.state_dict()) < 1e-5
+
+
+def test_without_the_shuffle_the_keys_differ(worker, monkeypatch):
+    """The parity above would also hold for two wrong programs that both forget to shuffle."""
+    recipe = Recipe.model_validate(worker.DEFAULTS)
+
+    def keys_of_a_step() -> torch.Tensor:
+        moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+        moco.step(*worker.images(recipe.batch, 0), 0)
+        return moco.queue.keys[: recipe.batch]
+
+    shuffled = keys_of_a_step()
+    monkeypatch.setattr("fastmoco.train.moco.Shuffle.scatter", lambda self, images: images)
+    monkeypatch.setattr("fastmoco.train.moco.Shuffle.gather", lambda self, keys: keys)
+    assert (shuffled - keys_of_a_step()).abs().max() > 1e-3

@@ -1,0 +1,78 @@
+"""One rank of a tiny run on random images: the tests start it once a rank and read what it saves.
+
+python worker.py OUT '{"steps": 20, "recipe": {...}, "nan": [step, rank]}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastmoco.config import Recipe
+from fastmoco.distributed import joined
+from fastmoco.train.moco import MoCo
+from fastmoco.train.optim import set_learning_rate
+
+DEFAULTS = {
+    "name": "tiny",
+    "data": ["none"],
+    "out": "none",
+    "arch": "resnet10",
+    "stem": "small-stride2",
+    "dim": 8,
+    "image_size": 8,
+    "views": [{}, {}],
+    "batch": 16,
+    "bn_group": 4,
+    "queue": 40,
+    "momentum": 0.9,
+    "temperature": 0.2,
+    "optimizer": {"lr": 0.1, "weight_decay": 1e-3},
+    "schedule": {"epochs": 1},
+    "precision": "fp64",
+    "device": "cpu",
+    "max_skipped": 1000,
+}
+
+
+def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two fp64 views of a step's global batch."""
+    generator = torch.Generator().manual_seed(step)
+    base = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(2, *base.shape, generator=generator, dtype=torch.float64)
+    views = (base + 0.3 * noise).unbind(0)
+    return tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
+
+
+def main(out: Path, spec: dict) -> None:
+    recipe = Recipe.model_validate(DEFAULTS | spec.get("recipe", {}))
+    nan_step, nan_rank = spec.get("nan", (-1, -1))
+    with joined("cpu", timeout_s=60) as (ranks, device):
+        moco = MoCo(recipe, ranks, device)
+        set_learning_rate(moco.optimizer, recipe.optimizer.lr)
+        log = []
+        for step in range(spec["steps"]):
+            q, k = (view[ranks.share(recipe.batch)] for view in images(recipe.batch, step))
+            if (step, ranks.rank) == (nan_step, nan_rank):
+                k[0, 0, 0, 0] = torch.nan
+            outcome = moco.step(q, k, step)
+            gradients = {n: p.grad.clone() for n, p in moco.encoder_q.named_parameters()}
+            log.append(
+                {
+                    "loss": ranks.gather(outcome.loss.clone()),
+                    "gradients": gradients,
+                    "ok": outcome.ok.clone(),
+                    "queue": moco.queue.keys.clone(),
+                    "pointer": int(moco.queue.pointer),
+                    "key": {n: t.clone() for n, t in moco.encoder_k.state_dict().items()},
+                    "query": {n: t.clone() for n, t in moco.encoder_q.state_dict().items()},
+                }
+            )
+        moco.settle()
+        if ranks.leads:
+            torch.save({"log": log, "state": moco.state()}, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
