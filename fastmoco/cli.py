@@ -167,6 +167,17 @@ def probe(
     print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+) -> None:
+    """Pack, pretrain and probe patches of photographs that come with the installation."""
+    from fastmoco.demo import demo as run
+
+    run(out, seed)
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal's stderr; yield the callable that moves it to (done, total)."""

@@ -62,6 +62,7 @@ class Heads(nn.Module):
         nn.init.normal_(weight, std=0.01, generator=torch.Generator().manual_seed(0))
         self.weight = nn.Parameter(weight.repeat(len(lrs), 1))
         self.bias = nn.Parameter(torch.zeros(classes * len(lrs)))
+        self.rates = tuple(lrs)  # fp32 would turn 0.01 into 0.009999999776
         self.lrs: torch.Tensor
         self.register_buffer("lrs", torch.tensor(lrs))
 
@@ -122,7 +123,7 @@ def scores(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[S
     best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None, None]
     top1 = 100 * best[:, :, 0].float().mean(dim=0)
     top5 = 100 * best.any(dim=2).float().mean(dim=0)
-    table = zip(heads.lrs.tolist(), top1.tolist(), top5.tolist(), strict=True)
+    table = zip(heads.rates, top1.tolist(), top5.tolist(), strict=True)
     return [Score(*row) for row in table]
 
 

@@ -113,8 +113,8 @@ def _fallback(view: View, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
     """Return the central crop whose aspect ratio lies within bounds."""
     height, width = sizes[:, 0], sizes[:, 1]
     ratio = np.clip(width / height, *view.ratio)
-    w = np.minimum(width, np.rint(height * ratio)).astype(np.int64)
-    h = np.minimum(height, np.rint(width / ratio)).astype(np.int64)
+    w = np.clip(np.rint(height * ratio), 1, width).astype(np.int64)
+    h = np.clip(np.rint(width / ratio), 1, height).astype(np.int64)
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
 
 

@@ -3,17 +3,24 @@
 The oracle of the tests, and the executor where DALI does not exist (macOS, Windows).
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.load.augment import ViewNumbers
 from fastmoco.load.work import Look, Rendered, Settings, Source, Undecodable
+
+_FORMATS = ("JPEG", "PNG", "WEBP")  # what a set may hold
+
+
+class _Damaged(Exception):
+    """An image cannot be decoded."""
 
 
 def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
@@ -28,22 +35,28 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
             return
         try:
             images = [_decode(encoded) for encoded in work.encoded]
-        except RuntimeError as error:
+        except _Damaged as error:
             raise Undecodable(work) from error
         views = (_view(images, numbers, look) for numbers in work.numbers)
         yield Rendered(work, tuple(view.to(settings.device) for view in views))
 
 
 def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
-    image: torch.Tensor = decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB)
-    return image
+    # By PIL, as the packer does: torchvision is giving up its own decoders.
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except MemoryError:  # says something about this machine, not about the image
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise _Damaged from error
 
 
 def decodes(encoded: npt.NDArray[np.uint8]) -> bool:
     """Return whether an encoded image can be decoded."""
     try:
         _decode(encoded)
-    except RuntimeError:
+    except _Damaged:
         return False
     return True
 

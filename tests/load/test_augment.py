@@ -78,7 +78,7 @@ def test_crops_are_distributed_as_torchvisions(
         assert stats.ks_2samp(a, b).pvalue > 0.005
 
 
-@given(st.integers(1, 300), st.integers(2, 20), st.booleans())
+@given(st.integers(2, 300), st.integers(3, 20), st.booleans())
 def test_the_fallback_of_extreme_shapes_is_torchvisions(short: int, times: int, tall: bool) -> None:
     size = (short * times, short) if tall else (short, short * times)
     scale = (0.9, 1.0)  # no crop of this area and a ratio of 3/4 to 4/3 fits in
@@ -135,14 +135,16 @@ def test_colour_factors_are_uniform_within_their_bounds() -> None:
 
 
 def test_no_two_numbers_of_a_view_are_tied() -> None:
-    numbers = drawn(FULL.model_copy(update={"jitter_p": 1.0}))
+    # These crops fit at the first try, which ties nothing.
+    free = FULL.model_copy(update={"jitter_p": 1.0, "scale": (0.2, 0.5)})
+    numbers = drawn(free, (900, 900))
     top, left, height, width = numbers.crop.T
-    room = top / np.maximum(90 - height, 1), left / np.maximum(120 - width, 1)
+    room = top / (900 - height), left / (900 - width)
     columns = [height * width, width / height, *room]
     columns += [getattr(numbers, f) for f in ("brightness", "contrast", "saturation", "hue")]
     columns += [getattr(numbers, f) for f in ("grayscale", "blur", "sigma", "flip")]
     ties = np.corrcoef(np.array(columns, dtype=float)) - np.eye(len(columns))
-    assert np.abs(ties).max() < 4.5 / np.sqrt(MANY)
+    assert np.abs(ties).max() < 4 / np.sqrt(MANY)
 
 
 def test_the_two_views_of_an_image_are_unrelated() -> None:
@@ -178,9 +180,9 @@ def test_probabilities_0_and_1_mean_never_and_always(p: float) -> None:
 def test_the_numbers_are_frozen() -> None:
     """Changed numbers would break the exact resume of every run that is under way."""
     numbers = draw(FULL, uniforms(7, 123_456_789, 2, 2)[1], table((90, 120), (31, 17)))
-    assert numbers.crop.tolist() == FROZEN
-    assert numbers.brightness.tolist() == FROZEN
-    assert numbers.sigma.tolist() == FROZEN
+    assert numbers.crop.tolist() == [[25, 10, 65, 72], [13, 0, 14, 16]]
+    assert numbers.brightness.tolist() == [1.1174393892288208, 1.172179937362671]
+    assert numbers.sigma.tolist() == [0.7616976499557495, 1.5894591808319092]
 
 
 @given(
@@ -205,10 +207,3 @@ def test_central_changes_nothing_else() -> None:
     assert numbers.crop.tolist() == [[0, 10, 40, 40]]
     assert not any(getattr(numbers, f)[0] for f in ("flip", "jitter", "grayscale", "blur", "hue"))
     assert numbers.brightness[0] == numbers.contrast[0] == numbers.saturation[0] == 1
-
-
-def test_a_row_is_that_images_numbers() -> None:
-    numbers = drawn(FULL, n=5)
-    row = numbers.row(3)
-    assert row.crop.tolist() == [numbers.crop[3].tolist()]
-    assert row.sigma.tolist() == [numbers.sigma[3]] and row.flip.tolist() == [numbers.flip[3]]

@@ -1,0 +1,74 @@
+"""A small run folder, made by hand, and a test set to go with `small_set`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmoco.config import Recipe, validate
+from fastmoco.models.resnet import Encoder
+from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.run import RunFolder
+from fastmoco.shardset import ShardSet
+
+STEP = 12
+
+
+@pytest.fixture(scope="session")
+def unseen_set(
+    make_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> ShardSet:
+    """Another set of `small_set`'s three classes, 5 PNGs each."""
+    root = tmp_path_factory.mktemp("test")
+    source = make_images(root / "source", ("ape", "bee", "cow"), 5, (36, 40), "png")
+    pack(source, root / "set", PackOptions(seed=5))
+    return ShardSet(root / "set")
+
+
+def recipe_of(root: Path, **changes: Any) -> Recipe:
+    values = {
+        "name": "tiny",
+        "data": ["/nowhere"],
+        "out": str(root),
+        "arch": "resnet10",
+        "stem": "small-stride2",
+        "dim": 8,
+        "image_size": 16,
+        "views": [{}, {}],
+        "batch": 8,
+        "bn_group": 4,
+        "optimizer": {"lr": 0.1},
+        "schedule": {"epochs": 1},
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+    }
+    return validate(values | changes, "test")
+
+
+@pytest.fixture(scope="session")
+def trained() -> Encoder:
+    """An encoder whose statistics have moved: evaluation and training mode differ."""
+    torch.manual_seed(0)
+    encoder = Encoder("resnet10", "small-stride2", "linear", 8)
+    with torch.no_grad():
+        for _ in range(3):
+            encoder(2 + torch.randn(8, 3, 16, 16))
+    return encoder.eval()
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, trained: Encoder) -> Callable[..., RunFolder]:
+    """`make_run(weights=None, **recipe)`: a run folder with one checkpoint, of `trained`."""
+
+    def make(weights: dict[str, torch.Tensor] | None = None, **changes: Any) -> RunFolder:
+        run = RunFolder(tmp_path / "run")
+        run.root.mkdir()
+        run.describe(recipe_of(run.root, **changes), {})
+        run.checkpoints.mkdir()
+        run.save({"encoder_q": weights or trained.state_dict()}, STEP, {}, keep=2)
+        return run
+
+    return make

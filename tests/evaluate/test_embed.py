@@ -1,0 +1,99 @@
+"""Features: against a loop over the source images with PIL, torchvision and nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from fastmoco.distributed import Ranks
+from fastmoco.evaluate import embed as station
+from fastmoco.evaluate.embed import Sight, embed
+from fastmoco.load.work import Settings
+from fastmoco.models.resnet import Encoder
+from fastmoco.shardset import Collection, ShardSet
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+EXECUTORS = pytest.mark.parametrize("executor", ["dali", "torchvision"])
+
+
+def sight(size: int = 16, precision: str = "fp32", executor: str = "dali") -> Sight:
+    return Sight(size, MEAN, STD, precision, Settings(executor, threads=1))
+
+
+def original(data: ShardSet, row: int) -> Path:
+    return data.root.parent / "source" / data.name_of(row)
+
+
+def shown(path: Path, resized: int, size: int) -> torch.Tensor:
+    """Return an image as torchvision's usual evaluation transforms show it."""
+    image = F.center_crop(F.resize(Image.open(path), resized), [size, size])
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (levels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@EXECUTORS
+@pytest.mark.parametrize("feature", ["head", "backbone"])
+def test_features_are_those_of_a_plain_loop(
+    trained: Encoder, small_set: ShardSet, unseen_set: ShardSet, feature: str, executor: str
+) -> None:
+    network = trained if feature == "head" else trained.backbone
+    paths = [original(one, row) for one in (small_set, unseen_set) for row in range(len(one))]
+    with torch.no_grad():
+        expected = torch.cat([network(shown(path, 16, 16)[None]) for path in paths])
+    found = embed(trained, Collection([small_set, unseen_set]), feature, sight(executor=executor))
+    assert found.shape == (39, 8 if feature == "head" else 512)
+    # Decoding and resizing differ by a level here and there; images differ by far more.
+    distances = torch.cdist(found, expected)
+    assert torch.equal(distances.argmin(dim=1), torch.arange(39))
+    assert distances.diagonal().max() < 0.1 * distances.median()
+
+
+def test_batches_do_not_matter(
+    trained: Encoder, small_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Collection([small_set])
+    whole = embed(trained, data, "head", sight())
+    monkeypatch.setattr(station, "_BATCH", 7)
+    torch.testing.assert_close(embed(trained, data, "head", sight()), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 5, 7, 24])
+def test_ranks_embed_their_shares_in_order(
+    trained: Encoder, small_set: ShardSet, unseen_set: ShardSet, size: int
+) -> None:
+    """Ranks in turn, their gather replaced by what it is given: 39 samples divide unevenly."""
+    data = Collection([small_set, unseen_set])
+    sent: list[torch.Tensor] = []
+
+    class Alone(Ranks):
+        def gather(self, rows: torch.Tensor) -> torch.Tensor:
+            sent.append(rows)
+            return rows
+
+    for rank in range(size):
+        embed(trained, data, "head", sight(), Alone(rank, size))
+    assert len({rows.shape for rows in sent}) == 1  # what all_gather needs
+    whole = embed(trained, data, "head", sight())
+    torch.testing.assert_close(torch.cat(sent)[:39], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_large_images_are_cut_as_on_imagenet() -> None:
+    assert sight(224).share == 224 / 256 and sight(96).share == 1
+
+
+def test_bf16_and_fp64_give_fp32_features_that_are_near(
+    trained: Encoder, small_set: ShardSet
+) -> None:
+    data = Collection([small_set])
+    exact = embed(trained, data, "backbone", sight())
+    half = embed(trained, data, "backbone", sight(precision="bf16"))
+    assert half.dtype == torch.float32
+    assert 1e-4 < (half - exact).norm() / exact.norm() < 0.03
+    double = Encoder("resnet10", "small-stride2", "linear", 8).double().eval()
+    double.load_state_dict(trained.state_dict())
+    found = embed(double, data, "backbone", sight(precision="fp64"))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)

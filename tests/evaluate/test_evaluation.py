@@ -1,0 +1,155 @@
+"""From a run folder to numbers that are written down with how they came about."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastmoco.errors import DataError, UsageError
+from fastmoco.evaluate.evaluation import Evaluation
+from fastmoco.evaluate.probe import Protocol
+from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.run import RunFolder
+from fastmoco.shardset import Collection, ShardSet
+
+Make = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def evaluation(make_run: Make, small_set: ShardSet, unseen_set: ShardSet) -> Evaluation:
+    return Evaluation.open(make_run().root, small_set.root, unseen_set.root)
+
+
+def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    lines = (evaluation.run.root / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_knn_is_scikit_learns_on_the_same_features(
+    evaluation: Evaluation, small_set: ShardSet, unseen_set: ShardSet
+) -> None:
+    result = evaluation.knn("backbone", k=4, t=0.1)
+    (bank, labels), (queries, wanted) = (
+        evaluation.features(one, "backbone") for one in (small_set, unseen_set)
+    )
+    model = KNeighborsClassifier(4, metric="cosine", weights=lambda d: np.exp(-d / 0.1))
+    accuracy = model.fit(bank.double(), labels).score(queries.double(), wanted)
+    assert result["top1"] == pytest.approx(100 * accuracy, abs=1e-3)
+
+
+def test_a_result_is_recorded_with_its_protocol_and_its_sets(
+    evaluation: Evaluation, small_set: ShardSet, unseen_set: ShardSet
+) -> None:
+    first = evaluation.knn("head", k=3, t=0.2)
+    second = evaluation.knn("head", k=5, t=0.2)
+    assert rows(evaluation) == [first, second]
+    assert first["kind"] == "knn" and first["protocol"] == {"feature": "head", "k": 3, "t": 0.2}
+    assert (first["run"], first["step"]) == ("tiny", 12)
+    for name, one in (("train", small_set), ("test", unseen_set)):
+        assert first["sets"][name] == {
+            "path": str(one.root),
+            "set_id": one.manifest.set_id,
+            "samples": len(one),
+        }
+
+
+@pytest.mark.parametrize("features", ["cached", "augmented"])
+def test_a_probe_runs_leaves_the_encoder_alone_and_is_recorded(
+    evaluation: Evaluation, features: str
+) -> None:
+    before = {k: v.clone() for k, v in evaluation.encoder.state_dict().items()}
+    told: list[int] = []
+    protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features=features)
+    result = evaluation.probe(protocol, told.append)
+    assert rows(evaluation) == [json.loads(json.dumps(result))]
+    assert result["kind"] == "probe" and result["protocol"]["features"] == features
+    assert result["protocol"]["epochs"] == 5 and result["protocol"]["lrs"] == [0.01, 0.1]
+    assert [row["lr"] for row in result["learning_rates"]] == [0.01, 0.1]
+    assert 0 <= result["best"]["top1"] <= result["best"]["top5"] == 100  # of 3 classes
+    assert told == [1, 2, 3, 4, 5]
+    after = evaluation.encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_probe_learns_its_own_training_set(make_run: Make, small_set: ShardSet) -> None:
+    """Labels that did not belong to their images, or a head that did not learn, would show."""
+    same = Evaluation.open(make_run().root, small_set.root, small_set.root)
+    for features in ("cached", "augmented"):
+        protocol = Protocol(epochs=30, lrs=(0.1,), batch=12, features=features)
+        assert same.probe(protocol, lambda done: None)["best"]["top1"] > 75
+
+
+def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
+    protocol = Protocol(epochs=2, lrs=(0.05,), batch=10, features="augmented")
+    first, second = (evaluation.probe(protocol, lambda done: None) for _ in range(2))
+    assert first == second
+
+
+def test_the_augmented_probe_sees_new_crops_each_epoch(
+    evaluation: Evaluation, small_set: ShardSet
+) -> None:
+    protocol = Protocol(epochs=2, batch=24)
+    epochs = [list(batches) for batches in evaluation._augmented_epochs(protocol)]
+    assert [len(batches) for batches in epochs] == [1, 1]
+    central = evaluation.features(small_set, "backbone")
+    firsts = []
+    for ((features, labels),) in epochs:
+        assert sorted(labels.tolist()) == sorted(central[1].tolist())
+        firsts.append(features.norm(dim=1).sort().values)
+    assert not torch.allclose(*firsts, rtol=1e-3)
+
+
+def test_the_sets_of_the_monitor_are_the_default(
+    make_run: Make, small_set: ShardSet, unseen_set: ShardSet
+) -> None:
+    monitor = {"bank": str(small_set.root), "queries": str(unseen_set.root)}
+    run = make_run(monitor=monitor)
+    opened = Evaluation.open(run.root)
+    assert (opened.train.root, opened.test.root) == (small_set.root, unseen_set.root)
+    swapped = Evaluation.open(run.root, train=unseen_set.root)
+    assert (swapped.train.root, swapped.test.root) == (unseen_set.root, unseen_set.root)
+    assert opened.classes == 3 and not opened.encoder.training
+
+
+def test_no_monitor_and_no_sets_is_refused_in_words(make_run: Make, small_set: ShardSet) -> None:
+    run = make_run()
+    for train, test in ((None, None), (small_set.root, None), (None, small_set.root)):
+        with pytest.raises(UsageError, match=r"no monitor: name labelled sets by --train and"):
+            Evaluation.open(run.root, train, test)
+
+
+def test_no_run_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a run folder \(no config.yaml\)"):
+        Evaluation.open(tmp_path)
+
+
+def test_class_lists_that_differ_are_refused(
+    make_run: Make, small_set: ShardSet, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_images(tmp_path / "source", ("ape", "bee", "dog"), 2)
+    pack(source, tmp_path / "other", PackOptions())
+    with pytest.raises(DataError, match=r"differ in their classes \(cow, dog\): .*--like"):
+        Evaluation.open(make_run().root, small_set.root, tmp_path / "other")
+
+
+def test_a_set_without_classes_is_refused(
+    make_run: Make, small_set: ShardSet, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    pack(make_images(tmp_path / "source", (), 3), tmp_path / "flat", PackOptions())
+    with pytest.raises(DataError, match=r"has 0 classes; an accuracy needs two"):
+        Evaluation.open(make_run().root, small_set.root, tmp_path / "flat")
+
+
+def test_features_are_in_id_order_beside_their_labels(
+    evaluation: Evaluation, small_set: ShardSet
+) -> None:
+    features, labels = evaluation.features(small_set, "head")
+    classes = small_set.manifest.classes
+    names = [small_set.name_of(i) for i in range(24)]
+    assert [classes[label] for label in labels.tolist()] == [name.split("/")[0] for name in names]
+    assert features.shape == (len(Collection([small_set])), 8)

@@ -1,0 +1,101 @@
+"""The DALI graph: one for both devices, checked without a GPU; its pixels checked with one."""
+
+from collections.abc import Callable
+
+import numpy as np
+import nvidia.dali.backend as backend
+import pytest
+import torch
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+
+from fastmoco.config import View
+from fastmoco.load import dali
+from fastmoco.load.augment import draw, uniforms
+from fastmoco.load.work import Look, Settings, Stages, Work
+
+REGISTERED = {
+    "cpu": set(backend.RegisteredCPUOps()),
+    "gpu": set(backend.RegisteredGPUOps()),
+    "mixed": set(backend.RegisteredMixedOps()),
+}
+LOOKS = {
+    "two full views": (Stages(True, True), Stages(True, True)),
+    "colour": (Stages(colour=True), Stages(colour=True)),
+    "blur": (Stages(blur=True),),
+    "evaluation": (Stages(),),
+}
+
+
+def built(device: str, stages: tuple[Stages, ...]) -> Pipeline:
+    look = Look(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), stages)
+    return dali.build(
+        lambda info: [], look, batch=4, threads=1, prefetch=2, device=device, device_id=None
+    )
+
+
+def operators(pipeline: Pipeline) -> list[tuple[str, str]]:
+    """Return the (name, device) of each operator; from what DALI does not publish."""
+    pipeline._build_graph()
+    kinds = [op._op for op in pipeline._ops]
+    return [(getattr(op, "schema_name", type(op).__name__), op.device) for op in kinds]
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_both_devices_run_the_same_operators(name: str) -> None:
+    on_cpu, on_gpu = (operators(built(device, LOOKS[name])) for device in ("cpu", "gpu"))
+    assert [op for op, _ in on_cpu] == [op for op, _ in on_gpu]
+    assert {device for _, device in on_cpu} == {"cpu"}
+    assert {"gpu", "mixed"} <= {device for _, device in on_gpu}
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_operator_exists_for_its_device(device: str) -> None:
+    found = operators(built(device, LOOKS["two full views"]))
+    assert len(found) > 10
+    assert [op for op in found if op[0] not in REGISTERED[op[1]]] == []
+
+
+@pytest.mark.parametrize("name", LOOKS)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_graph_serialises_without_a_gpu(device: str, name: str) -> None:
+    assert len(built(device, LOOKS[name]).serialize()) > 1000
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_an_image_is_decoded_once_for_all_views(device: str) -> None:
+    names = [name for name, _ in operators(built(device, LOOKS["two full views"]))]
+    assert len([name for name in names if "ecoder" in name]) == 1
+    assert len([name for name in names if name == "Resize"]) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_no_operator_draws_numbers_of_its_own(device: str) -> None:
+    names = [name for name, _ in operators(built(device, LOOKS["two full views"]))]
+    assert not [name for name in names if "andom" in name or "Flip" in name or "Uniform" in name]
+
+
+def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
+    plain = {name for name, _ in operators(built("cpu", LOOKS["evaluation"]))}
+    full = {name for name, _ in operators(built("cpu", LOOKS["two full views"]))}
+    assert not {"ColorTwist", "GaussianBlur"} & plain
+    assert {"ColorTwist", "GaussianBlur"} <= full
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_draws_what_the_cpu_draws(
+    make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray]
+) -> None:
+    images = [make_picture(i, (64, 48)) for i in range(8)]
+    view = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
+    numbers = draw(view, uniforms(0, 0, 8, 1)[0], np.tile([[48, 64]], (8, 1)))
+    work = Work(np.arange(8), [encode(image, "jpeg") for image in images], [numbers])
+    look = Look(32, (0.5, 0.5, 0.5), (1 / 255,) * 3, (Stages(True, True),))
+    cpu, gpu = (
+        next(dali.render(lambda i: None if i else work, look, 8, Settings(device=device))).views[0]
+        for device in (torch.device("cpu"), torch.device("cuda", 0))
+    )
+    assert gpu.is_cuda and gpu.dtype == torch.float16
+    assert gpu.is_contiguous(memory_format=torch.channels_last)
+    assert (gpu.float().cpu() - cpu).abs().mean() < 2  # levels

@@ -1,0 +1,238 @@
+"""Batches: a function of seed and step alone, every sample once for evaluation, damage by name."""
+
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco import load
+from fastmoco.config import View
+from fastmoco.errors import DataError, UsageError
+from fastmoco.load.loader import Batch, Loader, evaluation_batches
+from fastmoco.load.plan import Plan
+from fastmoco.load.reader import Reader
+from fastmoco.load.work import Settings
+from fastmoco.shardset import Collection, ShardSet
+
+STEPS = 7  # of 4 an epoch
+VIEWS = (View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5), View(flip=0.5))
+EXECUTORS = pytest.mark.parametrize("executor", ["dali", "torchvision"])
+LOOK = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+
+
+@pytest.fixture(scope="session")
+def both(small_set: ShardSet, second_set: ShardSet) -> Collection:
+    """Ids 0..23 are `small_set`'s, 24..33 are `second_set`'s."""
+    return Collection([small_set, second_set])
+
+
+@pytest.fixture
+def copied(small_set: ShardSet, tmp_path: Path) -> ShardSet:
+    """A copy of `small_set` that a test may damage."""
+    return ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "copy")))
+
+
+def stream(
+    data: Collection,
+    settings: Settings = Settings(threads=1, prefetch=1),
+    start: int = 0,
+    stop: int = STEPS,
+    rank: int = 0,
+    ranks: int = 1,
+    seed: int = 3,
+) -> list[Batch]:
+    loader = Loader(
+        data, Plan(len(data), 8, seed), VIEWS, **LOOK, settings=settings, rank=rank, ranks=ranks
+    )
+    return list(islice(loader.batches(start), stop - start))
+
+
+def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
+    assert [batch.step for batch in found] == [batch.step for batch in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.ids, b.ids)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+def joined(shares: tuple[Batch, ...]) -> Batch:
+    views = (torch.cat(parts) for parts in zip(*(share.views for share in shares), strict=True))
+    return Batch(np.concatenate([share.ids for share in shares]), tuple(views), shares[0].step)
+
+
+@pytest.fixture(scope="module", params=["dali", "torchvision"])
+def expected(request: pytest.FixtureRequest, both: Collection) -> tuple[str, list[Batch]]:
+    """The executor and its batches on one thread and one rank, from the start."""
+    return request.param, stream(both, Settings(request.param, threads=1, prefetch=1))
+
+
+def test_steps_ids_and_views_vary(expected: tuple[str, list[Batch]]) -> None:
+    batches = expected[1]
+    assert [batch.step for batch in batches] == list(range(STEPS))
+    assert {batch.views[0].shape for batch in batches} == {(8, 3, 16, 16)}
+    assert len(np.unique(np.concatenate([batch.ids for batch in batches[:4]]))) == 32
+    assert max(batch.ids.max() for batch in batches) >= 24  # both sets take part
+    assert not torch.equal(batches[0].views[0], batches[0].views[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("prefetch", [1, 2, 3, 4])
+def test_threads_and_prefetch_change_no_bit(
+    both: Collection, expected: tuple[str, list[Batch]], threads: int, prefetch: int
+) -> None:
+    executor, batches = expected
+    assert_equal(stream(both, Settings(executor, threads=threads, prefetch=prefetch)), batches)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_draw_what_one_rank_draws(
+    both: Collection, expected: tuple[str, list[Batch]], ranks: int
+) -> None:
+    executor, batches = expected
+    settings = Settings(executor, threads=1)
+    shares = [stream(both, settings, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert_equal([joined(parts) for parts in zip(*shares, strict=True)], batches)
+
+
+@pytest.mark.parametrize("start", range(1, STEPS))
+def test_a_restart_at_any_step_goes_on_as_if_never_stopped(
+    both: Collection, expected: tuple[str, list[Batch]], start: int
+) -> None:
+    executor, batches = expected
+    assert_equal(stream(both, Settings(executor, threads=2), start=start), batches[start:])
+
+
+def test_another_seed_gives_other_ids_and_views(
+    both: Collection, expected: tuple[str, list[Batch]]
+) -> None:
+    other = stream(both, Settings(expected[0], threads=1), stop=1, seed=4)[0]
+    assert not np.array_equal(other.ids, expected[1][0].ids)
+
+
+def test_an_image_is_drawn_anew_each_epoch(expected: tuple[str, list[Batch]]) -> None:
+    seen: dict[int, torch.Tensor] = {}
+    again = 0
+    for batch in expected[1]:
+        for sample, view in zip(batch.ids.tolist(), batch.views[0], strict=True):
+            again += sample in seen
+            assert sample not in seen or not torch.equal(seen[sample], view)
+            seen[sample] = view
+    assert again > 5
+
+
+def test_executors_yield_the_same_batches_up_to_colour(both: Collection) -> None:
+    one, two = (
+        stream(both, Settings(executor, threads=1), stop=3) for executor in ("dali", "torchvision")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a.ids, b.ids)
+        levels = [51 * (x - y).abs().mean() for x, y in zip(a.views, b.views, strict=True)]
+        assert levels[0] < 12 and levels[1] < 1  # hue differs between them, see test_views
+
+
+def test_several_sets_are_read_as_one(
+    both: Collection, small_set: ShardSet, second_set: ShardSet
+) -> None:
+    ids = np.array([24, 0, 33, 23, 5])
+    found = Reader(both).fetch(ids)
+    owners = [(second_set, 0), (small_set, 0), (second_set, 9), (small_set, 23), (small_set, 5)]
+    for content, (owner, row) in zip(found, owners, strict=True):
+        original = owner.root.parent / "source" / owner.name_of(row)
+        assert content.tobytes() == original.read_bytes()
+
+
+def evaluated(data: Collection, ids: slice, batch: int, executor: str = "dali", **look: float):
+    look = LOOK | {"share": 1.0} | look
+    settings = Settings(executor, threads=2)
+    return list(evaluation_batches(data, ids=ids, batch=batch, settings=settings, **look))
+
+
+@EXECUTORS
+@pytest.mark.parametrize("ids", [slice(0, 34), slice(5, 23), slice(33, 34), slice(20, 20)])
+@pytest.mark.parametrize("batch", [1, 7, 17, 40])
+def test_evaluation_shows_every_sample_once_in_order(
+    both: Collection, executor: str, ids: slice, batch: int
+) -> None:
+    if batch == 1 and ids.stop == 34 and ids.start == 0:
+        ids = slice(0, 6)
+    batches = evaluated(both, ids, batch, executor)
+    shown = [int(i) for one in batches for i in one.ids]
+    assert shown == list(range(ids.start, ids.stop))
+    assert all(one.views[0].shape == (len(one.ids), 3, 16, 16) for one in batches)
+
+
+@EXECUTORS
+@pytest.mark.parametrize(("share", "size"), [(1.0, 24), (0.875, 21)])
+def test_evaluation_shows_the_centre_of_the_image(
+    both: Collection, second_set: ShardSet, executor: str, share: float, size: int
+) -> None:
+    """The second set's PNGs are 24 wide, 36 high: no pixel of the centre needs resampling."""
+    (batch,) = evaluated(both, slice(24, 34), 10, executor, share=share, size=size)
+    margin = (24 - size) // 2
+    for row, view in enumerate(batch.views[0]):
+        original = Image.open(second_set.root.parent / "source" / second_set.name_of(row))
+        pixels = np.asarray(original)[(36 - size) // 2 :, margin:][:size, :size]
+        expected = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - 0.5) / 0.2
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
+
+
+def damage(damaged: ShardSet, row: int, kept: float) -> None:
+    """Zero an image's bytes behind the share that is kept."""
+    entry = damaged.samples[row]
+    shard = damaged.root / damaged.manifest.shards[int(entry["shard"])].name
+    content = bytearray(shard.read_bytes())
+    start, size = int(entry["offset"]), int(entry["size"])
+    first = start + int(size * kept)
+    content[first : start + size] = bytes(start + size - first)
+    shard.write_bytes(content)
+
+
+def test_a_damaged_image_is_named_by_torchvision(copied: ShardSet) -> None:
+    data, settings = Collection([copied]), Settings("torchvision")
+    bad = int(stream(data, settings, stop=3)[2].ids[5])
+    damage(copied, bad, kept=0)
+    drawn = Loader(data, Plan(len(data), 8, 3), VIEWS, **LOOK, settings=settings).batches()
+    assert [next(drawn).step, next(drawn).step] == [0, 1]
+    name = copied.name_of(bad)
+    with pytest.raises(
+        DataError, match=rf"1 image\(s\).*sample {bad} \({name}\) in .*shard-000000\.tar\. .*anew"
+    ):
+        next(drawn)
+
+
+def test_a_missing_shard_is_named(copied: ShardSet) -> None:
+    (copied.root / "shard-000000.tar").unlink()
+    with pytest.raises(
+        DataError, match=r"sample 4 \(\w+/\d+.jpg\) in .*shard-000000.tar: the shard"
+    ):
+        Reader(Collection([copied])).fetch(np.array([4]))
+
+
+@EXECUTORS
+def test_a_shard_cut_short_under_a_running_loader_is_named(copied: ShardSet, executor: str) -> None:
+    data = Collection([copied])
+    batches = Loader(
+        data, Plan(24, 8, 3), VIEWS, **LOOK, settings=Settings(executor, prefetch=1)
+    ).batches()
+    next(batches)
+    shard = copied.root / "shard-000000.tar"
+    with shard.open("r+b") as stream_of_bytes:
+        stream_of_bytes.truncate(1000)
+    with pytest.raises(DataError, match=r"Cannot read sample \d+ \(\w+/\d+.jpg\) in .*000000.tar"):
+        for _ in range(6):
+            next(batches)
+
+
+def test_without_dali_the_remedy_is_named(
+    both: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "fastmoco.load.dali", raising=False)
+    monkeypatch.delattr(load, "dali", raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UsageError, match=r"pip install nvidia-dali-cuda130.*executor=torchvision"):
+        stream(both)
+    assert len(stream(both, Settings("torchvision"), stop=1)) == 1
