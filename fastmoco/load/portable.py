@@ -44,7 +44,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
 def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
     # By PIL, as the packer does: torchvision is giving up its own decoders.
     try:
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(encoded.tobytes()), formats=_FORMATS) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except MemoryError:  # says something about this machine, not about the image
         raise

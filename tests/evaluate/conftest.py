@@ -20,9 +20,9 @@ STEP = 12
 def unseen_set(
     make_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> ShardSet:
-    """Another set of `small_set`'s three classes, 5 PNGs each."""
+    """Another set of `small_set`'s three classes, 5 PNGs of 32 x 48 each."""
     root = tmp_path_factory.mktemp("test")
-    source = make_images(root / "source", ("ape", "bee", "cow"), 5, (36, 40), "png")
+    source = make_images(root / "source", ("ape", "bee", "cow"), 5, (32, 48), "png")
     pack(source, root / "set", PackOptions(seed=5))
     return ShardSet(root / "set")
 

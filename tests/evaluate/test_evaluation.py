@@ -65,8 +65,8 @@ def test_a_probe_runs_leaves_the_encoder_alone_and_is_recorded(
     before = {k: v.clone() for k, v in evaluation.encoder.state_dict().items()}
     told: list[int] = []
     protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features=features)
-    result = evaluation.probe(protocol, told.append)
-    assert rows(evaluation) == [json.loads(json.dumps(result))]
+    result = json.loads(json.dumps(evaluation.probe(protocol, told.append)))
+    assert rows(evaluation) == [result]
     assert result["kind"] == "probe" and result["protocol"]["features"] == features
     assert result["protocol"]["epochs"] == 5 and result["protocol"]["lrs"] == [0.01, 0.1]
     assert [row["lr"] for row in result["learning_rates"]] == [0.01, 0.1]
