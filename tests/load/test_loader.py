@@ -125,6 +125,15 @@ def test_an_image_is_drawn_anew_each_epoch(expected: tuple[str, list[Batch]]) ->
     assert again > 5
 
 
+def test_no_two_epochs_share_their_numbers(both: Collection) -> None:
+    loader = Loader(both, Plan(34, 8, 3), VIEWS, **LOOK, settings=Settings())
+    ids, first = np.arange(8), np.arange(8)
+    for view, later in zip(
+        loader.numbers(first, ids), loader.numbers(first + 34, ids), strict=True
+    ):
+        assert (view.crop != later.crop).any(axis=1).all()
+
+
 def test_executors_yield_the_same_batches_up_to_colour(both: Collection) -> None:
     one, two = (
         stream(both, Settings(executor, threads=1), stop=3) for executor in ("dali", "torchvision")
