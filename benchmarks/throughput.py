@@ -1,4 +1,4 @@
-"""Images per second of the loader alone, of the step alone (synthetic images), and of both.
+"""Images per second of the loader alone, of the step alone (on one batch), and of both.
 
     python benchmarks/throughput.py [RECIPE] [key=value ...]
 
