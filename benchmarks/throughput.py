@@ -11,16 +11,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from fastmoco.config import Recipe, load_recipe
 from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import FastmocoError
-from fastmoco.evaluate.embed import sight_of
-from fastmoco.load.loader import Batch, Loader
-from fastmoco.load.plan import Plan
+from fastmoco.load.loader import Loader
 from fastmoco.load.work import settings_of
 from fastmoco.pretrain import resolve, versions
 from fastmoco.shardset import Collection
@@ -47,7 +45,7 @@ def measure(recipe: Recipe) -> dict[str, object]:
     device = device_of(recipe.device, 0)
     data = Collection.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
-    batches = _batches(recipe, data, device)
+    batches = Loader.of(recipe, data, settings_of(recipe, Ranks(), device)).batches()
     moco = MoCo(recipe, Ranks(), device)
     fixed = next(batches)
     numbers = iter(range(10**9))
@@ -68,20 +66,6 @@ def measure(recipe: Recipe) -> dict[str, object]:
         "rounds": speeds,
         **versions(Ranks(), device),
     }
-
-
-def _batches(recipe: Recipe, data: Collection, device: torch.device) -> Iterator[Batch]:
-    sight = sight_of(recipe, settings_of(recipe, Ranks(), device))
-    plan = Plan(len(data), recipe.batch, recipe.seed)
-    return Loader(
-        data,
-        plan,
-        recipe.views,
-        size=sight.size,
-        mean=sight.mean,
-        std=sight.std,
-        settings=sight.settings,
-    ).batches()
 
 
 def _speeds(

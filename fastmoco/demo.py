@@ -39,7 +39,6 @@ from fastmoco.evaluate.probe import Pair, Protocol, best_of, probe_cached
 from fastmoco.figures import draw_curves, draw_views
 from fastmoco.files import new_folder, write_json
 from fastmoco.load.loader import Loader, evaluation_batches
-from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.pack.writer import PackOptions, pack
 from fastmoco.pretrain import pretrain, resolve
@@ -263,15 +262,7 @@ def _draw_views(path: Path, recipe: Recipe) -> None:
     data = Collection.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
     sight = sight_of(recipe, settings_of(recipe, Ranks(), device_of(recipe.device, 0)))
-    loader = Loader(
-        data,
-        Plan(len(data), recipe.batch, recipe.seed),
-        recipe.views,
-        size=sight.size,
-        mean=sight.mean,
-        std=sight.std,
-        settings=sight.settings,
-    )
+    loader = Loader.of(recipe, data, sight.settings)
     encoded = loader.work(0).encoded[:SHOWN]
     originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in encoded]
     rows = {"original": np.stack([_shown(image, sight.size) for image in originals])}

@@ -84,18 +84,7 @@ def _train(
     torch.use_deterministic_algorithms(recipe.deterministic)
     settings = settings_of(recipe, ranks, device)
     sight = sight_of(recipe, settings)
-    plan = Plan(len(data), recipe.batch, recipe.seed)
-    loader = Loader(
-        data,
-        plan,
-        recipe.views,
-        size=recipe.image_size,
-        mean=sight.mean,
-        std=sight.std,
-        settings=settings,
-        rank=ranks.rank,
-        ranks=ranks.size,
-    )
+    loader = Loader.of(recipe, data, settings, ranks)
     marks = fingerprint(recipe, data.set_ids, len(data))
     found = run.latest(marks)
     start = found[1] if found else 0
@@ -103,7 +92,7 @@ def _train(
         run.describe(recipe, versions(ranks, device))
         run.rewind(start)
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
-    last_step = recipe.last_epoch * plan.steps_per_epoch
+    last_step = recipe.last_epoch * loader.plan.steps_per_epoch
     with LiveDisplay(recipe, start, last_step, ranks.leads) as display:
         trainer = loop.Trainer(
             recipe, MoCo(recipe, ranks, device), loader, run, marks, display, monitor

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastmoco.config import View
+from fastmoco.config import Recipe, View
+from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
 from fastmoco.load.plan import Ids, Plan
@@ -64,6 +65,28 @@ class Loader:
         self._look = Look(size, mean, std, tuple(_stages(view) for view in views))
         self._settings, self._rank, self._ranks = settings, rank, ranks
         self._reader = Reader(data)
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, data: Collection, settings: Settings, ranks: Ranks = Ranks()
+    ) -> "Loader":
+        """Return the training stream of a resolved recipe.
+
+        Raises:
+            UsageError: the batch is larger than the data.
+        """
+        assert recipe.mean and recipe.std, "the recipe is not resolved"
+        return cls(
+            data,
+            Plan(len(data), recipe.batch, recipe.seed),
+            recipe.views,
+            size=recipe.image_size,
+            mean=recipe.mean,
+            std=recipe.std,
+            settings=settings,
+            rank=ranks.rank,
+            ranks=ranks.size,
+        )
 
     def numbers(self, positions: Ids, ids: Ids) -> list[ViewNumbers]:
         """Return each view's numbers at consecutive `positions`, which hold `ids`."""
