@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fastmoco.bench.commands import app as bench_app
 from fastmoco.errors import FastmocoError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(bench_app)
 
 
 @app.callback()
@@ -54,17 +56,42 @@ def _end_interrupted() -> None:
 
 @app.command()
 def shard(
-    source: Annotated[Path, typer.Argument(help="A class folder or a flat folder of images.")],
+    source: Annotated[
+        Path, typer.Argument(help="Images: a folder, an archive, ... or a shards/*.yaml.")
+    ],
     out: Annotated[Path, typer.Argument(help="The set's folder; must not exist.")],
+    within: Annotated[
+        Path | None, typer.Option("--source", help="Where the images of a shards/*.yaml lie.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
     unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="Ignore the layout, store no labels.")
+        bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
     like: Annotated[
         Path | None, typer.Option(help="A set whose classes must be the same (train for val).")
     ] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Bound of a shard's size, in MB.")] = 128,
-    min_side: Annotated[int, typer.Option(min=1, help="Smallest height and width, in pixels.")] = 1,
+    splits: Annotated[
+        str | None,
+        typer.Option(help="Divide by class: train=0.9,val=0.1.", metavar="NAME=SHARE,.."),
+    ] = None,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe", help="Leave out images whose bytes came before.")
+    ] = False,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink larger images to this. [default: keep bytes]")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of shrunk JPEGs. [default: 90]")
+    ] = None,
+    shard_mb: Annotated[
+        int | None, typer.Option(min=1, help="Bound of a shard's size, in MB. [default: 128]")
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option(min=1, help="Smallest height and width, in pixels. [default: 1]")
+    ] = None,
+    max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
+    max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
     ] = None,
@@ -73,21 +100,35 @@ def shard(
         typer.Option(min=0, help="Unfit images to put up with. [default: 1 %, at least 10]"),
     ] = None,
 ) -> None:
-    """Check, shuffle and pack a folder of images into a shard set."""
-    from fastmoco.pack.writer import PackOptions, pack
+    """Check, shuffle and pack images into a shard set; after an interruption, go on."""
+    from fastmoco.pack.options import PackOptions, parse_splits
+    from fastmoco.pack.spec import pack_known
+    from fastmoco.pack.writer import pack
 
-    options = PackOptions(
-        seed=seed,
-        unlabelled=unlabelled,
-        like=like,
-        shard_mb=shard_mb,
-        min_side=min_side,
-        workers=workers or len(os.sched_getaffinity(0)),
-        max_rejects=max_rejects,
-    )
-    with _progress(f"packing {source}") as on_progress:
-        manifest = pack(source, out, options, on_progress)
-    _summarise(out, manifest)
+    given: dict[str, Any] = {
+        "format": format,
+        "seed": seed,
+        "unlabelled": unlabelled,
+        "like": like,
+        "splits": parse_splits(splits),
+        "dedupe": dedupe,
+        "short_side": short_side,
+        "quality": quality,
+        "shard_mb": shard_mb,
+        "min_side": min_side,
+        "max_mpixels": max_mpixels,
+        "max_mb": max_mb,
+        "workers": workers or len(os.sched_getaffinity(0)),
+        "max_rejects": max_rejects,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    with _progress(f"packing {within or source}") as on_progress:
+        if source.suffix == ".yaml":
+            manifests = pack_known(source, within, out, given, on_progress)
+        else:
+            manifests = pack(source, out, PackOptions(**given), on_progress)
+    for split, manifest in manifests.items():
+        _summarise(out / split, manifest)
 
 
 @app.command()

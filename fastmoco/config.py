@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,10 +15,13 @@ from fastmoco.errors import UsageError
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
+Model = TypeVar("Model", bound="Strict")
 RECIPES = resources.files("fastmoco") / "recipes"
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A schema for YAML: unknown keys, infinite numbers and booleans for numbers are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -32,7 +35,7 @@ class _Strict(BaseModel):
         return value
 
 
-class View(_Strict):
+class View(Strict):
     """How one view is drawn from an image. Probabilities in 0..1, jitter as torchvision has it.
 
     Attributes:
@@ -52,7 +55,7 @@ class View(_Strict):
     blur_sigma: tuple[Annotated[float, Field(gt=0)], float] = (0.1, 2.0)
 
 
-class Optimizer(_Strict):
+class Optimizer(Strict):
     """The optimizer of the query encoder."""
 
     name: Literal["sgd"] = "sgd"
@@ -61,7 +64,7 @@ class Optimizer(_Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
 
-class Schedule(_Strict):
+class Schedule(Strict):
     """The learning rate over `epochs`, whether or not the run stops before.
 
     Attributes:
@@ -79,7 +82,7 @@ class Schedule(_Strict):
     first_epoch: Literal[0, 1] = 0
 
 
-class Monitor(_Strict):
+class Monitor(Strict):
     """kNN accuracy during training: `queries` classified by their neighbours in `bank`."""
 
     bank: Path
@@ -90,7 +93,7 @@ class Monitor(_Strict):
     every: Count = 1
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One training run.
 
     Attributes:
@@ -222,7 +225,7 @@ def _recipe_text(name_or_path: str) -> str:
             raise UsageError(f"There is no recipe file {path}.")
         return path.read_text()
     if not shipped.is_file():
-        hint = _near(name_or_path, recipe_names())
+        hint = near(name_or_path, recipe_names())
         raise UsageError(
             f"There is no recipe {name_or_path!r}{hint} Shipped: {', '.join(recipe_names())}; "
             "your own needs a path that ends in .yaml."
@@ -265,39 +268,46 @@ def validate(values: Any, origin: str) -> Recipe:
     Raises:
         UsageError: listing each fault with its key and, for an unknown key, the nearest known.
     """
+    return validate_as(Recipe, values, origin)
+
+
+def validate_as(model: type[Model], values: Any, origin: str) -> Model:
+    """Build any schema from parsed YAML; see `validate`."""
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = [_fault(dict(fault)) for fault in error.errors()]
+        lines = [_fault(dict(fault), model) for fault in error.errors()]
         raise UsageError(f"{origin}: " + "; ".join(lines)) from error
 
 
-def _fault(fault: dict[str, Any]) -> str:
+def _fault(fault: dict[str, Any], model: type[Strict]) -> str:
     where = [str(part) for part in fault["loc"]]
     dotted = ".".join(where)
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}{_near(where[-1], _keys_at(where[:-1]))}"
+        return f"unknown key {dotted!r}{near(where[-1], _keys_at(where[:-1], model))}"
     if fault["type"] == "missing":
         return f"the key {dotted!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message
 
 
-def _keys_at(where: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _keys_at(where: Sequence[str], model: type[BaseModel]) -> list[str]:
     for part in where:
-        if part.isdigit():
-            continue
-        inner = [
-            cls
-            for cls in _Strict.__subclasses__()
-            if cls.__name__ in str(model.model_fields[part].annotation)
-        ]
-        model = inner[0]
+        # The number of a list's item and the key of a mapping are no fields: they lead nowhere.
+        field = model.model_fields.get(part)
+        model = (_models_in(field.annotation) if field else [model])[0]
     return list(model.model_fields)
 
 
-def _near(word: str, known: Sequence[str]) -> str:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is None:
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return [annotation] if is_model else []
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """Return the suggestion that ends a sentence about an unknown word."""
     close = difflib.get_close_matches(word, known, n=1)
     return f": did you mean {close[0]!r}?" if close else "."
 

@@ -40,7 +40,8 @@ from fastmoco.figures import draw_curves, draw_views
 from fastmoco.files import new_folder, write_json
 from fastmoco.load.loader import Loader, evaluation_batches
 from fastmoco.load.work import settings_of
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.pretrain import pretrain, resolve
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Collection, ShardSet

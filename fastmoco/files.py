@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from fastmoco.errors import FastmocoError, UsageError
+
 
 def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
@@ -57,3 +61,53 @@ def new_folder(final: Path) -> Iterator[Path]:
         sync(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
+    """Yield a folder that becomes `final` if the block succeeds.
+
+    The folder, `.NAME.partial`, outlives an interruption, and is yielded with what it holds when
+    the next attempt is of the same `begun`; otherwise it starts empty. A `FastmocoError` removes
+    it: the attempt was refused, not interrupted.
+
+    Args:
+        final: must not exist.
+        begun: says what is being made, as a hash of everything that decides the content.
+
+    Raises:
+        UsageError: another process is at it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.partial")
+    mark = partial / ".begun"
+    with _locked(final.with_name(f".{final.name}.lock"), final):
+        if not mark.exists() or mark.read_text() != begun:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_bytes(mark, begun.encode())
+        try:
+            yield partial
+            mark.unlink()
+            for folder, _, files in os.walk(partial):
+                for path in (*files, "."):
+                    sync(Path(folder, path))
+            partial.rename(final)
+            sync(final.parent)
+        except FastmocoError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(path: Path, what: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"Another process is writing {what}: wait for it.") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

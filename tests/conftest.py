@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.shardset import ShardSet
 
 MakeImages = Callable[..., Path]

@@ -13,7 +13,7 @@ PACKAGE = Path(fastmoco.__file__).parent
 # Stations that share a line never import each other.
 ORDER = [
     {"cli"},
-    {"demo"},
+    {"bench", "demo"},
     {"figures"},
     {"pretrain"},
     {"display"},
@@ -42,7 +42,8 @@ def imported_stations(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("fastmoco.")}
+    names = {name for name in names if name.startswith("fastmoco.")}
+    return {name.split(".")[1] for name in names} - {"__version__"}
 
 
 def faults(station: str, source: str) -> set[str]:

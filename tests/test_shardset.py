@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastmoco.errors import DataError
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.shardset import (
     LABEL_DTYPE,
     SAMPLE_DTYPE,

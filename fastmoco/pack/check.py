@@ -1,23 +1,27 @@
 """Deciding what is stored for an image: its own bytes, a clean re-encoding, or a reason why not.
 
-DALI cannot skip a damaged image, so every image is decoded in full here. Bytes are kept where the
-training decoder is sure to read them as PIL does: 8-bit Huffman-coded JPEG, sequential or
-progressive, with 1 or 3 components; 8-bit PNG; still WebP; each without EXIF rotation. All other
-JPEG becomes JPEG of quality 95 without chroma subsampling, all other formats become PNG, upright
-and 8-bit (16-bit grey is rounded, of 16-bit colour PIL gives the high byte).
+DALI cannot skip a damaged image, so every image is decoded here. Bytes are kept where the training
+decoder is sure to read them as PIL does: 8-bit Huffman-coded JPEG, sequential or progressive, with
+1 or 3 components; 8-bit PNG; still WebP; each without EXIF rotation. All other JPEG becomes JPEG of
+quality 95 without chroma subsampling, all other formats and raw pixels become PNG, upright and
+8-bit: 16-bit grey is rounded, of 16-bit colour PIL gives the high byte, alpha is dropped, of an
+animation the first frame stays. With a short side to shrink to, larger images become JPEG.
+
+A large JPEG may be decoded at an eighth of its size: the entropy-coded data is read to its end all
+the same, so the same files are refused (held by a test), at a third of the time.
 """
 
 import io
-import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_BYTES = 128 * 2**20
-MAX_PIXELS = 100_000_000
+from fastmoco.pack.inputs import Input, Pixels, Unreadable
+
 MAX_SIDE = 2**16 - 1  # the sample table holds sides as uint16
 
 # A closed list: PIL's other plugins are attack surface (EPS starts Ghostscript).
@@ -29,6 +33,42 @@ BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SCAN = 0xDA
 LONE_MARKERS = frozenset([0x00, 0x01, *range(0xD0, 0xDA)])  # not followed by a length
+POWERS = np.arange(256, dtype=np.int64)[:, None] ** [1, 2]
+SMALL = 2**16  # pixels up to which a scaled decode saves nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is accepted, and what becomes of it.
+
+    Attributes:
+        min_side: the smallest height and width, in pixels.
+        max_pixels: the largest area.
+        max_bytes: the largest encoded size.
+        short_side: images with a longer short side are shrunk to it; None: none is.
+        quality: of the JPEGs that shrinking gives.
+    """
+
+    min_side: int = 1
+    max_pixels: int = 100_000_000
+    max_bytes: int = 128 * 2**20
+    short_side: int | None = None
+    quality: int = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Sums over the pixels of an image: exact, so that no mean depends on the order of addition.
+
+    Attributes:
+        pixels: their number.
+        sums: of the 0..255 values of R, G and B.
+        squares: of the squared values.
+    """
+
+    pixels: int
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,83 +80,95 @@ class Checked:
         extension: `jpg`, `png` or `webp`.
         height: in pixels.
         width: in pixels.
-        sums: of the 0..255 values of R, G and B over all pixels: exact, so that no mean
-            depends on the order of addition.
-        squares: of the squared values.
         progressive: whether it is a progressive JPEG.
+        statistics: of its pixels, if they were asked for.
     """
 
     content: bytes
     extension: str
     height: int
     width: int
-    sums: tuple[int, ...]
-    squares: tuple[int, ...]
     progressive: bool
+    statistics: Statistics | None
 
 
 class _Unfit(Exception):
     """An image that is refused by rule; the message is the reason."""
 
 
-def check_file(path: Path, min_side: int = 1) -> Checked | str:
-    """Return what to store for an image file, or the reason why it cannot be stored.
+def check_input(source: Input, rules: Rules, measure: bool) -> Checked | str:
+    """Return what to store for an input, or the reason why it cannot be stored.
 
     Args:
-        path: a regular file.
-        min_side: the smallest height and width allowed, in pixels.
+        source: where the image lies.
+        rules: what is accepted.
+        measure: also give the statistics, for which the image is decoded in full size.
     """
     try:
-        if os.stat(path).st_size > MAX_BYTES:
-            return f"is larger than {MAX_BYTES >> 20} MiB"
-        return check_image(path.read_bytes(), min_side)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        if isinstance(source, Pixels):
+            return check_image(_png(Image.fromarray(source.array)), rules, measure)
+        return check_image(source.read(rules.max_bytes), rules, measure)
+    except Unreadable as reason:
+        return str(reason)
 
 
-def check_image(content: bytes, min_side: int = 1) -> Checked | str:
+def check_image(content: bytes, rules: Rules = Rules(), measure: bool = True) -> Checked | str:
     """Return what to store for an encoded image, or the reason why it cannot be stored."""
+    try:
+        return _check(content, rules, measure)
+    except UnidentifiedImageError:
+        return "is not an image of a known format"
+    except Image.DecompressionBombError:
+        return _too_many_pixels(rules)
+    except _Unfit as reason:
+        return str(reason)
+    except MemoryError:  # says something about this machine, not about the image
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        return f"cannot be decoded ({error})"
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence PIL, which warns of harmless oddities; the rules are ours."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of harmless oddities; the rules are ours
-        try:
-            return _check(content, min_side)
-        except UnidentifiedImageError:
-            return "is not an image of a known format"
-        except Image.DecompressionBombError:
-            return _TOO_MANY_PIXELS
-        except _Unfit as reason:
-            return str(reason)
-        except MemoryError:  # says something about this machine, not about the image
-            raise
-        except Exception as error:  # decoders raise anything on damaged bytes
-            return f"cannot be decoded ({error})"
+        warnings.simplefilter("ignore")
+        yield
 
 
-_TOO_MANY_PIXELS = f"has more than {MAX_PIXELS // 10**6} million pixels"
-
-
-def _check(content: bytes, min_side: int) -> Checked:
+def _check(content: bytes, rules: Rules, measure: bool) -> Checked:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        _refuse_by_header(image, min_side)
+        _refuse_by_header(image, rules)
         if image.format == "PNG":
             _verify_checksums(content)
+        if rules.short_side and min(image.size) > rules.short_side:
+            return _shrunk(image, rules.short_side, rules.quality, measure)
+        size = image.size
+        if not measure and _may_scale(image):
+            image.draft(None, (size[0] // 8, size[1] // 8))
         image.load()
         if not _is_kept(image, content):
-            return _check(_reencoded(image), min_side)
-        return _described(image, content)
+            return _check(_reencoded(content), rules, measure)
+        return _described(image, content, size, measure)
 
 
-def _refuse_by_header(image: Image.Image, min_side: int) -> None:
+def _may_scale(image: Image.Image) -> bool:
+    # PIL's scaled decoder would also give way to a mode that is re-encoded: leave those alone.
+    return image.format in ("JPEG", "MPO") and image.size[0] * image.size[1] > SMALL
+
+
+def _too_many_pixels(rules: Rules) -> str:
+    return f"has more than {rules.max_pixels / 10**6:g} million pixels"
+
+
+def _refuse_by_header(image: Image.Image, rules: Rules) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _Unfit(_TOO_MANY_PIXELS)
+    if width * height > rules.max_pixels:
+        raise _Unfit(_too_many_pixels(rules))
     if max(width, height) > MAX_SIDE:
         raise _Unfit(f"has a side of more than {MAX_SIDE} pixels")
-    if min(width, height) < min_side:
-        raise _Unfit(f"is {width} x {height}, smaller than {min_side} pixels")
-    # A camera's MPO is a JPEG with a preview behind it, which decoders do not look at.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise _Unfit("has more than one frame")
+    if min(width, height) < rules.min_side:
+        raise _Unfit(f"is {width} x {height}, smaller than {rules.min_side} pixels")
 
 
 def _verify_checksums(content: bytes) -> None:
@@ -126,7 +178,9 @@ def _verify_checksums(content: bytes) -> None:
 
 
 def _is_kept(image: Image.Image, content: bytes) -> bool:
-    if _is_rotated(image):
+    # A camera's MPO is a JPEG with a preview behind it, which decoders do not look at.
+    animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    if animated or _is_rotated(image):
         return False
     if image.format in ("JPEG", "MPO"):
         usual = (BASELINE, EXTENDED, PROGRESSIVE)
@@ -138,6 +192,8 @@ def _is_kept(image: Image.Image, content: bytes) -> bool:
 
 
 def _is_rotated(image: Image.Image) -> bool:
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return False  # spares the parser, which takes a fifth of the time of a small image
     try:
         return image.getexif().get(ORIENTATION) in range(2, 9)
     except Exception:  # damaged EXIF: nobody else can rotate by it either
@@ -163,15 +219,51 @@ def _frame_marker(content: bytes) -> int:
     return 0
 
 
-def _reencoded(image: Image.Image) -> bytes:
+def _reencoded(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        plain = _upright(image)
+        return _jpeg(plain, 95, "4:4:4") if image.format in ("JPEG", "MPO") else _png(plain)
+
+
+def _shrunk(image: Image.Image, short_side: int, quality: int, measure: bool) -> Checked:
+    # Twice the size is left for the filter, as PIL's own thumbnails do.
+    scale = short_side / min(image.size)
+    image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
+    plain = _upright(image)
+    scale = short_side / min(plain.size)
+    size = (
+        max(short_side, round(scale * plain.width)),
+        max(short_side, round(scale * plain.height)),
+    )
+    small = plain.resize(size, Image.Resampling.BICUBIC)
+    content = _jpeg(small, quality, "4:2:0")
+    return Checked(
+        content=content,
+        extension="jpg",
+        height=small.height,
+        width=small.width,
+        progressive=False,
+        statistics=_statistics(small) if measure else None,
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image as 8-bit grey or RGB, turned as its EXIF tag says."""
     upright = ImageOps.exif_transpose(image) if _is_rotated(image) else image
     plain = _eight_bit(upright)
     plain.info = {}  # else PIL writes the profile and comments of the old pixels
+    return plain
+
+
+def _jpeg(image: Image.Image, quality: int, subsampling: str) -> bytes:
     buffer = io.BytesIO()
-    if image.format in ("JPEG", "MPO"):
-        plain.save(buffer, "JPEG", quality=95, subsampling="4:4:4")
-    else:
-        plain.save(buffer, "PNG")
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -184,16 +276,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _described(image: Image.Image, content: bytes) -> Checked:
-    counts = np.array(image.convert("RGB").histogram(), dtype=np.int64).reshape(3, 256)
-    values = np.arange(256, dtype=np.int64)
+def _described(image: Image.Image, content: bytes, size: tuple[int, int], measure: bool) -> Checked:
     extension = EXTENSIONS[str(image.format)]
     return Checked(
         content=content,
         extension=extension,
-        height=image.height,
-        width=image.width,
-        sums=tuple(map(int, counts @ values)),
-        squares=tuple(map(int, counts @ values**2)),
+        height=size[1],
+        width=size[0],
         progressive=extension == "jpg" and _frame_marker(content) == PROGRESSIVE,
+        statistics=_statistics(image) if measure else None,
     )
+
+
+def _statistics(image: Image.Image) -> Statistics:
+    counts = np.array(image.convert("RGB").histogram(), dtype=np.int64).reshape(3, 256)
+    sums, squares = (counts @ POWERS).T.tolist()
+    return Statistics(image.width * image.height, tuple(sums), tuple(squares))

@@ -1,59 +1,57 @@
-"""Checking images in worker processes, with the results in the order of the request."""
+"""Calling a function in worker processes, with the results in the order of the request."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from typing import TypeVar
 
 from fastmoco.errors import DataError
-from fastmoco.pack.check import Checked, check_file
 
-CHUNK = 16  # images a task
 AHEAD = 4  # tasks in flight for each worker: bounds the memory
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-def check_files(
-    root: Path, names: Sequence[str], workers: int, min_side: int
-) -> Generator[Checked | str, None, None]:
-    """Yield the result of `check_file` for each name below `root`, in order.
 
-    Close the generator (`contextlib.closing`) to stop the workers early.
+def ordered_map(
+    function: Callable[[T], R], tasks: Iterable[T], workers: int
+) -> Generator[R, None, None]:
+    """Yield function(task) for each task, in order, computed by `workers` processes.
+
+    Tasks are taken as workers need them. Close the generator (`contextlib.closing`) to stop early.
 
     Raises:
         DataError: a worker ran out of memory or was killed.
     """
     context = multiprocessing.get_context("spawn")  # the parent may hold torch's threads
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    waiting: deque[Future[list[Checked | str]]] = deque()
+    waiting: deque[Future[R]] = deque()
     try:
-        for start in range(0, len(names), CHUNK):
-            waiting.append(_submit(pool, root, names[start : start + CHUNK], min_side))
+        for task in tasks:
+            waiting.append(_submit(pool, function, task))
             if len(waiting) >= AHEAD * workers:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     except (BrokenProcessPool, MemoryError) as error:
-        raise DataError("A worker ran out of memory or was killed: try fewer --workers.") from error
+        raise DataError(
+            "A worker ran out of memory or was killed: try fewer --workers. (A script that calls "
+            'this needs `if __name__ == "__main__"`.)'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_chunk(root: Path, names: Sequence[str], min_side: int) -> list[Checked | str]:
-    return [check_file(root / name, min_side) for name in names]
-
-
-def _submit(
-    pool: ProcessPoolExecutor, root: Path, names: Sequence[str], min_side: int
-) -> Future[list[Checked | str]]:
+def _submit(pool: ProcessPoolExecutor, function: Callable[[T], R], task: T) -> Future[R]:
     # A submit may start a worker, which inherits the mask: Ctrl-C is for the parent to handle.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_check_chunk, root, names, min_side)
+        return pool.submit(function, task)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

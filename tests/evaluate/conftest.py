@@ -9,7 +9,8 @@ import torch
 
 from fastmoco.config import Recipe, validate
 from fastmoco.models.resnet import Encoder
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.run import RunFolder
 from fastmoco.shardset import ShardSet
 

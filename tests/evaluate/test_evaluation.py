@@ -13,7 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.probe import Protocol
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Collection, ShardSet
 

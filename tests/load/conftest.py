@@ -9,7 +9,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.shardset import ShardSet
 
 # The same examples on every run, however slow the machine.

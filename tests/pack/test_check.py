@@ -4,7 +4,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,18 @@ import pytest
 from PIL import Image
 
 from fastmoco.pack import check
-from fastmoco.pack.check import Checked, check_file, check_image
+from fastmoco.pack.check import Checked, Rules, check_image, check_input, without_warnings
+from fastmoco.pack.inputs import File
+from fastmoco.pack.inputs import Pixels as RawPixels
 
 Pixels = npt.NDArray[np.uint8]
 Picture = Callable[..., Image.Image]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_worker() -> Iterator[None]:
+    with without_warnings():
+        yield
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -87,7 +95,12 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def reencoded_kinds(image: Image.Image) -> dict[str, tuple[bytes, str]]:
+    frames = {"save_all": True, "append_images": [image.rotate(90)]}
     return {
+        "animated gif": (encode(image, "GIF", **frames), "png"),
+        "animated webp": (encode(image, "WEBP", lossless=True, **frames), "png"),
+        "animated png": (encode(image, "PNG", **frames), "png"),
+        "pages": (encode(image, "TIFF", **frames), "png"),
         "rotated jpeg": (rotated(image, "JPEG"), "jpg"),
         "rotated grey jpeg": (rotated(image.convert("L"), "JPEG"), "jpg"),
         "cmyk jpeg": (encode(image.convert("CMYK"), "JPEG"), "jpg"),
@@ -174,8 +187,10 @@ def test_sums_are_exact(make_picture: Picture) -> None:
     for content in kept_kinds(make_picture(2)).values():
         result, values = checked(content), pixels(content).astype(np.int64)
         assert (result.height, result.width) == values.shape[:2]
-        assert result.sums == tuple(values.sum(axis=(0, 1)))
-        assert result.squares == tuple((values**2).sum(axis=(0, 1)))
+        assert result.statistics
+        assert result.statistics.pixels == values.shape[0] * values.shape[1]
+        assert result.statistics.sums == tuple(values.sum(axis=(0, 1)))
+        assert result.statistics.squares == tuple((values**2).sum(axis=(0, 1)))
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -186,7 +201,6 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
-    frames = {"save_all": True, "append_images": [image.rotate(90)]}
     jpeg, png = encode(image, "JPEG"), encode(image, "PNG")
     damaged = bytearray(png)
     damaged[-14] ^= 1  # behind the last pixel, in the checksum: only libpng minds
@@ -197,10 +211,6 @@ def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
         "cut jpeg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
         "cut png": (png[: len(png) // 2], "cannot be decoded"),
         "damaged png": (bytes(damaged), "cannot be decoded"),
-        "animated gif": (encode(image, "GIF", **frames), "more than one frame"),
-        "animated webp": (encode(image, "WEBP", **frames), "more than one frame"),
-        "animated png": (encode(image, "PNG", **frames), "more than one frame"),
-        "pages": (encode(image, "TIFF", **frames), "more than one frame"),
         "float": (encode(image.convert("F"), "TIFF"), "32-bit values"),
         "huge": (png_header(10_001, 10_000), "more than 100 million pixels"),
         "bomb": (png_header(60_000, 60_000), "more than 100 million pixels"),
@@ -216,23 +226,90 @@ def test_what_cannot_be_stored_has_a_reason(make_picture: Picture) -> None:
         assert check_image(content) == result, kind  # no address of an object in the words
 
 
-def test_min_side(make_picture: Picture) -> None:
+def test_limits(make_picture: Picture) -> None:
     content = encode(make_picture(1, (9, 7)), "PNG")
-    assert isinstance(check_image(content, min_side=7), Checked)
-    assert check_image(content, min_side=8) == "is 9 x 7, smaller than 8 pixels"
+    assert isinstance(check_image(content, Rules(min_side=7, max_pixels=63)), Checked)
+    assert check_image(content, Rules(min_side=8)) == "is 9 x 7, smaller than 8 pixels"
+    assert check_image(content, Rules(max_pixels=62)) == "has more than 6.2e-05 million pixels"
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_file(path: Path, rules: Rules = Rules()) -> Checked | str:
+    return check_input(File(str(path)), rules, measure=True)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert check_file(tmp_path / "gone.png") == "cannot be read (No such file or directory)"
-    monkeypatch.setattr(check, "MAX_BYTES", 2**20)
     (tmp_path / "big.png").write_bytes(b"x" * (2**20 + 1))
-    assert check_file(tmp_path / "big.png") == "is larger than 1 MiB"
+    assert check_file(tmp_path / "big.png", Rules(max_bytes=2**20)) == "is larger than 1 MiB"
 
 
 def test_the_extension_of_the_file_means_nothing(tmp_path: Path, make_picture: Picture) -> None:
     (tmp_path / "a.jpg").write_bytes(encode(make_picture(1), "PNG"))
     result = check_file(tmp_path / "a.jpg")
     assert isinstance(result, Checked) and result.extension == "png"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_raw_pixels_are_stored_losslessly(make_picture: Picture, mode: str) -> None:
+    values = np.asarray(make_picture(4).convert(mode))
+    result = check_input(RawPixels(values), Rules(), measure=False)
+    assert isinstance(result, Checked) and result.extension == "png"
+    with Image.open(io.BytesIO(result.content)) as image:
+        np.testing.assert_array_equal(np.asarray(image), values)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (61, 61)])
+def test_a_shrunk_image_is_pils_antialiased_resize(
+    make_picture: Picture, size: tuple[int, int]
+) -> None:
+    picture = make_picture(5, size)
+    result = check_image(encode(picture, "PNG"), Rules(short_side=30, quality=95))
+    assert isinstance(result, Checked) and result.extension == "jpg"
+    expected = tuple(round(side * 30 / min(size)) for side in size)
+    assert (result.width, result.height) == expected
+    resized = picture.resize(expected, Image.Resampling.BICUBIC)
+    assert result.content == encode(resized, "JPEG", quality=95, subsampling="4:2:0")
+    assert result.statistics and result.statistics.pixels == expected[0] * expected[1]
+
+
+def test_a_large_jpeg_is_shrunk_close_to_its_full_decode(make_picture: Picture) -> None:
+    """The scaled decode that comes first must not show."""
+    content = encode(make_picture(6, (640, 480)), "JPEG", quality=95)
+    result = check_image(content, Rules(short_side=100, quality=95))
+    assert isinstance(result, Checked)
+    full = Image.fromarray(pixels(content)).resize((133, 100), Image.Resampling.BICUBIC)
+    assert np.abs(pixels(result.content).astype(int) - np.asarray(full)).mean() < 2
+
+
+def test_shrinking_turns_and_leaves_small_images_alone(make_picture: Picture) -> None:
+    rules = Rules(short_side=30)
+    turned = check_image(rotated(make_picture(1, (80, 60)), "JPEG"), rules)
+    assert isinstance(turned, Checked) and (turned.width, turned.height) == (30, 40)
+    small = encode(make_picture(1, (80, 30)), "JPEG")
+    kept = check_image(small, rules)
+    assert isinstance(kept, Checked) and kept.content == small
+
+
+def test_the_scaled_check_refuses_the_same_files(make_picture: Picture) -> None:
+    """Images whose pixels are not measured are decoded at an eighth of their size."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    picture = Image.blend(make_picture(1, (300, 300)), Image.fromarray(noise), 0.2)
+    generator, verdicts = np.random.default_rng(3), []
+    for kind in ({}, {"progressive": True}, {"restart_marker_blocks": 4}, {"subsampling": 0}):
+        content = encode(picture, "JPEG", **kind)
+        for trial in range(120):
+            damaged = bytearray(content)
+            for at in generator.integers(2, len(content), generator.integers(0, 3)):
+                damaged[at] = generator.integers(256)
+            cut = generator.integers(1, len(content) + 1) if trial % 2 else len(content)
+            full = check_image(bytes(damaged[:cut]), measure=True)
+            scaled = check_image(bytes(damaged[:cut]), measure=False)
+            assert isinstance(full, str) == isinstance(scaled, str), (kind, trial, full, scaled)
+            if isinstance(full, Checked) and isinstance(scaled, Checked):
+                assert full.content == scaled.content and scaled.statistics is None
+                assert (full.height, full.width) == (scaled.height, scaled.width)
+            verdicts.append(isinstance(full, str))
+    assert 100 < sum(verdicts) < 400  # both kinds are many
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "png", "png alpha", "webp"])

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.writer import PackOptions, pack, shuffled
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.schedule import shuffled
+from fastmoco.pack.writer import pack
 from fastmoco.shardset import ShardSet
 
 Make = Callable[..., Path]
@@ -26,7 +28,8 @@ Make = Callable[..., Path]
 STALLED_PACK = """
 import sys, time
 from pathlib import Path
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 
 def stall(done, total):
     if done == 5:
@@ -177,7 +180,8 @@ def test_manifest_counts_and_statistics(small_set: ShardSet) -> None:
     manifest = small_set.manifest
     assert (manifest.samples, manifest.rejected, manifest.progressive) == (24, 0, 0)
     assert manifest.classes == ["ape", "bee", "cow"] and manifest.class_counts == [8, 8, 8]
-    assert manifest.options == {"seed": 0, "unlabelled": False, "shard_mb": 128, "min_side": 1}
+    assert manifest.options == PackOptions().recorded()
+    assert not {"workers", "format", "like", "max_rejects"} & set(manifest.options)
     pixels = np.concatenate([original(small_set, row).reshape(-1, 3) for row in range(24)]) / 255
     np.testing.assert_allclose(manifest.mean, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(manifest.std, pixels.std(axis=0), rtol=1e-12)
@@ -196,7 +200,7 @@ def test_unfit_images_are_skipped_and_listed(make_images: Make, tmp_path: Path) 
     (source / "dog/0001.jpg").write_bytes(b"x")
     (source / "cat/0002.jpg").write_bytes((source / "cat/0002.jpg").read_bytes()[:200])
     (source / "cat/notes.txt").write_bytes(b"x")
-    assert pack(source, tmp_path / "set", PackOptions()).samples == 6
+    assert pack(source, tmp_path / "set", PackOptions())[""].samples == 6
     lines = (tmp_path / "set/rejects.jsonl").read_text().splitlines()
     rejects = {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
     assert list(rejects) == ["cat/0002.jpg", "cat/notes.txt", "dog/0001.jpg"]
@@ -213,7 +217,7 @@ def test_too_many_unfit_images_stop_the_pack(make_images: Make, tmp_path: Path) 
     with pytest.raises(DataError, match=r"More than 10 .*--max-rejects(?s:.*)is not an image"):
         pack(source, tmp_path / "set", PackOptions())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    assert pack(source, tmp_path / "set", PackOptions(max_rejects=11)).samples == 5
+    assert pack(source, tmp_path / "set", PackOptions(max_rejects=11))[""].samples == 5
 
 
 def test_nothing_fit_is_refused(make_images: Make, tmp_path: Path) -> None:
@@ -249,7 +253,8 @@ def test_out_must_be_new_and_outside(make_images: Make, tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from fastmoco.pack.writer import PackOptions, pack
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -265,9 +270,14 @@ def test_a_failing_write_is_plain_words(make_images: Make, tmp_path: Path) -> No
     found = subprocess.run(
         [*command, source, tmp_path / "set"], capture_output=True, text=True, check=True
     )
-    assert found.stdout == f"DataError: {tmp_path / 'set'} cannot be written: File too large.\n"
+    assert found.stdout == (
+        f"DataError: {tmp_path / 'set'} cannot be written: File too large. Finished shards are "
+        "kept: the same command goes on.\n"
+    )
     assert "ResourceWarning" not in found.stderr and "Traceback" not in found.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert not (tmp_path / "set").exists()
+    assert pack(source, tmp_path / "set", PackOptions())[""].samples == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "set"]
 
 
 def children(pid: int) -> list[int]:
@@ -282,7 +292,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_pack_leaves_nothing(
+def test_an_interrupted_pack_leaves_nothing_under_its_name(
     make_images: Make, tmp_path: Path, number: signal.Signals
 ) -> None:
     source, out = make_images(tmp_path / "in", per_class=20), tmp_path / "set"
@@ -298,12 +308,12 @@ def test_an_interrupted_pack_leaves_nothing(
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
-    assert pack(source, out, PackOptions()).samples == 40
+    assert pack(source, out, PackOptions())[""].samples == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "set"]
 
 
 def test_workers_load_neither_torch_nor_pydantic() -> None:
-    code = "import sys, fastmoco.pack.parallel; print(*sys.modules)"
+    code = "import sys, fastmoco.pack.parallel, fastmoco.pack.fragment; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert not {"torch", "webdataset", "pydantic", "nvidia"} & set(found.stdout.split())
 
@@ -313,8 +323,11 @@ def test_a_killed_worker_is_plain_words(
 ) -> None:
     source = make_images(tmp_path / "in", per_class=200)
 
+    calls: list[int] = []
+
     def kill_workers(done: int, total: int) -> None:
-        for child in children(os.getpid()) if done == 1 else []:
+        calls.append(done)
+        for child in children(os.getpid()) if len(calls) == 1 else []:
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGKILL)
 

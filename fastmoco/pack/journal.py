@@ -1,0 +1,134 @@
+"""The finished shards of a set in the making: what an interrupted pack goes on from."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmoco.files import sha256_of, sync, write_bytes
+from fastmoco.pack.fragment import TAR_BLOCK, Fragment, Totals, key_of
+from fastmoco.pack.schedule import TAR_RECORD
+from fastmoco.shardset import SAMPLE_DTYPE, Shard
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard.
+
+    Attributes:
+        shard: its entry in the manifest.
+        rows: `SAMPLE_DTYPE` of its samples; the shard number is not set yet.
+        positions: (len(rows),) int64 of the samples in the shuffled order.
+        rejects: (position, reason) of the images left out.
+        totals: over its samples.
+    """
+
+    shard: Shard
+    rows: npt.NDArray[np.void]
+    positions: npt.NDArray[np.int64]
+    rejects: list[tuple[int, str]]
+    totals: Totals
+
+
+class Journal:
+    """Writes shards into a folder, each with its index and a record beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def holds(self, number: int) -> bool:
+        """Whether a shard is finished, and its bytes are those of its record."""
+        try:
+            shard = self.read(number).shard
+            return sha256_of(self.folder / shard.name) == shard.sha256
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def write(self, number: int, fragments: Iterable[Fragment]) -> None:
+        """Write a shard from its fragments; the record comes last and makes it count."""
+        path = self.folder / f"{_stem(number)}.tar"
+        table, parts, index, digest, at = [], [], [], hashlib.sha256(), 0
+        with path.open("wb") as tar:
+            for fragment in fragments:
+                tar.write(fragment.tar)
+                digest.update(fragment.tar)
+                rows = np.array(fragment.rows, dtype=SAMPLE_DTYPE)
+                rows["offset"] += at
+                index += _index_lines(fragment, rows)
+                at += len(fragment.tar)
+                fragment.tar = b""
+                parts.append(fragment)
+                table.append(rows)
+            end = bytes(-(at + 2 * TAR_BLOCK) % TAR_RECORD + 2 * TAR_BLOCK)
+            tar.write(end)
+            digest.update(end)
+        lines = [f"v1.2 {len(index)}", *index]
+        path.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+        sync(path)
+        shard = Shard(
+            name=path.name, samples=len(index), bytes=at + len(end), sha256=digest.hexdigest()
+        )
+        write_bytes(self._record(number), _packed(shard, np.concatenate(table), parts))
+
+    def read(self, number: int) -> ShardRecord:
+        """Return the record of a finished shard.
+
+        Raises:
+            OSError, ValueError, KeyError: there is none, or it is damaged.
+        """
+        with np.load(self._record(number), allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            return ShardRecord(
+                shard=Shard(**about["shard"]),
+                rows=stored["rows"],
+                positions=stored["positions"],
+                rejects=[(position, reason) for position, reason in about["rejects"]],
+                totals=Totals(**about["totals"]),
+            )
+
+    def forget(self, number: int) -> None:
+        """Remove a record: the set is whole."""
+        self._record(number).unlink()
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f".{_stem(number)}.record"
+
+
+def _stem(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def _packed(shard: Shard, rows: npt.NDArray[np.void], fragments: list[Fragment]) -> bytes:
+    totals = Totals()
+    for fragment in fragments:
+        totals.add(fragment.totals)
+    rejects = [reject for fragment in fragments for reject in fragment.rejects]
+    about = {"shard": shard.model_dump(), "rejects": rejects, "totals": asdict(totals)}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        rows=rows,
+        positions=np.array([p for part in fragments for p in part.positions], dtype=np.int64),
+        about=np.array(json.dumps(about)),
+    )
+    return buffer.getvalue()
+
+
+def _index_lines(fragment: Fragment, rows: npt.NDArray[np.void]) -> list[str]:
+    """Return the lines of DALI's index (v1.2): `extension offset size name` for each member."""
+    lines = []
+    columns = (rows[name].tolist() for name in ("offset", "size", "label"))
+    samples = zip(fragment.positions, fragment.extensions, *columns, strict=True)
+    for position, extension, offset, size, label in samples:
+        key = key_of(position)
+        line = f"{extension} {offset} {size} {key}.{extension}"
+        if label >= 0:  # its member lies before the image's: header, one block, the image's header
+            before = offset - 2 * TAR_BLOCK
+            line = f"cls {before} {len(str(label))} {key}.cls {line}"
+        lines.append(line)
+    return lines

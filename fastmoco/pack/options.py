@@ -1,0 +1,89 @@
+"""How to pack."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmoco.errors import UsageError
+from fastmoco.pack.check import Rules
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack.
+
+    Attributes:
+        format: of the source, a name of `sources.FORMATS`; None: recognised.
+        seed: of the global shuffle.
+        unlabelled: ignore the labels of the source and store none.
+        like: a set whose classes the source must have.
+        splits: parts to divide the source into, each with its fraction; empty: none.
+        dedupe: leave out images whose bytes came before.
+        shard_mb: the size that no shard exceeds, in MB of 10^6 bytes; see `Schedule`.
+        min_side: the smallest height and width allowed, in pixels.
+        max_mpixels: the largest area allowed, in 10^6 pixels.
+        max_mb: the largest encoded image allowed, in MiB.
+        short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
+        quality: of the JPEGs that shrinking gives.
+        workers: processes that decode; the bytes written do not depend on it.
+        max_rejects: the number of unfit images above which nothing is packed;
+            by default 1 % of the images, and at least 10.
+    """
+
+    format: str | None = None
+    seed: int = 0
+    unlabelled: bool = False
+    like: Path | None = None
+    splits: tuple[tuple[str, float], ...] = ()
+    dedupe: bool = False
+    shard_mb: int = 128
+    min_side: int = 1
+    max_mpixels: float = 100
+    max_mb: float = 128
+    short_side: int | None = None
+    quality: int = 90
+    workers: int = 1
+    max_rejects: int | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """What is accepted, and what becomes of it."""
+        return Rules(
+            min_side=self.min_side,
+            max_pixels=int(self.max_mpixels * 10**6),
+            max_bytes=int(self.max_mb * 2**20),
+            short_side=self.short_side,
+            quality=self.quality,
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that decide what is written."""
+        left_out = ("format", "like", "splits", "workers", "max_rejects")
+        chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {**chosen, "splits": dict(self.splits)}
+
+
+def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
+    """Read `train=0.9,val=0.1`.
+
+    Raises:
+        UsageError: not of that form, a name twice, or fractions that do not sum to 1.
+    """
+    if not text:
+        return ()
+    form = f"--splits {text}: write NAME=SHARE,NAME=SHARE with shares that sum to 1."
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        splits = tuple((name.strip(), float(share)) for name, share in pairs)
+    except ValueError:
+        raise UsageError(form) from None
+    names = [name for name, _ in splits]
+    sound = all(re.fullmatch(r"[\w-]+", name) for name in names) and len(set(names)) == len(names)
+    if (
+        not sound
+        or min(share for _, share in splits) <= 0
+        or abs(sum(dict(splits).values()) - 1) > 1e-6
+    ):
+        raise UsageError(form)
+    return splits

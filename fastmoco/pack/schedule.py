@@ -1,0 +1,122 @@
+"""Which image goes to which shard.
+
+It is fixed before the first image is read, so that shards can be made, and made again, apart from
+each other.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmoco.pack.check import Rules
+from fastmoco.pack.fragment import TAR_BLOCK, Run
+from fastmoco.pack.sources.base import Source
+
+TAR_RECORD = 10240  # a tar is padded to a multiple of this, after two empty blocks
+RUN_IMAGES, RUN_BYTES = 256, 4 * 2**20  # the most that a worker gets at a time
+RUNS = 64  # at least, of a set: small ones are shared out among the workers, too
+SMALL_IMAGE = 20_000  # bytes on average, below which every image enters the statistics
+MEASURED = 1024  # images, at least, that enter the statistics of larger ones
+SHRUNK_BYTES = 0.5  # a guess of what a shrunk image takes, for each pixel of its short side squared
+
+
+class Schedule:
+    """The shuffled order of a source, cut into shards of nearly equal size.
+
+    Args:
+        source: the images.
+        seed: of the shuffle.
+        shard_bytes: that no shard exceeds, unless an image takes half of it or more, or images
+            grow when they are re-encoded.
+        rules: what is accepted.
+
+    Attributes:
+        order: (N,) int64 rows of the source.
+        bounds: (shards + 1,) positions in `order` where shards begin and end.
+    """
+
+    def __init__(self, source: Source, seed: int, shard_bytes: int, rules: Rules) -> None:
+        self.source, self.rules = source, rules
+        self.order = shuffled(len(source), seed)
+        self._costs = self._tar_costs()
+        self.bounds = self._cut(shard_bytes - TAR_RECORD - 2 * TAR_BLOCK)
+        small = source.inputs.sizes.mean() < SMALL_IMAGE
+        self._stride = 1 if small else max(1, len(source) // MEASURED)
+
+    @property
+    def shards(self) -> int:
+        """The number of shards."""
+        return len(self.bounds) - 1
+
+    def name_at(self, position: int) -> str:
+        """Return the original name of the image at a position of the shuffled order."""
+        return self.source.names[int(self.order[position])]
+
+    def runs(self, shard: int) -> Iterator[Run]:
+        """Yield the runs of a shard, in order."""
+        start, stop = self.bounds[shard : shard + 2]
+        while start < stop:
+            end = self._run_end(start, stop)
+            yield self._run(shard, start, end)
+            start = end
+
+    def _tar_costs(self) -> npt.NDArray[np.int64]:
+        """Return (N,) bytes that the members of each image take, in shuffled order."""
+        sizes = self.source.inputs.sizes
+        if self.rules.short_side:
+            sizes = np.minimum(sizes, int(SHRUNK_BYTES * self.rules.short_side**2))
+        label = np.where(self.source.labels >= 0, 2 * TAR_BLOCK, 0)
+        costs = TAR_BLOCK + -(-sizes // TAR_BLOCK) * TAR_BLOCK + label
+        return costs.astype(np.int64)[self.order]
+
+    def _cut(self, room: int) -> list[int]:
+        # A cut falls behind the image that crosses it, so each shard may get one more.
+        largest = int(self._costs.max())
+        count = max(1, -(-int(self._costs.sum()) // max(room - largest, largest)))
+        ends = np.cumsum(self._costs)
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count) + 1
+        return [0, *np.unique(cuts[cuts < len(ends)]).tolist(), len(ends)]
+
+    def _run_end(self, start: int, stop: int) -> int:
+        images = min(RUN_IMAGES, max(1, len(self.order) // RUNS))
+        taken = np.cumsum(self._costs[start : min(stop, start + images)])
+        return start + max(1, int(np.searchsorted(taken, RUN_BYTES, side="right")))
+
+    def _run(self, shard: int, start: int, end: int) -> Run:
+        rows = self.order[start:end]
+        return Run(
+            shard=shard,
+            first=start,
+            inputs=[self.source.inputs[row] for row in rows.tolist()],
+            labels=self.source.labels[rows].tolist(),
+            measured=[position % self._stride == 0 for position in range(start, end)],
+            rules=self.rules,
+        )
+
+
+def shuffled(count: int, seed: int, stream: int = 0) -> npt.NDArray[np.int64]:
+    """Return a permutation of 0..count-1 that is the same for ever.
+
+    Sorting a raw stream is what numpy promises never to change; `Generator.permutation` is not.
+    """
+    numbers = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(count)
+    return np.argsort(numbers, kind="stable")
+
+
+def divided(source: Source, fractions: dict[str, float], seed: int) -> dict[str, Source]:
+    """Divide a source at random into parts, each with the same share of every class.
+
+    Args:
+        source: the images.
+        fractions: of each part; they sum to 1.
+        seed: of the division.
+    """
+    chosen: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in fractions}
+    for label in np.unique(source.labels):
+        rows = np.flatnonzero(source.labels == label)
+        rows = rows[shuffled(len(rows), seed, stream=int(label) + 2)]  # -1 is a label here
+        ends = np.round(np.cumsum([0.0, *fractions.values()]) * len(rows)).astype(int)
+        for name, start, end in zip(fractions, ends, ends[1:], strict=False):
+            chosen[name].append(rows[start:end])
+    return {name: source.pick(np.sort(np.concatenate(rows))) for name, rows in chosen.items()}

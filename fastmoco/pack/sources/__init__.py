@@ -1,0 +1,133 @@
+"""Finding the images of a source, and the labels that it gives them.
+
+Each adapter turns one kind of source into a `Source` for each of its splits.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
+from fastmoco.pack.sources.base import Source, no_labels
+from fastmoco.pack.sources.cifar import is_cifar, open_cifar
+from fastmoco.pack.sources.folder import open_folder
+from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
+from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
+from fastmoco.pack.sources.svhn import is_svhn, open_svhn
+from fastmoco.pack.sources.table import open_table
+from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
+
+Adapter = Callable[[Path, bool], dict[str, Source]]
+
+FORMATS: dict[str, Adapter] = {
+    "folder": open_folder,
+    "zip": open_zip,
+    "tar": open_tar,
+    "csv": open_table,
+    "cifar": open_cifar,
+    "stl10": open_stl10,
+    "svhn": open_svhn,
+    "imagenet": open_imagenet,
+    "tensor": open_tensor,
+    "png-tensor": open_png_tensor,
+}
+
+# In this order, and before the general formats: the first that knows a source opens it.
+KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
+    "imagenet": is_imagenet,
+    "cifar": is_cifar,
+    "stl10": is_stl10,
+    "svhn": is_svhn,
+    "png-tensor": is_png_tensor,
+}
+KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn")}
+SUFFIXES = {".zip": "zip", ".tar": "tar", ".csv": "csv", ".npy": "tensor", ".pt": "tensor"}
+
+
+def open_sources(
+    path: Path,
+    format: str | None = None,
+    unlabelled: bool = False,
+    like: list[str] | None = None,
+) -> dict[str, Source]:
+    """Open a source of images.
+
+    Args:
+        path: folder or file.
+        format: a name of `FORMATS`; None: recognised.
+        unlabelled: give no labels.
+        like: class names that the labels must refer to, in this order.
+
+    Returns:
+        The source of each split; "" for a source without splits.
+
+    Raises:
+        UsageError: there is nothing at `path`, the format is not known, or a library that it
+            needs is missing.
+        DataError: nothing sound in it.
+    """
+    if unlabelled and like:
+        raise UsageError("--like compares classes, --unlabelled has none: drop one of them.")
+    if format is not None and format not in FORMATS:
+        raise UsageError(f"There is no format {format!r}; those known: {', '.join(FORMATS)}.")
+    if not path.exists():
+        raise UsageError(f"There is no file or folder {path}.")
+    chosen = format or recognise(path)
+    try:
+        sources = FORMATS[chosen](path, unlabelled)
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise DataError(f"{path} cannot be read as {chosen} ({reason}).") from error
+    if unlabelled:
+        sources = {split: _without_labels(source) for split, source in sources.items()}
+    if like:
+        sources = {split: _agreed(source, like) for split, source in sources.items()}
+    return sources
+
+
+def recognise(path: Path) -> str:
+    """Return the format of a source.
+
+    Raises:
+        UsageError: there is nothing at `path`.
+        DataError: it is a file of no known kind.
+    """
+    if path.is_dir():
+        return _first(KNOWN_FOLDERS, path) or "folder"
+    if not path.is_file():
+        raise UsageError(f"There is no file or folder {path}.")
+    found = _first(KNOWN_FILES, path) or SUFFIXES.get(path.suffix.lower())
+    if found:
+        return found
+    refuse_compressed(path)
+    raise DataError(f"{path} is none of {', '.join(FORMATS)}: name its kind by --format.")
+
+
+def _first(known: dict[str, Callable[[Path], bool]], path: Path) -> str | None:
+    return next((name for name, knows in known.items() if knows(path)), None)
+
+
+def _without_labels(source: Source) -> Source:
+    return replace(source, labels=no_labels(len(source)), classes=[])
+
+
+def _agreed(source: Source, expected: list[str]) -> Source:
+    """Return the source with the class numbers of another set, whose classes it must have."""
+    missing = sorted(set(expected) - set(source.classes))
+    extra = sorted(set(source.classes) - set(expected))
+    if missing or extra:
+        raise DataError(
+            f"The classes differ from those of the set to be like: missing here {_few(missing)}; "
+            f"unknown there {_few(extra)}."
+        )
+    numbers = np.array([expected.index(name) for name in source.classes], dtype=np.int32)
+    labels = np.where(source.labels < 0, np.int32(-1), numbers[source.labels])
+    return replace(source, labels=labels, classes=list(expected))
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,116 @@
+"""Which files of a folder are images, which label each has, and which layouts are refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastmoco.errors import DataError
+from fastmoco.pack.sources.base import Reject
+from fastmoco.pack.sources.folder import open_folder
+
+
+def test_class_folder_gives_sorted_names_labels_and_bytes(tmp_path, touch, bytes_of, labels_of):
+    touch(tmp_path, "b/2.JPG", "b/deep/er/1.png", "a/9.webp")
+    found = open_folder(tmp_path)
+    assert list(found) == [""]
+    assert list(found[""].names) == ["a/9.webp", "b/2.JPG", "b/deep/er/1.png"]
+    assert labels_of(found[""]) == {"a/9.webp": "a", "b/2.JPG": "b", "b/deep/er/1.png": "b"}
+    assert bytes_of(found[""]) == {name: name.encode() for name in found[""].names}
+    assert found[""].left_out == []
+
+
+def test_each_split_folder_is_a_source(tmp_path, touch, bytes_of, labels_of):
+    touch(tmp_path, "train/b/1.png", "train/a/1.png", "val/b/2.png", "val/a/3.png", "val/x.txt")
+    found = open_folder(tmp_path)
+    assert set(found) == {"train", "val"}
+    assert labels_of(found["train"]) == {"train/a/1.png": "a", "train/b/1.png": "b"}
+    assert labels_of(found["val"]) == {"val/a/3.png": "a", "val/b/2.png": "b"}
+    assert bytes_of(found["val"])["val/b/2.png"] == b"val/b/2.png"
+    assert found["train"].left_out == []
+    assert found["val"].left_out == [Reject("val/x.txt", "does not have the extension of an image")]
+
+
+def test_names_are_sorted_by_their_bytes(tmp_path, touch):
+    # By code point the astral character comes last too; by UTF-16, as some tools sort, it does not.
+    touch(tmp_path, *(f"{stem}.png" for stem in ("é", "Z", "a", "～", "😀")))
+    assert [name[0] for name in open_folder(tmp_path)[""].names] == ["Z", "a", "é", "～", "😀"]
+
+
+def test_flat_folder_has_no_labels(tmp_path, touch):
+    touch(tmp_path, "2.png", "1.tiff")
+    (tmp_path / "empty").mkdir()
+    found = open_folder(tmp_path)[""]
+    assert (list(found.names), found.labels.tolist()) == (["1.tiff", "2.png"], [-1, -1])
+    assert found.classes == []
+
+
+def test_unlabelled_takes_any_layout_as_one(tmp_path, touch):
+    touch(tmp_path, "train/1.png", "2.png", "one/x/3.png")
+    found = open_folder(tmp_path, unlabelled=True)
+    assert list(found[""].names) == ["2.png", "one/x/3.png", "train/1.png"]
+    assert set(found[""].labels.tolist()) == {-1} and not found[""].classes
+
+
+def test_hidden_files_and_folders_do_not_count(tmp_path, touch):
+    touch(tmp_path, "1.png", "._1.png", ".cache/2.png")
+    found = open_folder(tmp_path)[""]
+    assert list(found.names) == ["1.png"] and found.left_out == []
+
+
+def test_what_is_passed_over_is_listed_with_a_reason(tmp_path, touch):
+    root = tmp_path / "root"
+    touch(tmp_path, "root/ok.png", "root/notes.txt", "outside/secret.png")
+    (root / "inner.png").symlink_to(root / "ok.png")
+    (root / "leaves.png").symlink_to(tmp_path / "outside/secret.png")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    os.mkfifo(root / "pipe.png")
+    found = open_folder(root)[""]
+    assert list(found.names) == ["inner.png", "ok.png"]
+    assert found.left_out == [
+        Reject("folder", "is a link that leaves the source folder"),
+        Reject("leaves.png", "is a link that leaves the source folder"),
+        Reject("loop.png", "is not a regular file"),
+        Reject("notes.txt", "does not have the extension of an image"),
+        Reject("pipe.png", "is not a regular file"),
+    ]
+
+
+def test_a_linked_source_is_followed(tmp_path, touch):
+    touch(tmp_path, "real/1.png")
+    (tmp_path / "real/2.png").symlink_to("1.png")
+    (tmp_path / "link").symlink_to("real")
+    assert list(open_folder(tmp_path / "link")[""].names) == ["1.png", "2.png"]
+
+
+def test_a_name_that_is_no_unicode_survives(tmp_path):
+    raw = os.path.join(os.fsencode(tmp_path), b"\xff.png")
+    Path(os.fsdecode(raw)).write_bytes(b"content")
+    found = open_folder(tmp_path)[""]
+    assert os.fsencode(found.names[0]) == b"\xff.png"
+    assert found.inputs[0].read(100) == b"content"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no images"),
+        (["a.txt"], r"no images \(a.txt: does not have the extension"),
+        (["cat/1.png", "cat/2.png"], "single class folder .cat.*100 %.*--unlabelled"),
+        (["cat/1.png", "dog/2.png", "3.png"], "beside class folders.*--unlabelled"),
+        (["cat/1.png", "dog/2.png", "cow/x.txt"], "cow holds no images"),
+    ],
+)
+def test_unsound_layouts_are_refused(tmp_path, touch, files, message):
+    touch(tmp_path, *files)
+    with pytest.raises(DataError, match=message):
+        open_folder(tmp_path)
+
+
+def test_the_fingerprint_sees_a_file_change(tmp_path, touch):
+    touch(tmp_path, "1.png", "2.png")
+    before = open_folder(tmp_path)[""].fingerprint()
+    assert open_folder(tmp_path)[""].fingerprint() == before
+    (tmp_path / "2.png").write_bytes(b"other content")
+    assert open_folder(tmp_path)[""].fingerprint() != before

@@ -1,0 +1,118 @@
+"""CSV manifests: which rows become which samples, and which files are refused at which line."""
+
+import pytest
+
+from fastmoco.errors import DataError
+from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources.base import Reject
+from fastmoco.pack.sources.table import open_table
+
+
+@pytest.fixture
+def table(tmp_path, touch):
+    """`table(text, *files)`: a manifest and the files beside it."""
+    root = tmp_path / "root"
+
+    def write(text, *files):
+        touch(root, *files)
+        (root / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return root / "list.csv"
+
+    return write
+
+
+def test_rows_become_samples_sorted_by_name(table, bytes_of, labels_of):
+    path = table("label,path,note\ndog,b/2.png,x\ncat,a.png,y\n", "a.png", "b/2.png", "c.png")
+    assert recognise(path) == "csv"
+    found = open_sources(path)
+    assert list(found) == [""]
+    assert labels_of(found[""]) == {"a.png": "cat", "b/2.png": "dog"}
+    assert bytes_of(found[""]) == {"a.png": b"a.png", "b/2.png": b"b/2.png"}
+    assert found[""].left_out == []
+
+
+def test_splits_share_their_classes(table, labels_of):
+    rows = "1.png,b,train\n2.png,c,train\n3.png,c,val\n4.png,a,val\n"
+    found = open_table(table(f"path,label,split\n{rows}", *(f"{n}.png" for n in range(1, 5))))
+    assert list(found) == ["train", "val"]
+    assert found["train"].classes == found["val"].classes == ["a", "b", "c"]
+    assert labels_of(found["train"]) == {"1.png": "b", "2.png": "c"}
+    assert found["val"].labels.tolist() == [2, 0]
+
+
+def test_whole_numbers_keep_their_number(table):
+    found = open_table(table("path,label\n1.png,3\n2.png,0\n3.png,\n", "1.png", "2.png", "3.png"))
+    assert found[""].labels.tolist() == [3, 0, -1]
+    assert found[""].classes == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "labels", [("1", "x"), ("01", "02"), ("1.0", "2.0"), ("²", "³"), ("-1", "1")]
+)
+def test_other_labels_are_names(table, labels_of, labels):
+    path = table(f"path,label\n1.png,{labels[0]}\n2.png,{labels[1]}\n", "1.png", "2.png")
+    found = open_table(path)[""]
+    assert labels_of(found) == {"1.png": labels[0], "2.png": labels[1]}
+    assert found.classes == sorted(labels)
+
+
+def test_without_labels(table):
+    for text, unlabelled in (("path\n1.png\n", False), ("path,label\n1.png,a\n", True)):
+        found = open_table(table(text, "1.png"), unlabelled)[""]
+        assert (found.labels.tolist(), found.classes) == ([-1], [])
+
+
+def test_quotes_byte_order_marks_and_line_ends(table, bytes_of):
+    names = ["a,b.png", 'say "x".png', "two\nlines.png", "é .png"]
+    quoted = ['"{}"'.format(name.replace('"', '""')) for name in names]
+    text = b"\xef\xbb\xbf" + ("path\r\n" + "\r\n".join([*quoted, "", ""])).encode()
+    found = open_table(table(text, *names))[""]
+    assert bytes_of(found) == {name: name.encode() for name in names}
+
+
+def test_missing_and_leading_out_are_listed(table, tmp_path, touch):
+    path = table("path\n1.png\n2.png\nlink.png\ninner.png\nout/3.png\nfolder\n", "1.png")
+    touch(tmp_path, "elsewhere/3.png")
+    (path.parent / "link.png").symlink_to(tmp_path / "elsewhere/3.png")
+    (path.parent / "inner.png").symlink_to("1.png")
+    (path.parent / "out").symlink_to(tmp_path / "elsewhere")
+    (path.parent / "folder").mkdir()
+    found = open_table(path)[""]
+    assert list(found.names) == ["1.png", "inner.png"]
+    assert found.left_out == [
+        Reject("2.png", "does not exist"),
+        Reject("folder", "is not a regular file"),
+        Reject("link.png", "is a link that leaves the source folder"),
+        Reject("out/3.png", "is a link that leaves the source folder"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must open with a header"),
+        ("file,label\n1.png,a\n", "must open with a header.*it opens with: file, label"),
+        ("path,path\n1.png,1.png\n", "names the column path once"),
+        ("path\n", "lists no images"),
+        ("path\n/1.png\n", "line 2: '/1.png' is no path below the folder"),
+        ("path\n1.png\n../secret.png\n", "line 3: '../secret.png' is no path below"),
+        ("path\na/../../secret.png\n", "line 2: 'a/../../secret.png' is no path below"),
+        ("path\n1.png\n\n./1.png\n", "line 4: 1.png stands in line 2 already"),
+        ("path,split\n1.png,a\n1.png,b\n", "line 3: 1.png stands in line 2 already"),
+        ("path,label\n1.png\n", "line 2: 1 fields, the header has 2"),
+        ("path,label\na,b.png,c\n", "line 2: 3 fields, the header has 2; .* needs quotes"),
+        ("path,label\n,c\n", "line 2: '' is no path"),
+        ("path,split\n1.png,../out\n", "line 2: the split '../out' may hold"),
+        ("path,split\n1.png,a\n2.png,\n", "names a split in some lines only"),
+        ("path\n2.png\n", r"none of the images is there \(2.png: does not exist\)"),
+        ("path,label\n1.png,99999999\n2.png,1\n", "99999999 is no label"),
+        ('path\n"1.png\n', "not a CSV file"),
+        (b"path\n\xff.png\n", "not a CSV file in UTF-8"),
+        (b"path\na\0b.png\n", "line 2: 'a.x00b.png' is no path|not a CSV"),
+        ("path,label\n1.png,a\n", "single class"),
+    ],
+)
+def test_faults_are_refused_by_line(table, tmp_path, touch, text, words):
+    touch(tmp_path, "secret.png")
+    with pytest.raises(DataError, match=words):
+        open_table(table(text, "1.png"))
