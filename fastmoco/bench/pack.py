@@ -229,7 +229,9 @@ def _shrunk(image: Image.Image, short_side: int, quality: int) -> bytes:
     scale = short_side / min(image.size)
     size = (round(scale * image.width), round(scale * image.height))
     buffer = BytesIO()
-    small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    small = image.convert("RGB").resize(
+        size, Image.Resampling.BILINEAR
+    )  # our filter: the same work
     small.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 

@@ -235,7 +235,7 @@ def _shrunk(image: Image.Image, short_side: int, quality: int, measure: bool) ->
         max(short_side, round(scale * plain.width)),
         max(short_side, round(scale * plain.height)),
     )
-    small = plain.resize(size, Image.Resampling.BICUBIC)
+    small = plain.resize(size, Image.Resampling.BILINEAR)  # as training resizes: antialiased
     content = _jpeg(small, quality, "4:2:0")
     return Checked(
         content=content,
