@@ -1,5 +1,6 @@
 """The commands. Heavy modules are imported inside them, so that `--help` answers at once."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -144,6 +145,31 @@ def pretrain(
     sys.exit(run([recipe, *(overrides or [])]))
 
 
+@app.command()
+def views(
+    set: Annotated[Path, typer.Argument(help="A shard set.")],
+    recipe: Annotated[
+        str, typer.Option(help="Whose views: a shipped name, or a path to a .yaml.")
+    ] = "moco_v2_imagenet_r50",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as views.0.blur=0.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("views.png"),
+) -> None:
+    """Draw what a recipe makes of the first samples of a set, before GPU-days go into it."""
+    from fastmoco.config import load_recipe
+    from fastmoco.preview import preview
+
+    chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
+    title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
+    for shown in preview(chosen, out, count, title):
+        print(shown.described)
+        for number, view in enumerate(shown.views, 1):
+            print(f"  view {number}: {view}")
+    print(f"drawn in {out}")
+
+
 _Run = Annotated[Path, typer.Argument(help="The run's folder.")]
 _Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 _Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
@@ -248,7 +274,6 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
 
 
 def _print_rejects(path: Path, count: int) -> None:
-    import json
     from itertools import islice
 
     with path.open() as lines:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,19 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import UsageError
-from fastmoco.evaluate.embed import Sight, sight_of
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.probe import Pair, Protocol, best_of, probe_cached
-from fastmoco.figures import draw_curves, draw_views
+from fastmoco.figures import draw_curves
 from fastmoco.files import new_folder, write_json
-from fastmoco.load.loader import Loader, evaluation_batches
-from fastmoco.load.work import settings_of
+from fastmoco.load.loader import evaluation_batches
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
-from fastmoco.pretrain import pretrain, resolve
+from fastmoco.pretrain import pretrain
+from fastmoco.preview import preview
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Collection, ShardSet
 from fastmoco.train.moco import build_encoder
@@ -51,6 +48,7 @@ PATCH = 64  # side, pixels
 CELL = 96  # about the side of a cell of the checkerboard
 GAP = 8  # pixels that belong to no cell, between any two
 SHOWN = 8  # samples in views.png
+VIEWS_TITLE = "What the network sees in its first step: two views of each patch"
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -161,7 +159,7 @@ def demo(
     _make_set(out, "train", cut.train, cut.photographs)
     _make_set(out, "test", cut.test, cut.photographs)
     recipe = _recipe(out, seed, overrides)
-    _draw_views(out / "views.png", recipe)
+    preview(recipe, out / "views.png", SHOWN, VIEWS_TITLE)
     run = pretrain(recipe)
     draw_curves(out / "curves.png", run.rows(), recipe.queue, "MoCo on patches of photographs")
     rows = evaluate(run)
@@ -256,31 +254,6 @@ def _recipe(out: Path, seed: int, overrides: Sequence[str]) -> Recipe:
     train, test, run = (json.dumps(str(out / name)) for name in ("train", "test", "run"))
     here = [f"data=[{train}]", f"monitor.bank={train}", f"monitor.queries={test}", f"out={run}"]
     return load_recipe("demo", [*here, f"seed={seed}", *overrides])
-
-
-def _draw_views(path: Path, recipe: Recipe) -> None:
-    """Draw the first images of step 0 and both their views, as the training will see them."""
-    data = Collection.open(recipe.data)
-    recipe = resolve(recipe, data.sets[0])
-    sight = sight_of(recipe, settings_of(recipe, Ranks(), device_of(recipe.device, 0)))
-    loader = Loader.of(recipe, data, sight.settings)
-    encoded = loader.work(0).encoded[:SHOWN]
-    originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in encoded]
-    rows = {"original": np.stack([_shown(image, sight.size) for image in originals])}
-    for number, view in enumerate(next(loader.batches()).views, 1):
-        rows[f"view {number}"] = pixels_of(view[:SHOWN], sight)
-    draw_views(path, rows, "What the network sees in its first step: two views of each patch")
-
-
-def _shown(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
-    return np.asarray(image if image.size == (side, side) else image.resize((side, side)))
-
-
-def pixels_of(views: torch.Tensor, sight: Sight) -> npt.NDArray[np.uint8]:
-    """Return the (n, side, side, 3) pixels behind (n, 3, side, side) normalised views."""
-    mean, std = torch.tensor(sight.mean).view(3, 1, 1), torch.tensor(sight.std).view(3, 1, 1)
-    levels = (views.float().cpu() * std + mean).mul(255).round().clamp(0, 255).byte()
-    return levels.permute(0, 2, 3, 1).numpy()
 
 
 def evaluate(run: RunFolder) -> tuple[Row, ...]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Images = npt.NDArray[np.uint8]
 """(n, side, side, 3)."""
 
-ZOOM = 2  # whole: every pixel of a view is still itself in the plot
+ZOOMED = 128  # pixels that a small view is enlarged to, about
 GAP = 8
 LEFT, TOP = 96, 40  # room for the names of the rows, and for the title
 _DPI = 100
@@ -19,7 +19,7 @@ _INK, _LINE, _CHANCE = "#333333", "#1f5fa8", "#b5452c"
 
 
 def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
-    """Draw images as a grid, one column a sample, pixel for pixel.
+    """Draw images as a grid, one column a sample, every pixel of a view still itself.
 
     Args:
         path: of the PNG.
@@ -38,9 +38,15 @@ def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+def zoom_of(side: int) -> int:
+    """Return the whole number of times that views of a side are enlarged."""
+    return max(1, ZOOMED // side)
+
+
 def _grid(rows: Sequence[Images]) -> Images:
     """Return the zoomed images on white, a gap after each and below each."""
-    zoomed = np.stack(rows).repeat(ZOOM, axis=2).repeat(ZOOM, axis=3)
+    zoom = zoom_of(rows[0].shape[1])
+    zoomed = np.stack(rows).repeat(zoom, axis=2).repeat(zoom, axis=3)
     padded = np.pad(zoomed, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     count, samples, height, width, _ = padded.shape
     return padded.transpose(0, 2, 1, 3, 4).reshape(count * height, samples * width, 3)

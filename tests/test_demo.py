@@ -24,7 +24,7 @@ from fastmoco.demo import (
     standardised,
 )
 from fastmoco.errors import UsageError
-from fastmoco.figures import GAP, LEFT, TOP, ZOOM
+from fastmoco.figures import GAP, LEFT, TOP, zoom_of
 from fastmoco.load.loader import Loader
 from fastmoco.load.plan import Plan
 from fastmoco.load.work import Settings
@@ -220,11 +220,12 @@ def test_views_png_holds_the_views_of_step_0(
     )
     batch = next(loader.batches())
     plot = np.asarray(Image.open(out / "views.png").convert("RGB"))
-    pitch = ZOOM * recipe.image_size + GAP
+    zoom = zoom_of(recipe.image_size)
+    pitch = zoom * recipe.image_size + GAP
     mean, std = np.array(recipe.mean), np.array(recipe.std)
     for row, view in enumerate(batch.views, 1):
         for column in range(module.SHOWN):
             top, left = TOP + row * pitch, LEFT + column * pitch
-            drawn = plot[top : top + pitch - GAP : ZOOM, left : left + pitch - GAP : ZOOM]
+            drawn = plot[top : top + pitch - GAP : zoom, left : left + pitch - GAP : zoom]
             expected = 255 * (view[column].permute(1, 2, 0).numpy() * std + mean)
             assert abs(drawn - expected.clip(0, 255)).max() < 0.51

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.figures import GAP, LEFT, TOP, ZOOM, draw_curves, draw_views
+from fastmoco.figures import GAP, LEFT, TOP, draw_curves, draw_views, zoom_of
 
 SIDE = 16
+ZOOM = zoom_of(SIDE)
 METRICS = [
     {"kind": "epoch", "epoch": 0, "loss": None, "knn_top1": 40.0},
     {"kind": "step", "epoch": 0.5, "loss": 5.0, "lr": 0.06, "images_per_s": 300.0},
