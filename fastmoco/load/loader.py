@@ -11,7 +11,8 @@ from fastmoco.config import Recipe, View
 from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
-from fastmoco.load.plan import Ids, Plan
+from fastmoco.load.order import Ids
+from fastmoco.load.plan import Plan
 from fastmoco.load.reader import Reader
 from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Undecodable, Work
 from fastmoco.shardset import Collection

@@ -6,57 +6,12 @@ a number, and a global batch does not depend on how many ranks share it.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmoco.errors import UsageError
-
-Ids = npt.NDArray[np.int64]
-_ROUNDS = 10
-_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-class Permutation:
-    """A seeded permutation of 0..size-1 in O(1) memory, evaluated at any indices.
-
-    A balanced Feistel network over the next even power of two, walked until it lands inside
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, method 3). Four rounds are
-    measurably non-uniform on small sets, hence more.
-
-    Args:
-        size: number of elements, 1 to 2**62.
-        key: two integers, such as (seed, epoch): different keys, unrelated permutations.
-    """
-
-    def __init__(self, size: int, key: tuple[int, int]) -> None:
-        self.size = size
-        half = (max(size - 1, 1).bit_length() + 1) // 2
-        self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
-        self._keys = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(_ROUNDS)
-
-    def __call__(self, indices: Ids) -> Ids:
-        """Return the elements at `indices`, an int64 array of any shape within 0..size-1."""
-        values = np.array(indices, dtype=np.uint64).reshape(-1)
-        outside = np.arange(len(values))
-        while len(outside):
-            values[outside] = self._encrypt(values[outside])
-            outside = outside[values[outside] >= self.size]
-        return values.astype(np.int64).reshape(np.shape(indices))
-
-    def _encrypt(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = values >> self._half, values & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_scramble(right ^ key) & self._mask)
-        return (left << self._half) | right
-
-
-def _scramble(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix 64-bit words (the finalizer of SplitMix64, Steele et al. 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * _MIX[0]
-    words = (words ^ (words >> np.uint64(27))) * _MIX[1]
-    return words ^ (words >> np.uint64(31))
+from fastmoco.load.order import Ids, Order, Shuffled
 
 
 @dataclass(frozen=True)
@@ -64,9 +19,10 @@ class Plan:
     """The order of a run: positions, ids and steps.
 
     Attributes:
-        samples: N, the size of the data.
+        samples: N, indices of an epoch.
         batch: images a step over all ranks.
         seed: of the run.
+        through: the way through the samples; None: all of them, shuffled.
 
     Raises:
         UsageError: the batch is larger than the data.
@@ -75,6 +31,7 @@ class Plan:
     samples: int
     batch: int
     seed: int
+    through: Order | None = None
 
     def __post_init__(self) -> None:
         if self.batch > self.samples:
@@ -99,12 +56,11 @@ class Plan:
         """Return the sample id at each position."""
         epochs, indices = np.divmod(positions, self.samples)
         ids = np.empty_like(positions)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             mask = epochs == epoch
-            ids[mask] = _epoch_order(self.samples, self.seed, int(epoch))(indices[mask])
+            ids[mask] = self._through(epoch, indices[mask])
         return ids
 
-
-@lru_cache(maxsize=4)
-def _epoch_order(samples: int, seed: int, epoch: int) -> Permutation:
-    return Permutation(samples, (seed, epoch))
+    @cached_property
+    def _through(self) -> Order:
+        return self.through or Shuffled(self.samples, self.seed)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastmoco.errors import UsageError
-from fastmoco.load.plan import Permutation, Plan
+from fastmoco.load.order import Permutation
+from fastmoco.load.plan import Plan
 
 N, SEEDS, BATCH = 1000, 200, 50
 

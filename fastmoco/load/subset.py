@@ -1,0 +1,58 @@
+"""Choosing some of the samples: a list of ids, or a share of every class."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmoco.errors import DataError
+from fastmoco.load.order import Ids, Permutation
+
+_STREAM = 1 << 33  # keeps these permutations apart from those of the order under one seed
+
+
+def read_ids(path: Path, samples: int) -> Ids:
+    """Return the ids that a file lists, sorted.
+
+    Args:
+        path: a `.npy` of integers, or a text of one id a line.
+        samples: the size of the data.
+
+    Raises:
+        DataError: the file cannot be read, an id stands twice, or lies outside the data.
+    """
+    try:
+        if path.suffix == ".npy":
+            ids = np.load(path, allow_pickle=False).astype(np.int64, casting="safe")
+        else:
+            ids = np.array(path.read_text().split(), dtype=np.int64)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"The ids in {path} cannot be read: {error}.") from error
+    found, counts = np.unique(ids, return_counts=True)
+    if not len(found):
+        raise DataError(f"{path} lists no ids.")
+    if (counts > 1).any():
+        raise DataError(f"{path} lists the id {found[counts > 1][0]} twice.")
+    if found[0] < 0 or found[-1] >= samples:
+        odd = found[0] if found[0] < 0 else found[-1]
+        raise DataError(f"{path} lists the id {odd}; those of the data are 0..{samples - 1}.")
+    return found
+
+
+def stratified(labels: npt.NDArray[np.int32], fraction: float, seed: int) -> Ids:
+    """Return the ids of a share of every class, at least one of each, sorted.
+
+    The share of a smaller fraction is part of that of a larger one under the same seed.
+
+    Args:
+        labels: (N,) class numbers; -1, no label, counts as a class of its own.
+        fraction: of each class, in 0..1.
+        seed: of the choice.
+    """
+    chosen = []
+    for label in np.unique(labels).tolist():
+        ids = np.flatnonzero(labels == label)
+        count = max(1, round(fraction * len(ids)))
+        order = Permutation(len(ids), (seed, _STREAM + label + 1))
+        chosen.append(ids[order(np.arange(count))])
+    return np.sort(np.concatenate(chosen))
