@@ -170,7 +170,111 @@ def views(
     print(f"drawn in {out}")
 
 
+_Set = Annotated[Path, typer.Argument(help="The set's folder.")]
+_Workers = Annotated[
+    int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
+]
+_Classes = Annotated[
+    Path | None, typer.Option(help="Names of the labels 0, 1, ..., one a line of a text file.")
+]
+
+
+@app.command()
+def verify(
+    root: _Set,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte and decode every image.")
+    ] = False,
+    workers: _Workers = None,
+) -> None:
+    """Check that a set is whole: sizes and counts, or with --full every image."""
+    from fastmoco.errors import DataError
+    from fastmoco.pack.verify import verify as run
+
+    with _progress(f"verifying {root}") as on_progress:
+        findings = run(root, full, on_progress, workers or len(os.sched_getaffinity(0)))
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
+    print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+
+
+@app.command()
+def inspect(
+    root: _Set,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw random samples into this PNG.", metavar="PNG")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+) -> None:
+    """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
+    from fastmoco.pack.summary import contact_sheet, inspect_set, show
+
+    show(inspect_set(root), Console())
+    if sheet:
+        contact_sheet(root, sheet, count, seed)
+        print(f"\n{sheet}")
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="Holds the *.tar of webdataset or img2dataset.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the set, with links. [default: FOLDER]")
+    ] = None,
+    label_key: Annotated[
+        str | None, typer.Option(help="Field of the .json members. [default: the .cls members]")
+    ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
+    ] = False,
+    classes: _Classes = None,
+    workers: _Workers = None,
+) -> None:
+    """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
+    from fastmoco.pack.adopt import AdoptOptions, adopt
+    from fastmoco.pack.classes import read_classes
+
+    options = AdoptOptions(
+        label_key=label_key,
+        unlabelled=unlabelled,
+        classes=tuple(read_classes(classes)) if classes else (),
+        workers=workers or len(os.sched_getaffinity(0)),
+    )
+    with _progress(f"reading {folder}") as on_progress:
+        manifest = adopt(folder, out, options, on_progress)
+    _summarise(out or folder, manifest)
+    if manifest.options["rotated"]:
+        first = ", ".join(map(repr, manifest.options["rotated_first"]))
+        print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+
+
+@app.command()
+def label(
+    root: _Set,
+    table: Annotated[
+        Path, typer.Argument(help="CSV: `label`, and `id` or `name`; `weight` if wanted.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the labels; or a path that ends in .npy.")],
+    classes: _Classes = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Labels of the same name.")] = False,
+) -> None:
+    """Add labels to a set, whose shards stay as they are; use them by --labels NAME."""
+    from fastmoco.pack.classes import read_classes
+    from fastmoco.pack.labels import label as run
+    from fastmoco.shardset import ShardSet, read_labels
+
+    path = run(root, table, name, read_classes(classes) if classes else None, replace)
+    rows, names = read_labels(ShardSet(root), path)
+    print(f"{path}: {len(rows)} labels, {len(names)} classes")
+
+
 _Run = Annotated[Path, typer.Argument(help="The run's folder.")]
+_Labels = Annotated[
+    str | None, typer.Option(help="Those of `fastmoco label`. [default: the monitor's, or packed]")
+]
 _Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 _Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -181,6 +285,7 @@ def knn(
     run: _Run,
     train: _Train = None,
     test: _Test = None,
+    labels: _Labels = None,
     feature: Annotated[
         Literal["head", "backbone"], typer.Option(help="Which output to compare.")
     ] = "backbone",
@@ -191,7 +296,7 @@ def knn(
     """Classify a test set by its nearest neighbours among the features of a run."""
     from fastmoco.evaluate.evaluation import Evaluation
 
-    found = Evaluation.open(run, train, test, device).knn(feature, k, t)
+    found = Evaluation.open(run, train, test, device, labels).knn(feature, k, t)
     print(f"kNN top-1 {found['top1']:.2f} %  ({feature} features, k {k}, t {t:g})")
     print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
 
@@ -201,6 +306,7 @@ def probe(
     run: _Run,
     train: _Train = None,
     test: _Test = None,
+    labels: _Labels = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
         list[float] | None, typer.Option(help="Repeatable. [default: 0.1 0.3 1 3 10 30]")
@@ -223,7 +329,7 @@ def probe(
         seed=seed,
         features="cached" if cached else "augmented",
     )
-    evaluation = Evaluation.open(run, train, test, device)
+    evaluation = Evaluation.open(run, train, test, device, labels)
     with _progress("probe") as on_progress:
         found = evaluation.probe(protocol, lambda done: on_progress(done, epochs))
     print(f"linear probe, {protocol.features} features, {epochs} epochs")

@@ -83,10 +83,15 @@ class Schedule(Strict):
 
 
 class Monitor(Strict):
-    """kNN accuracy during training: `queries` classified by their neighbours in `bank`."""
+    """kNN accuracy during training: `queries` classified by their neighbours in `bank`.
+
+    Attributes:
+        labels: a side table of the bank, see `shardset.labelled_pair`; None: the packed labels.
+    """
 
     bank: Path
     queries: Path
+    labels: str | None = None
     feature: Literal["head", "backbone"] = "head"
     k: Count = 200
     t: Annotated[float, Field(gt=0)] = 0.1

@@ -41,7 +41,7 @@ from fastmoco.pack.writer import pack
 from fastmoco.pretrain import pretrain
 from fastmoco.preview import preview
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.shardset import Collection, Labelled
 from fastmoco.train.moco import build_encoder
 
 PATCH = 64  # side, pixels
@@ -277,11 +277,11 @@ def _row(name: str, evaluation: Evaluation, train: Pair, test: Pair) -> Row:
     return Row(name, knn, best_of(found).top1)
 
 
-def _colours(evaluation: Evaluation, shard_set: ShardSet) -> Pair:
+def _colours(evaluation: Evaluation, one: Labelled) -> Pair:
     sight = evaluation.sight
     batches = evaluation_batches(
-        Collection([shard_set]),
-        ids=slice(0, len(shard_set)),
+        Collection([one.set]),
+        ids=one.ids,
         size=sight.size,
         mean=sight.mean,
         std=sight.std,
@@ -290,7 +290,7 @@ def _colours(evaluation: Evaluation, shard_set: ShardSet) -> Pair:
         settings=sight.settings,
     )
     features = torch.cat([colour_statistics(batch.views[0].float().cpu()) for batch in batches])
-    return features, torch.from_numpy(shard_set.labels()).long()
+    return features, torch.from_numpy(one.labels)
 
 
 def colour_statistics(images: torch.Tensor) -> torch.Tensor:

@@ -110,17 +110,15 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
 
 
 def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
-    bank, queries = labelled_pair(monitor.bank, monitor.queries)
-    bank_labels = torch.from_numpy(bank.labels()).long()
-    query_labels = torch.from_numpy(queries.labels()).long()
+    bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
+    bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
     def knn(encoder: Encoder) -> dict[str, float]:
         features, asked = (
-            embed(encoder, Collection([s]), monitor.feature, sight, ranks) for s in (bank, queries)
+            embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids)
+            for one in (bank, queries)
         )
-        neighbours = Neighbours(
-            features, bank_labels, len(bank.manifest.classes), monitor.k, monitor.t
-        )
+        neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
         return {"knn_top1": neighbours.accuracy(asked, query_labels)}
 
     return knn

@@ -28,6 +28,7 @@ def test_the_recipes_of_the_issue_are_there():
     [
         ("queu=1", "unknown key 'queu': did you mean 'queue'?"),
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr': did you mean 'lr'?"),
+        ("monitor.labels=[a]", "monitor.labels: Input should be a valid string"),
         ("monitor.bankk=x", "unknown key 'monitor.bankk': did you mean 'bank'?"),
         ("views.0.jiter=1", "unknown key 'views.0.jiter': did you mean 'jitter'?"),
         ("schedule.epochs=many", "schedule.epochs: Input should be a valid integer"),

@@ -160,3 +160,58 @@ def test_a_collection_runs_through_its_sets(
     assert found[0] == both.sets[1].samples[7] and found[1] == small_set.samples[5]
     assert both.describe(24) == both.sets[1].describe(0)
     assert both.set_ids == [s.manifest.set_id for s in both.sets]
+
+
+def test_opening_reads_no_table(copied: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are mapped on first use, and using a row does not read the others."""
+    loads: list[str | None] = []
+    load = np.load
+
+    def counted(path: Path, *args: object, **options: object) -> object:
+        loads.append(options.get("mmap_mode"))  # type: ignore[arg-type]
+        return load(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(np, "load", counted)
+    opened = ShardSet(copied.root)
+    assert loads == []
+    opened.describe(3)
+    Collection([opened]).rows(np.array([5, 1]))
+    assert loads == ["r", "r"]  # names.idx.npy and samples.npy, once each
+    for table in (opened.samples, opened.name_offsets, opened.name_bytes):
+        assert isinstance(table, np.memmap)
+
+
+def test_opening_asks_once_for_each_shard(
+    copied: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    asked: list[str] = []
+    stat = os.stat
+
+    def counted(path: object, *args: object, **options: object) -> os.stat_result:
+        if str(path).endswith(".tar"):
+            asked.append(str(path))
+        return stat(path, *args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", counted)
+    ShardSet(copied.root)
+    assert asked == [str(copied.root / shard.name) for shard in copied.manifest.shards]
+
+
+def test_a_damaged_label_table_is_refused(copied: ShardSet) -> None:
+    path = write_labels(copied, "mine", rows_of((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
+    for entries, message in (
+        ([(2, 0, 1.0), (1, 0, 1.0)], "not sorted"),
+        ([(1, 0, 1.0), (99, 0, 1.0)], r"ids must lie in 0\.\.23"),
+        ([(1, 7, 1.0)], r"labels must lie in 0\.\.1"),
+    ):
+        np.save(path, rows_of(*entries))
+        with pytest.raises(DataError, match=f"mine.npy is damaged: .*{message}"):
+            copied.labels("mine")
+    np.save(path, np.zeros((3, 2)))
+    with pytest.raises(DataError, match="its rows are not"):
+        copied.labels("mine")
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"mine.npy cannot be read"):
+        copied.labels("mine")

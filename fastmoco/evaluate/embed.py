@@ -1,4 +1,4 @@
-"""Features of every sample of a set, in id order, on any number of ranks."""
+"""Features of the samples of a set, in id order, on any number of ranks."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.load.loader import Triple, evaluation_batches
+from fastmoco.load.order import Ids
 from fastmoco.load.work import Settings
 from fastmoco.models.resnet import Encoder
 from fastmoco.shardset import Collection
@@ -56,8 +57,9 @@ def embed(
     feature: Feature,
     sight: Sight,
     ranks: Ranks = Ranks(),
+    ids: Ids | None = None,
 ) -> torch.Tensor:
-    """Return the (N, features) fp32 features of all samples, on the CPU, on every rank.
+    """Return the (N, features) fp32 features of the samples, on the CPU, on every rank.
 
     Args:
         encoder: in evaluation mode.
@@ -65,15 +67,17 @@ def embed(
         feature: the head's output or the backbone's; neither is normalised.
         sight: how images are shown.
         ranks: each embeds a contiguous share.
+        ids: (N,) int64 of the samples; None: all, in id order.
     """
-    own = ranks.share(len(data))
+    count = len(data) if ids is None else len(ids)
+    own = ranks.share(count)
     network = encoder if feature == "head" else encoder.backbone
     width = encoder.dim if feature == "head" else encoder.features
     # All ranks gather equal shares; the last one may hold fewer samples.
-    rows = torch.zeros(-(-len(data) // ranks.size), width)
+    rows = torch.zeros(-(-count // ranks.size), width)
     batches = evaluation_batches(
         data,
-        ids=own,
+        ids=own if ids is None else ids[own],
         size=sight.size,
         mean=sight.mean,
         std=sight.std,
@@ -82,11 +86,11 @@ def embed(
         settings=sight.settings,
     )
     for batch in batches:
-        first = int(batch.ids[0]) - own.start
+        first = batch.step * _BATCH
         with torch.inference_mode(), sight.autocast():
             features = network(sight.cast(batch.views[0]))
         rows[first : first + len(batch.ids)] = features.float().cpu()
-    return ranks.gather(rows.to(sight.settings.device)).cpu()[: len(data)]
+    return ranks.gather(rows.to(sight.settings.device)).cpu()[:count]
 
 
 def sight_of(recipe: Recipe, settings: Settings) -> Sight:

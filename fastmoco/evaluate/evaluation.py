@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastmoco.config import Recipe, View
@@ -26,11 +27,12 @@ from fastmoco.evaluate.probe import (
     train_heads,
 )
 from fastmoco.load.loader import Loader
+from fastmoco.load.order import Chosen, Ids
 from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.shardset import Collection, Labelled, labelled_pair
 
 # As in the paper's probe: RandomResizedCrop and flip, no colour change.
 _PROBE_VIEW = View(scale=(0.08, 1.0), flip=0.5)
@@ -46,7 +48,7 @@ class Evaluation:
         encoder: the query encoder, frozen, in evaluation mode.
         step: of the checkpoint.
         sight: how images are shown.
-        train, test: sets with equal class lists.
+        train, test: labelled samples with equal class lists.
     """
 
     run: RunFolder
@@ -54,14 +56,26 @@ class Evaluation:
     encoder: Encoder
     step: int
     sight: Sight
-    train: ShardSet
-    test: ShardSet
+    train: Labelled
+    test: Labelled
 
     @classmethod
     def open(
-        cls, root: Path, train: Path | None = None, test: Path | None = None, device: str = "auto"
+        cls,
+        root: Path,
+        train: Path | None = None,
+        test: Path | None = None,
+        device: str = "auto",
+        labels: str | None = None,
     ) -> "Evaluation":
         """Open a run and two labelled sets, by default those of its monitor.
+
+        Args:
+            root: the run folder.
+            train, test: the sets; None: those of the monitor.
+            device: "auto", "cpu" or "cuda".
+            labels: a side table of the training set, see `shardset.labelled_pair`; None: that of
+                the monitor if both sets are the monitor's, else the packed labels.
 
         Raises:
             UsageError: no run there, or no sets named.
@@ -72,21 +86,24 @@ class Evaluation:
         where = device_of(device, 0)
         encoder, recipe, step = load_encoder(run, where)
         if recipe.monitor:
+            if train is None and test is None:
+                labels = labels or recipe.monitor.labels
             train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
         sight = sight_of(recipe, settings_of(recipe, Ranks(), where))
-        return cls(run, recipe, encoder, step, sight, *labelled_pair(train, test))
+        return cls(run, recipe, encoder, step, sight, *labelled_pair(train, test, labels))
 
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return len(self.train.manifest.classes)
+        return len(self.train.classes)
 
-    def features(self, shard_set: ShardSet, feature: Feature) -> Pair:
-        """Return the (N, width) fp32 features and (N,) int64 labels of a set."""
-        labels = torch.from_numpy(shard_set.labels()).long()
-        return embed(self.encoder, Collection([shard_set]), feature, self.sight), labels
+    def features(self, one: Labelled, feature: Feature) -> Pair:
+        """Return the (n, width) fp32 features and (n,) int64 labels of the labelled samples."""
+        data = Collection([one.set])
+        found = embed(self.encoder, data, feature, self.sight, ids=one.ids)
+        return found, torch.from_numpy(one.labels)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
         """Classify the test set by its nearest neighbours in the training set, and record it."""
@@ -121,10 +138,10 @@ class Evaluation:
 
     def _augmented_epochs(self, protocol: Protocol) -> Iterator[Iterator[Pair]]:
         """Yield the epochs of features of freshly cropped and flipped images."""
-        data = Collection([self.train])
-        plan = Plan(len(data), min(protocol.batch, len(data)), protocol.seed)
+        order = Chosen(self.train.ids, protocol.seed)
+        plan = Plan(len(order), min(protocol.batch, len(order)), protocol.seed, order)
         loader = Loader(
-            data,
+            Collection([self.train.set]),
             plan,
             [_PROBE_VIEW],
             size=self.sight.size,
@@ -132,14 +149,16 @@ class Evaluation:
             std=self.sight.std,
             settings=self.sight.settings,
         )
-        labels = torch.from_numpy(self.train.labels()).long()
         device = self.sight.settings.device
         pairs = (
-            (self._backbone(batch.views[0]), labels[batch.ids].to(device))
+            (self._backbone(batch.views[0]), self._labels_of(batch.ids).to(device))
             for batch in loader.batches()
         )
         for _ in range(protocol.epochs):
             yield islice(pairs, plan.steps_per_epoch)
+
+    def _labels_of(self, ids: Ids) -> torch.Tensor:
+        return torch.from_numpy(self.train.labels[np.searchsorted(self.train.ids, ids)])
 
     @torch.no_grad()
     def _backbone(self, images: torch.Tensor) -> torch.Tensor:
@@ -149,11 +168,14 @@ class Evaluation:
 
     def _record(self, result: dict[str, Any]) -> dict[str, Any]:
         """Add what the number was measured on, and append it to the run's evaluations."""
-        sets = {
-            name: {"path": str(s.root), "set_id": s.manifest.set_id, "samples": len(s)}
-            for name, s in (("train", self.train), ("test", self.test))
-        }
+        sets = {name: _described(one) for name, one in (("train", self.train), ("test", self.test))}
         result |= {"run": self.recipe.name, "step": self.step, "sets": sets}
         with (self.run.root / "evaluations.jsonl").open("a") as stream:
             stream.write(json.dumps(result) + "\n")
         return result
+
+
+def _described(one: Labelled) -> dict[str, Any]:
+    """Return what a number says about the samples that it was measured on."""
+    about = {"path": str(one.set.root), "set_id": one.set.manifest.set_id, "samples": len(one.ids)}
+    return about | ({"labels": one.table} if one.table else {})

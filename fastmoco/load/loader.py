@@ -122,7 +122,7 @@ class Loader:
 def evaluation_batches(
     data: Collection,
     *,
-    ids: slice,
+    ids: slice | Ids,
     size: int,
     mean: Triple,
     std: Triple,
@@ -130,11 +130,11 @@ def evaluation_batches(
     batch: int,
     settings: Settings,
 ) -> Iterator[Batch]:
-    """Yield every sample of a range once, in id order, as one central view.
+    """Yield samples once, in the order given, as one central view.
 
     Args:
         data: the sets.
-        ids: start and stop of the range.
+        ids: start and stop of a range of ids, or (n,) int64 ids.
         size: side of the view, pixels.
         mean, std: of the channels, in 0..1 units.
         share: of the short side that the central square spans, see `augment.central`.
@@ -147,15 +147,22 @@ def evaluation_batches(
     reader = Reader(data)
 
     def work(number: int) -> Work | None:
-        first = ids.start + number * batch
-        if first >= ids.stop:
+        chunk = _part(ids, number * batch, batch)
+        if not len(chunk):
             return None
-        chunk = np.arange(first, min(first + batch, ids.stop), dtype=np.int64)
         return Work(chunk, reader.fetch(chunk), [central(_sizes(data, chunk), share)])
 
     look = Look(size, mean, std, (Stages(),))
     for step, rendered in enumerate(_draw_all(work, look, batch, settings, data)):
         yield Batch(rendered.work.ids, rendered.views, step)
+
+
+def _part(ids: slice | Ids, start: int, count: int) -> Ids:
+    """Return up to `count` ids from position `start` on."""
+    if isinstance(ids, slice):
+        first = ids.start + start
+        return np.arange(first, min(first + count, ids.stop), dtype=np.int64)
+    return ids[start : start + count]
 
 
 def _stages(view: View) -> Stages:

@@ -55,6 +55,17 @@ def test_features_are_those_of_a_plain_loop(
     assert distances.diagonal().max() < 0.1 * distances.median()
 
 
+def test_some_samples_have_the_features_that_they_have_among_all(
+    trained: Encoder, small_set: ShardSet
+) -> None:
+    data, ids = Collection([small_set]), np.array([20, 3, 11])
+    everything = embed(trained, data, "head", sight())
+    torch.testing.assert_close(
+        embed(trained, data, "head", sight(), ids=ids), everything[ids], rtol=1e-4, atol=1e-4
+    )
+    assert embed(trained, data, "head", sight(), ids=ids[:0]).shape == (0, 8)
+
+
 def test_batches_do_not_matter(
     trained: Encoder, small_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """From a run folder to numbers that are written down with how they came about."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastmoco.config import Monitor
+from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.probe import Protocol
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
+from fastmoco.pretrain import _monitor
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.shardset import LABEL_DTYPE, Collection, ShardSet, write_labels
 
 Make = Callable[..., RunFolder]
 
@@ -31,12 +35,10 @@ def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_knn_is_scikit_learns_on_the_same_features(
-    evaluation: Evaluation, small_set: ShardSet, unseen_set: ShardSet
-) -> None:
+def test_knn_is_scikit_learns_on_the_same_features(evaluation: Evaluation) -> None:
     result = evaluation.knn("backbone", k=4, t=0.1)
     (bank, labels), (queries, wanted) = (
-        evaluation.features(one, "backbone") for one in (small_set, unseen_set)
+        evaluation.features(one, "backbone") for one in (evaluation.train, evaluation.test)
     )
     model = KNeighborsClassifier(4, metric="cosine", weights=lambda d: np.exp(-d / 0.1))
     accuracy = model.fit(bank.double(), labels).score(queries.double(), wanted)
@@ -91,13 +93,11 @@ def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
     assert first == second
 
 
-def test_the_augmented_probe_sees_new_crops_each_epoch(
-    evaluation: Evaluation, small_set: ShardSet
-) -> None:
+def test_the_augmented_probe_sees_new_crops_each_epoch(evaluation: Evaluation) -> None:
     protocol = Protocol(epochs=2, batch=24)
     epochs = [list(batches) for batches in evaluation._augmented_epochs(protocol)]
     assert [len(batches) for batches in epochs] == [1, 1]
-    central = evaluation.features(small_set, "backbone")
+    central = evaluation.features(evaluation.train, "backbone")
     firsts = []
     for ((features, labels),) in epochs:
         assert sorted(labels.tolist()) == sorted(central[1].tolist())
@@ -111,9 +111,9 @@ def test_the_sets_of_the_monitor_are_the_default(
     monitor = {"bank": str(small_set.root), "queries": str(unseen_set.root)}
     run = make_run(monitor=monitor)
     opened = Evaluation.open(run.root)
-    assert (opened.train.root, opened.test.root) == (small_set.root, unseen_set.root)
+    assert (opened.train.set.root, opened.test.set.root) == (small_set.root, unseen_set.root)
     swapped = Evaluation.open(run.root, train=unseen_set.root)
-    assert (swapped.train.root, swapped.test.root) == (unseen_set.root, unseen_set.root)
+    assert (swapped.train.set.root, swapped.test.set.root) == (unseen_set.root, unseen_set.root)
     assert opened.classes == 3 and not opened.encoder.training
 
 
@@ -149,8 +149,95 @@ def test_a_set_without_classes_is_refused(
 def test_features_are_in_id_order_beside_their_labels(
     evaluation: Evaluation, small_set: ShardSet
 ) -> None:
-    features, labels = evaluation.features(small_set, "head")
+    features, labels = evaluation.features(evaluation.train, "head")
     classes = small_set.manifest.classes
     names = [small_set.name_of(i) for i in range(24)]
     assert [classes[label] for label in labels.tolist()] == [name.split("/")[0] for name in names]
     assert features.shape == (len(Collection([small_set])), 8)
+
+
+@pytest.fixture
+def tables(small_set: ShardSet, unseen_set: ShardSet, tmp_path: Path) -> tuple[ShardSet, ShardSet]:
+    """Copies of both sets with a table `two` of two classes of its own, for some samples."""
+    copies = []
+    for one, ids in ((small_set, [20, 3, 11, 5, 8, 17, 1]), (unseen_set, [14, 2, 7, 9])):
+        copies.append(ShardSet(shutil.copytree(one.root, tmp_path / f"copy{len(one)}")))
+        rows = np.array([(i, i % 2, 1.0) for i in ids], dtype=LABEL_DTYPE)
+        write_labels(copies[-1], "two", rows, ["even", "odd"], "by hand")
+    return copies[0], copies[1]
+
+
+def test_a_side_table_chooses_samples_and_classes(
+    make_run: Make, tables: tuple[ShardSet, ShardSet], evaluation: Evaluation
+) -> None:
+    train, test = tables
+    root = evaluation.run.root
+    some = Evaluation.open(root, train.root, test.root, labels="two")
+    assert some.classes == 2
+    pairs = [some.features(one, "backbone") for one in (some.train, some.test)]
+    for (features, labels), ids, everything in zip(
+        pairs,
+        ([1, 3, 5, 8, 11, 17, 20], [2, 7, 9, 14]),
+        (evaluation.train, evaluation.test),
+        strict=True,
+    ):
+        wanted = evaluation.features(everything, "backbone")[0][ids]
+        torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
+        assert labels.tolist() == [i % 2 for i in ids]
+    result = some.knn("backbone", k=3, t=0.1)
+    model = KNeighborsClassifier(3, metric="cosine", weights=lambda d: np.exp(-d / 0.1))
+    (bank, labels), (queries, asked) = pairs
+    score = model.fit(bank.double(), labels).score(queries.double(), asked)
+    assert result["top1"] == pytest.approx(100 * score, abs=1e-3)
+    assert [(s["samples"], s["labels"]) for s in result["sets"].values()] == [
+        (7, "two"),
+        (4, "two"),
+    ]
+
+
+def test_the_augmented_probe_draws_labelled_samples_only(
+    evaluation: Evaluation, tables: tuple[ShardSet, ShardSet]
+) -> None:
+    train, test = tables
+    some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
+    protocol = Protocol(epochs=2, lrs=(0.1,), batch=3)
+    epochs = [list(batches) for batches in some._augmented_epochs(protocol)]
+    assert [len(batches) for batches in epochs] == [2, 2]  # of 7 samples, one is dropped
+    assert {label for batches in epochs for _, found in batches for label in found.tolist()} == {
+        0,
+        1,
+    }
+    for features in ("cached", "augmented"):
+        protocol = Protocol(epochs=2, lrs=(0.1,), batch=3, features=features)
+        assert 0 <= some.probe(protocol, lambda done: None)["best"]["top1"] <= 100
+
+
+def test_the_augmented_probe_keeps_labels_with_their_images(
+    make_run: Make, tables: tuple[ShardSet, ShardSet]
+) -> None:
+    train, _ = tables
+    same = Evaluation.open(make_run().root, train.root, train.root, labels="two")
+    protocol = Protocol(epochs=40, lrs=(0.1,), batch=7, features="augmented")
+    assert same.probe(protocol, lambda done: None)["best"]["top1"] > 80
+
+
+def test_the_monitor_uses_the_table_too(
+    make_run: Make, tables: tuple[ShardSet, ShardSet], evaluation: Evaluation
+) -> None:
+    train, test = tables
+    recipe = {"bank": str(train.root), "queries": str(test.root), "labels": "two", "k": 3}
+    knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.sight, Ranks())
+    some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
+    assert knn(evaluation.encoder)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
+
+
+def test_the_table_of_the_monitor_goes_with_its_sets(
+    make_run: Make, tables: tuple[ShardSet, ShardSet]
+) -> None:
+    train, test = tables
+    root = make_run(
+        monitor={"bank": str(train.root), "queries": str(test.root), "labels": "two"}
+    ).root
+    assert Evaluation.open(root).train.table == "two"
+    assert Evaluation.open(root, train=train.root).train.table is None
+    assert Evaluation.open(root, train=train.root, labels="two").test.table == "two"

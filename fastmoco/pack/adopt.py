@@ -1,0 +1,379 @@
+"""`fastmoco index`: tar shards that others wrote (webdataset, img2dataset), adopted in place.
+
+Tables, indexes and manifest are made beside the shards, of which no byte is touched. An image is a
+sample if the training decoder reads its bytes as they are; what would have to be re-encoded is left
+out and listed. Rotated by EXIF, an image is kept: training reads it as it is stored, and the
+manifest says how many there are.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from fastmoco.errors import DataError, UsageError
+from fastmoco.files import new_folder, sync, write_json
+from fastmoco.pack.classes import Classes
+from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
+from fastmoco.pack.fragment import Totals
+from fastmoco.pack.index import index_path
+from fastmoco.pack.parallel import ordered_map
+from fastmoco.shardset import (
+    CHUNK,
+    FORMAT_VERSION,
+    SAMPLE_DTYPE,
+    Manifest,
+    Shard,
+    set_id_of,
+)
+
+ADOPTED = "adopted"  # the option that marks such a set
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TABLES = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
+_ASIDE = ".fastmoco-index.partial"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class AdoptOptions:
+    """How to adopt.
+
+    Attributes:
+        label_key: a field of the samples' JSON that is their label; None: their `.cls` member.
+        unlabelled: store no labels.
+        classes: the names of the labels 0, 1, ...; by default the values that occur, and for
+            whole numbers all from 0 to the largest.
+        workers: processes that decode; what is written does not depend on it.
+    """
+
+    label_key: str | None = None
+    unlabelled: bool = False
+    classes: tuple[str, ...] = ()
+    workers: int = 1
+
+
+def adopt(
+    folder: Path,
+    out: Path | None = None,
+    options: AdoptOptions = AdoptOptions(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Make a shard set of a folder of tars.
+
+    Args:
+        folder: holds `*.tar`; those in subfolders do not count.
+        out: a new folder for the set, in which links stand for the shards; None: `folder` itself.
+        options: see `AdoptOptions`.
+        on_progress: called with the shards done and their total.
+
+    Returns:
+        The manifest as written. Its options tell that the set was adopted, and how many images
+        are rotated by EXIF, with the names of the first.
+
+    Raises:
+        UsageError: no tars there, a set already, or files in the way.
+        DataError: a shard is damaged or compressed, or nothing in them is fit.
+    """
+    shards = _shards(folder)
+    try:
+        with _place(folder, out, shards) as aside:
+            return _write_set(aside, shards, options, on_progress)
+    except OSError as error:
+        raise DataError(
+            f"{out or folder} cannot be written: {error.strerror or error}. With --out the set "
+            "goes elsewhere."
+        ) from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder.")
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder} is a shard set already: it has a manifest.json.")
+    compressed = sorted(p.name for p in folder.iterdir() if p.name.endswith(_COMPRESSED))
+    if compressed:
+        raise DataError(
+            f"{folder} has compressed shards ({', '.join(compressed[:3])}), whose images cannot "
+            "be read in place: decompress them first (gzip -d, zstd -d)."
+        )
+    tars = (path for path in folder.glob("[!.]*.tar") if path.is_file())
+    shards = sorted(tars, key=lambda path: os.fsencode(path.name))
+    if not shards:
+        raise UsageError(f"{folder} holds no *.tar: name the folder that holds the shards.")
+    for shard in shards:
+        _refuse_name(shard.name)
+    return shards
+
+
+def _refuse_name(name: str) -> None:
+    try:
+        Shard(name=name, samples=0, bytes=0, sha256="")
+    except ValidationError as error:
+        raise UsageError(f"{name!r} cannot be the name of a shard: rename it.") from error
+
+
+@contextmanager
+def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[Path]:
+    """Yield an empty folder whose files go beside the shards, or become `out`, if all is well."""
+    if out is None:
+        with _beside(folder, shards) as aside:
+            yield aside
+        return
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists already: remove it or choose another name.")
+    with new_folder(out) as aside:
+        for shard in shards:
+            (aside / shard.name).symlink_to(shard.resolve())
+        yield aside
+
+
+@contextmanager
+def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
+    aside = folder / _ASIDE
+    # The folder says that an earlier call was interrupted, perhaps while its files were renamed.
+    if not aside.exists():
+        _refuse_strangers(folder, shards)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
+        sync(path)
+        path.rename(folder / path.name)
+    sync(folder)
+    aside.rmdir()
+
+
+def _refuse_strangers(folder: Path, shards: Sequence[Path]) -> None:
+    wanted = [*_TABLES, *(index_path(shard).name for shard in shards)]
+    taken = [name for name in wanted if os.path.lexists(folder / name)]
+    if taken:
+        raise UsageError(
+            f"{folder} has files of the names that the set needs ({', '.join(taken[:3])}): "
+            "remove them, or write the set elsewhere by --out."
+        )
+
+
+@dataclass
+class _Gathered:
+    """What the shards have told so far, beside what is in the tables.
+
+    Attributes:
+        classes: the labels in the shards, and their codes in the table.
+        rotated: names of the first images that EXIF rotates.
+        rotations: their number.
+        damaged: what is wrong with shards that cannot be used.
+    """
+
+    classes: Classes
+    shards: list[Shard] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+    rotated: list[str] = field(default_factory=list)
+    rotations: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, found: Adopted) -> None:
+        """Note a shard.
+
+        Raises:
+            DataError: it has a label that is no class.
+        """
+        if found.damage:
+            self.damaged.append(f"{path.name} {found.damage}")
+        self.shards.append(_entry(path, found))
+        self.totals.add(found.totals)
+        self.rotations += len(found.rotated)
+        self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
+        codes = [self._code(path, value) for value in found.values]
+        labelled = found.rows["label"] >= 0
+        found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
+        found.rows["shard"] = len(self.shards) - 1
+
+    def _code(self, path: Path, value: str) -> int:
+        code = self.classes.code(value)
+        if code is None:
+            known = len(self.classes.given)
+            raise DataError(f"{path} has the label {value!r}, which is none of {known} classes.")
+        return code
+
+
+def _entry(path: Path, found: Adopted) -> Shard:
+    return Shard(name=path.name, samples=len(found.rows), bytes=found.size, sha256=found.sha256)
+
+
+class _Tables:
+    """The tables in the making; they grow shard by shard on the disk, not in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.samples = self.rejected = 0
+        self._end = np.uint64(0)  # of names.txt
+
+    def __enter__(self) -> "_Tables":
+        with ExitStack() as stack:
+            self._rows, self._ends, self._names, self._rejects = (
+                stack.enter_context((self.folder / name).open("wb"))
+                for name in (".rows", ".ends", "names.txt", "rejects.jsonl")
+            )
+            self._open = stack.pop_all()
+        self._ends.write(np.zeros(1, np.uint64).tobytes())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, path: Path, found: Adopted) -> None:
+        """Write what was found in a shard."""
+        self._rows.write(found.rows.tobytes())
+        lengths = np.array([len(name) + 1 for name in found.names], dtype=np.uint64)
+        ends = self._end + lengths.cumsum(dtype=np.uint64)
+        self._end = np.uint64(self._end + lengths.sum(dtype=np.uint64))
+        self._ends.write(ends.tobytes())
+        self._names.write(b"".join(name + b"\n" for name in found.names))
+        for name, reason in found.rejects:
+            line = json.dumps({"name": name, "reason": reason}) + "\n"
+            self._rejects.write(line.encode())
+        self.samples += len(found.rows)
+        self.rejected += len(found.rejects)
+        header = f"v1.2 {len(found.rows)}\n".encode()
+        index_path(self.folder / path.name).write_bytes(header + found.index)
+
+    def finish(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Make the tables of the rows and the names; return the samples of each label.
+
+        Args:
+            labels: (codes,) the label of each code.
+        """
+        counts = np.zeros(int(labels.max(initial=-1)) + 1, dtype=np.int64)
+        final = np.append(labels, np.int32(-1))  # code -1, the last one, stays -1
+        with _growing(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
+            for rows in _stored(self.folder / ".rows", SAMPLE_DTYPE):
+                rows["label"] = final[rows["label"]]
+                counts += np.bincount(rows["label"][rows["label"] >= 0], minlength=len(counts))
+                stream.write(rows.tobytes())
+        ends = np.dtype("<u8")
+        with _growing(self.folder / "names.idx.npy", ends, self.samples + 1) as stream:
+            for part in _stored(self.folder / ".ends", ends):
+                stream.write(part.tobytes())
+        return counts
+
+
+@contextmanager
+def _growing(path: Path, dtype: np.dtype[Any], rows: int) -> Iterator[BinaryIO]:
+    """Yield a `.npy` file of so many rows that waits for their bytes."""
+    with path.open("wb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (rows,)})
+        yield stream
+
+
+def _stored(path: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Yield what was stored in a file of rows, part by part, and remove it."""
+    with path.open("rb") as stream:
+        while content := stream.read(CHUNK * dtype.itemsize):
+            yield np.frombuffer(bytearray(content), dtype)
+    path.unlink()
+
+
+def _write_set(
+    aside: Path,
+    shards: Sequence[Path],
+    options: AdoptOptions,
+    on_progress: Callable[[int, int], None] | None,
+) -> Manifest:
+    tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
+    gathered = _Gathered(Classes(options.classes))
+    with _Tables(aside) as tables, closing(_adopted(tasks, options.workers)) as results:
+        for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
+            gathered.add(path, found)
+            tables.add(path, found)
+            if on_progress:
+                on_progress(done, len(shards))
+    _refuse_unusable(gathered, tables)
+    labels, classes = gathered.classes.finished()
+    counts = tables.finish(labels)
+    manifest = _manifest(aside, gathered, tables, classes, counts, options)
+    write_json(aside / "manifest.json", manifest.model_dump())
+    return manifest
+
+
+def _adopted(tasks: Sequence[AdoptTask], workers: int) -> Generator[Adopted, None, None]:
+    """Yield what is in the shards, in order; one worker is this process."""
+    if workers > 1:
+        yield from ordered_map(adopt_shard, tasks, workers)
+    else:
+        yield from map(adopt_shard, tasks)
+
+
+def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:
+    if gathered.damaged:
+        named = "".join(f"\n  {what}" for what in gathered.damaged[:_SHOWN])
+        raise DataError(
+            f"{len(gathered.damaged)} shard(s) are damaged; fetch them again, or move them away. "
+            f"The first:{named}"
+        )
+    if not tables.samples:
+        with (tables.folder / "rejects.jsonl").open() as lines:
+            rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
+        first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
+        raise DataError(f"The shards hold no image that can be read in place.{first}")
+
+
+def _manifest(
+    aside: Path,
+    gathered: _Gathered,
+    tables: _Tables,
+    classes: list[str],
+    counts: npt.NDArray[np.int64],
+    options: AdoptOptions,
+) -> Manifest:
+    rows = np.load(aside / "samples.npy", mmap_mode="r", allow_pickle=False)
+    found = np.zeros(len(classes), dtype=np.int64)
+    found[: len(counts)] = counts
+    mean, std = _moments(gathered.totals)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        set_id=set_id_of(gathered.shards, rows),
+        samples=tables.samples,
+        rejected=tables.rejected,
+        progressive=gathered.totals.progressive,
+        classes=classes,
+        class_counts=found.tolist(),
+        mean=mean,
+        std=std,
+        options={
+            ADOPTED: True,
+            "label_key": options.label_key,
+            "unlabelled": options.unlabelled,
+            "rotated": gathered.rotations,
+            "rotated_first": [_readable(name) for name in gathered.rotated],
+        },
+        shards=gathered.shards,
+    )
+
+
+def _readable(name: str) -> str:
+    """Return a name that a manifest can hold, whatever its bytes are."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _moments(totals: Totals) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of the channels, in 0..1 units."""
+    pixels = totals.pixels
+    pairs = zip(totals.sums, totals.squares, strict=True)
+    # Whole numbers up to the root: nothing cancels.
+    std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs]
+    return [total / (255 * pixels) for total in totals.sums], std

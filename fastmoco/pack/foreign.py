@@ -1,0 +1,281 @@
+"""Reading one shard that somebody else wrote: which of its members are samples, and of what label.
+
+A key that ends at the first dot, as webdataset has it, would make one sample of `a.1.jpg` and
+`a.2.jpg`; one that ends at the last dot would make a sample of the mask `a.seg.png` beside `a.jpg`.
+So the key ends at the last dot, unless an image stands at the first.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fastmoco.files import sha256_of
+from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image
+from fastmoco.pack.fragment import Totals
+from fastmoco.pack.index import Component, extension_of, index_line, index_name
+from fastmoco.pack.tarwalk import Damage, Member, walk
+from fastmoco.shardset import SAMPLE_DTYPE
+
+IMAGES = frozenset(
+    ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
+)
+_MAX_LABEL = 4096  # bytes of a `.cls`
+_MAX_JSON = 2**24
+_MEASURED, _STRIDE = 64, 16  # images that enter the statistics: the first, then one of so many
+_NEGATIVE = re.compile(r"-[0-9]+")  # how some say that there is no label
+_TURNED = re.compile(
+    rb"(\x01\x12\x00\x03\x00\x00\x00\x01\x00)[\x02-\x08]"  # EXIF, big-endian
+    rb"|(\x12\x01\x03\x00\x01\x00\x00\x00)[\x02-\x08](?=\x00)"  # and little-endian
+    rb"|(tiff:Orientation(?:=\"|>))[2-8]"  # XMP
+)
+
+
+@dataclass(frozen=True)
+class AdoptTask:
+    """A shard, and where its labels are.
+
+    Attributes:
+        path: of the tar.
+        label_key: a field of the samples' JSON; None: the `.cls` members.
+        unlabelled: there are no labels.
+    """
+
+    path: Path
+    label_key: str | None
+    unlabelled: bool
+
+
+@dataclass
+class Adopted:
+    """What was found in a shard.
+
+    Attributes:
+        size, sha256: of the tar, the size in bytes.
+        damage: why the tar cannot be used, None if it can.
+        rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
+        names: the original name of each row, encoded.
+        index: the lines of DALI's index.
+        values: the different labels as they are written.
+        rejects: (name, reason) of the images that are no samples.
+        rotated: names of the samples that EXIF says to rotate.
+        totals: over the samples; the statistics over some of them.
+    """
+
+    size: int = 0
+    sha256: str = ""
+    damage: str | None = None
+    rows: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
+    names: list[bytes] = field(default_factory=list)
+    index: bytes = b""
+    values: list[str] = field(default_factory=list)
+    rejects: list[tuple[str, str]] = field(default_factory=list)
+    rotated: list[str] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+
+
+def adopt_shard(task: AdoptTask) -> Adopted:
+    """Check every image of a shard; the shard is only read."""
+    try:
+        return _adopt(task)
+    except OSError as error:
+        return Adopted(damage=f"cannot be read ({error.strerror})")
+
+
+def _adopt(task: AdoptTask) -> Adopted:
+    found = Adopted(size=task.path.stat().st_size, sha256=sha256_of(task.path))
+    members: list[Member] = []
+    for member in walk(task.path):
+        if isinstance(member, Damage):
+            return Adopted(damage=member.reason)
+        members.append(member)
+    contents = _Contents(members)
+    rows, lines, codes = [], [], dict[str, int]()
+    with task.path.open("rb") as stream:
+        for image in contents.samples(found, task.path.name):
+            checked = _checked(stream, image, found, _name(task, image))
+            if checked is None:
+                continue
+            side = contents.side(image, "cls")
+            value = None if task.unlabelled else _label(stream, contents, image, task.label_key)
+            label = -1 if value is None else codes.setdefault(value, len(codes))
+            rows.append(_row(image, checked, label))
+            found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
+            lines.append(index_line([_component(m) for m in _in_order(image, side)]))
+    found.rows = np.array(rows, dtype=SAMPLE_DTYPE)
+    found.index, found.values = b"".join(lines), list(codes)
+    return found
+
+
+def _name(task: AdoptTask, member: Member) -> str:
+    return f"{task.path.name}!{member.name}"
+
+
+class _Contents:
+    """The members of a shard by what they are; those of a sample need not be neighbours."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.images = [m for m in members if extension_of(m.name) in IMAGES]
+        self.sides: dict[tuple[str, str], Member] = {}
+        for member in members:
+            extension = extension_of(member.name)
+            if extension in ("cls", "json") and member.regular:
+                self.sides.setdefault((_stem(member.name), extension), member)
+        stems = {_stem(image.name) for image in self.images}
+        self.plain = {stem for stem in stems if stem == _root(stem)}
+
+    def samples(self, found: Adopted, shard: str) -> Iterator[Member]:
+        """Yield the image of each sample, in the order of the tar; list the others as rejects."""
+        used: set[str] = set()
+        for image in self.images:
+            stem = _stem(image.name)
+            reason = None
+            if not image.regular:
+                reason = "is not a regular file"
+            elif stem in used or (stem not in self.plain and _root(stem) in self.plain):
+                reason = "is another image of a sample that has one"
+            if reason:
+                found.rejects.append((f"{shard}!{image.name}", reason))
+            else:
+                used.add(stem)
+                yield image
+
+    def side(self, image: Member, extension: str) -> Member | None:
+        """Return the member of that extension that belongs to an image."""
+        stem = _stem(image.name)
+        return self.sides.get((stem, extension)) or self.sides.get((_root(stem), extension))
+
+
+def _stem(name: str) -> str:
+    """Return a member's name without its extension."""
+    return name.rpartition(".")[0]
+
+
+def _root(name: str) -> str:
+    """Return a member's name up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _in_order(image: Member, side: Member | None) -> list[Member]:
+    return sorted([image, side] if side else [image], key=lambda member: member.offset)
+
+
+def _component(member: Member) -> Component:
+    extension = extension_of(member.name)
+    return Component(extension, member.offset, member.size, index_name(member.name))
+
+
+def _row(image: Member, checked: Checked, label: int) -> tuple[int, ...]:
+    digest = int.from_bytes(hashlib.sha256(checked.content).digest()[:8], "little")
+    place = (image.offset, digest, image.size)
+    return (*place, 0, label, checked.height, checked.width)
+
+
+def _checked(stream: BinaryIO, image: Member, found: Adopted, name: str) -> Checked | None:
+    """Return what is known of a sample; list it as a reject if it cannot be read in place."""
+    rules = Rules()
+    if image.size > rules.max_bytes:
+        found.rejects.append((name, f"is larger than {rules.max_bytes >> 20} MiB"))
+        return None
+    content = _read(stream, image)
+    count = len(found.names)
+    result = in_place(content, measure=count < _MEASURED or count % _STRIDE == 0)
+    if isinstance(result, str):
+        found.rejects.append((name, result))
+        return None
+    checked, rotated = result
+    if rotated:
+        found.rotated.append(name)
+    found.totals.add(_totals(checked))
+    return checked
+
+
+def _read(stream: BinaryIO, member: Member) -> bytes:
+    return os.pread(stream.fileno(), member.size, member.offset)
+
+
+def in_place(content: bytes, measure: bool) -> tuple[Checked, bool] | str:
+    """Return what is known of an image and whether EXIF rotates it, or why it cannot be used.
+
+    Height, width and statistics are those of the pixels as stored: training does not rotate.
+    """
+    checked = check_image(content, Rules(), measure)
+    if isinstance(checked, str):
+        return checked
+    if checked.content == content:
+        return checked, False
+    upright = _upright(content)
+    turned = check_image(upright, Rules(), measure)
+    if _is_turned(content) and isinstance(turned, Checked) and turned.content == upright:
+        return replace(turned, content=content), True
+    return _why_not(content)
+
+
+def _is_turned(content: bytes) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.getexif().get(ORIENTATION) in range(2, 9)
+
+
+def _upright(content: bytes) -> bytes:
+    """Return an image whose metadata no longer ask for a rotation, with the same pixels."""
+    exif = content.find(b"eXIf")
+    if content.startswith(b"\x89PNG") and exif > 0:  # its checksum forbids a change: cut it out
+        length = int.from_bytes(content[exif - 4 : exif])
+        return content[: exif - 4] + content[exif + length + 8 :]
+    return _TURNED.sub(_without_turn, content)
+
+
+def _without_turn(match: re.Match[bytes]) -> bytes:
+    kept = next(group for group in match.groups() if group is not None)
+    return kept + (b"1" if kept.startswith(b"tiff") else b"\x01")
+
+
+def _why_not(content: bytes) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            what = f"{image.format} of mode {image.mode}"
+    return f"would have to be re-encoded ({what}): pack the shards by `fastmoco shard`"
+
+
+def _totals(checked: Checked) -> Totals:
+    if checked.statistics is None:
+        return Totals(int(checked.progressive))
+    found = checked.statistics
+    return Totals(int(checked.progressive), found.pixels, [*found.sums], [*found.squares])
+
+
+def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None) -> str | None:
+    """Return the label of a sample as it is written, None if there is none."""
+    side = contents.side(image, "json" if key else "cls")
+    if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):
+        return None
+    text = _read(stream, side)
+    value = _field(text, key) if key else text.decode("utf-8", "replace").strip()
+    return None if not value or _NEGATIVE.fullmatch(value) else value
+
+
+def _field(text: bytes, key: str) -> str | None:
+    try:
+        value = json.loads(text).get(key)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        return None
+    # JSON may hold halves of characters, which no manifest can.
+    return str(value).encode("utf-8", "replace").decode().strip()

@@ -1,0 +1,99 @@
+"""The commands about a set that exists: verify, inspect, index, label, views."""
+
+import io
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastmoco import cli
+from fastmoco.shardset import ShardSet
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastmoco", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        found = capsys.readouterr()
+        return int(end.value.code or 0), found.out, found.err
+
+    return call
+
+
+@pytest.fixture
+def copied(small_set: ShardSet, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_set.root, tmp_path / "set"))
+
+
+def test_verify(run: Run, copied: Path) -> None:
+    assert run("verify", copied)[:2] == (
+        0,
+        f"{copied}: sound in sizes and counts; --full reads every image\n",
+    )
+    assert run("verify", copied, "--full", "--workers", 1)[:2] == (0, f"{copied}: sound\n")
+    shards = ShardSet(copied)
+    tar = copied / "shard-000000.tar"
+    raw = bytearray(tar.read_bytes())
+    raw[int(shards.samples["offset"][5]) + 300] ^= 1
+    tar.write_bytes(raw)
+    assert run("verify", copied)[0] == 0, "the size is as it was"
+    code, out, err = run("verify", copied, "--full", "--workers", 1)
+    assert code == 3 and shards.name_of(5) in out and "defect" in err and "Traceback" not in err
+
+
+def test_inspect_draws_a_sheet(run: Run, copied: Path, tmp_path: Path) -> None:
+    code, out, err = run("inspect", copied, "--sheet", tmp_path / "sheet.png", "--count", 9)
+    assert (code, err) == (0, "")
+    assert "24" in out and all(name in out for name in ("ape", "bee", "cow"))
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert len(sheet.convert("RGB").getcolors(2**20) or []) > 1000
+
+
+def test_index_adopts_and_knows_the_classes(run: Run, small_set: ShardSet, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    with tarfile.open(theirs / "a b.tar", "w") as tar:
+        for row in range(6):
+            image = small_set.root.parent / "source" / small_set.name_of(row)
+            members = ((f"x/{row}.jpg", image.read_bytes()), (f"x/{row}.cls", b"%d" % (row % 2)))
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    code, out, err = run("index", theirs, "--workers", 1)
+    assert code == 0, err
+    assert "6 images, 2 classes, 1 shards" in out
+    assert run("verify", theirs, "--full", "--workers", 1)[0] == 0
+    code, _, err = run("index", theirs)
+    assert code in (2, 3) and err.startswith("error: ") and "Traceback" not in err
+
+
+def test_label(run: Run, copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label\n3,sun\n1,rain\n2,sun\n")
+    (tmp_path / "names.txt").write_text("rain\nsun\n")
+    arguments = ("label", copied, tmp_path / "labels.csv", "--name", "weather")
+    code, _, err = run(*arguments)
+    assert code == 3 and "sun" in err, "the set has other classes, and none were given"
+    code, out, _ = run(*arguments, "--classes", tmp_path / "names.txt")
+    assert code == 0 and "3 labels, 2 classes" in out
+    assert ShardSet(copied).labels("weather").tolist()[:5] == [-1, 0, 1, 1, -1]
+    (tmp_path / "bad.csv").write_text("name,label\nnowhere.jpg,sun\n")
+    code, _, err = run("label", copied, tmp_path / "bad.csv", "--name", "other")
+    assert code == 3 and "nowhere.jpg" in err and not (copied / "labels/other.npy").exists()
+
+
+def test_views(run: Run, copied: Path, tmp_path: Path) -> None:
+    png = tmp_path / "views.png"
+    arguments = ("--recipe", "cifar10_r18", "--count", 2, "--out", png)
+    code, out, err = run("views", copied, "executor=torchvision", *arguments)
+    assert code == 0, err
+    assert out.count("view 1: crop") == out.count("view 2: crop") == 2 and png.exists()
