@@ -86,7 +86,7 @@ def test_label(run: Run, copied: Path, tmp_path: Path) -> None:
     code, out, _ = run(*arguments, "--classes", tmp_path / "names.txt")
     assert code == 0 and "3 labels, 2 classes" in out
     assert ShardSet(copied).labels("weather").tolist()[:5] == [-1, 0, 1, 1, -1]
-    (tmp_path / "bad.csv").write_text("name,label\nnowhere.jpg,sun\n")
+    (tmp_path / "bad.csv").write_text("name,label\nnowhere.jpg,ape\n")
     code, _, err = run("label", copied, tmp_path / "bad.csv", "--name", "other")
     assert code == 3 and "nowhere.jpg" in err and not (copied / "labels/other.npy").exists()
 
