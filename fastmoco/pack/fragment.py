@@ -4,6 +4,7 @@ A tar is a sequence of members, so stretches made anywhere can be put together i
 """
 
 import hashlib
+import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ class Run:
 
     Attributes:
         shard: its number.
+        scratch: folder that the fragment's members are left in: through a file they come to the
+            parent at a fifth of the cost of a pipe.
         first: position of the first in the shuffled order; positions name the samples.
         inputs: where they lie.
         labels: -1 for none.
@@ -29,6 +32,7 @@ class Run:
     """
 
     shard: int
+    scratch: str
     first: int
     inputs: Sequence[Input]
     labels: Sequence[int]
@@ -69,9 +73,9 @@ class Fragment:
     Attributes:
         shard: its number.
         count: images in the run.
-        tar: the members of the samples.
+        tar: the file that holds the members of the samples.
         rows: of the samples, in the order of `shardset.SAMPLE_DTYPE` (which workers do not
-            import: pydantic comes with it); offsets count from the start of `tar`.
+            import: pydantic comes with it); offsets count from its start.
         positions: of the samples in the shuffled order.
         extensions: of the samples.
         rejects: (position, reason) of the others.
@@ -80,7 +84,7 @@ class Fragment:
 
     shard: int
     count: int
-    tar: bytes
+    tar: str
     rows: list[tuple[int, ...]]
     positions: list[int]
     extensions: list[str]
@@ -108,10 +112,13 @@ def make_fragment(run: Run) -> Fragment:
             positions.append(position)
             extensions.append(image.extension)
             totals.count(image)
+    path = os.path.join(run.scratch, f".run-{run.first}")
+    with open(path, "wb", buffering=0) as stream:
+        stream.write(tar)
     return Fragment(
         shard=run.shard,
         count=len(run.inputs),
-        tar=bytes(tar),
+        tar=path,
         rows=rows,
         positions=positions,
         extensions=extensions,

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.files import sha256_of, sync, write_bytes
+from fastmoco.files import sha256_of, write_bytes
 from fastmoco.pack.fragment import TAR_BLOCK, Fragment, Totals, key_of
 from fastmoco.pack.schedule import TAR_RECORD
 from fastmoco.shardset import SAMPLE_DTYPE, Shard
@@ -22,6 +23,7 @@ class ShardRecord:
 
     Attributes:
         shard: its entry in the manifest.
+        index_sha256: of its index.
         rows: `SAMPLE_DTYPE` of its samples; the shard number is not set yet.
         positions: (len(rows),) int64 of the samples in the shuffled order.
         rejects: (position, reason) of the images left out.
@@ -29,6 +31,7 @@ class ShardRecord:
     """
 
     shard: Shard
+    index_sha256: str
     rows: npt.NDArray[np.void]
     positions: npt.NDArray[np.int64]
     rejects: list[tuple[int, str]]
@@ -36,16 +39,22 @@ class ShardRecord:
 
 
 class Journal:
-    """Writes shards into a folder, each with its index and a record beside it."""
+    """Writes shards into a folder, each with its index and a record beside it.
+
+    A record may reach the disk before its shard does: then their hashes differ after a power cut,
+    and the shard is made again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def holds(self, number: int) -> bool:
         """Whether a shard is finished, and its bytes are those of its record."""
+        path = self.folder / f"{_stem(number)}.tar"
         try:
-            shard = self.read(number).shard
-            return sha256_of(self.folder / shard.name) == shard.sha256
+            record = self.read(number)
+            whole = sha256_of(path) == record.shard.sha256
+            return whole and sha256_of(path.with_suffix(".idx")) == record.index_sha256
         except (OSError, ValueError, KeyError):
             return False
 
@@ -55,25 +64,29 @@ class Journal:
         table, parts, index, digest, at = [], [], [], hashlib.sha256(), 0
         with path.open("wb") as tar:
             for fragment in fragments:
-                tar.write(fragment.tar)
-                digest.update(fragment.tar)
+                members = Path(fragment.tar).read_bytes()
+                os.unlink(fragment.tar)
+                tar.write(members)
+                digest.update(members)
                 rows = np.array(fragment.rows, dtype=SAMPLE_DTYPE)
                 rows["offset"] += at
                 index += _index_lines(fragment, rows)
-                at += len(fragment.tar)
-                fragment.tar = b""
+                at += len(members)
                 parts.append(fragment)
                 table.append(rows)
             end = bytes(-(at + 2 * TAR_BLOCK) % TAR_RECORD + 2 * TAR_BLOCK)
             tar.write(end)
             digest.update(end)
-        lines = [f"v1.2 {len(index)}", *index]
-        path.with_suffix(".idx").write_text("\n".join(lines) + "\n")
-        sync(path)
+            # Has the kernel begin to write, so that the sync at the end finds little left.
+            tar.flush()
+            os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        lines = "\n".join([f"v1.2 {len(index)}", *index, ""]).encode()
+        path.with_suffix(".idx").write_bytes(lines)
         shard = Shard(
             name=path.name, samples=len(index), bytes=at + len(end), sha256=digest.hexdigest()
         )
-        write_bytes(self._record(number), _packed(shard, np.concatenate(table), parts))
+        packed = _packed(shard, hashlib.sha256(lines).hexdigest(), np.concatenate(table), parts)
+        write_bytes(self._record(number), packed)
 
     def read(self, number: int) -> ShardRecord:
         """Return the record of a finished shard.
@@ -85,6 +98,7 @@ class Journal:
             about = json.loads(str(stored["about"]))
             return ShardRecord(
                 shard=Shard(**about["shard"]),
+                index_sha256=about["index_sha256"],
                 rows=stored["rows"],
                 positions=stored["positions"],
                 rejects=[(position, reason) for position, reason in about["rejects"]],
@@ -103,12 +117,19 @@ def _stem(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def _packed(shard: Shard, rows: npt.NDArray[np.void], fragments: list[Fragment]) -> bytes:
+def _packed(
+    shard: Shard, index_sha256: str, rows: npt.NDArray[np.void], fragments: list[Fragment]
+) -> bytes:
     totals = Totals()
     for fragment in fragments:
         totals.add(fragment.totals)
     rejects = [reject for fragment in fragments for reject in fragment.rejects]
-    about = {"shard": shard.model_dump(), "rejects": rejects, "totals": asdict(totals)}
+    about = {
+        "shard": shard.model_dump(),
+        "index_sha256": index_sha256,
+        "rejects": rejects,
+        "totals": asdict(totals),
+    }
     buffer = io.BytesIO()
     np.savez(
         buffer,

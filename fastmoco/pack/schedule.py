@@ -5,6 +5,7 @@ each other.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ TAR_RECORD = 10240  # a tar is padded to a multiple of this, after two empty blo
 RUN_IMAGES, RUN_BYTES = 256, 4 * 2**20  # the most that a worker gets at a time
 RUNS = 64  # at least, of a set: small ones are shared out among the workers, too
 SMALL_IMAGE = 20_000  # bytes on average, below which every image enters the statistics
-MEASURED = 1024  # images, at least, that enter the statistics of larger ones
+MEASURED = 512  # images, at least, that enter the statistics of larger ones
 SHRUNK_BYTES = 0.5  # a guess of what a shrunk image takes, for each pixel of its short side squared
 
 
@@ -53,12 +54,12 @@ class Schedule:
         """Return the original name of the image at a position of the shuffled order."""
         return self.source.names[int(self.order[position])]
 
-    def runs(self, shard: int) -> Iterator[Run]:
-        """Yield the runs of a shard, in order."""
+    def runs(self, shard: int, scratch: Path) -> Iterator[Run]:
+        """Yield the runs of a shard, in order; see `Run` for `scratch`."""
         start, stop = self.bounds[shard : shard + 2]
         while start < stop:
             end = self._run_end(start, stop)
-            yield self._run(shard, start, end)
+            yield self._run(shard, str(scratch), start, end)
             start = end
 
     def _tar_costs(self) -> npt.NDArray[np.int64]:
@@ -83,10 +84,11 @@ class Schedule:
         taken = np.cumsum(self._costs[start : min(stop, start + images)])
         return start + max(1, int(np.searchsorted(taken, RUN_BYTES, side="right")))
 
-    def _run(self, shard: int, start: int, end: int) -> Run:
+    def _run(self, shard: int, scratch: str, start: int, end: int) -> Run:
         rows = self.order[start:end]
         return Run(
             shard=shard,
+            scratch=scratch,
             first=start,
             inputs=[self.source.inputs[row] for row in rows.tolist()],
             labels=self.source.labels[rows].tolist(),

@@ -119,6 +119,8 @@ def _write_set(
         report(len(source))
         return ShardSet(folder).manifest
     folder.mkdir(exist_ok=True)
+    for left in folder.glob(".run-*"):  # by an attempt that was killed
+        left.unlink()
     schedule = Schedule(source, options.seed, options.shard_mb * 10**6, options.rules)
     journal = Journal(folder)
     rejects: list[Reject] = []
@@ -129,7 +131,7 @@ def _write_set(
             rejects += [Reject(schedule.name_at(p), r) for p, r in journal.read(shard).rejects]
         else:
             missing.append(shard)
-    runs = (run for shard in missing for run in schedule.runs(shard))
+    runs = (run for shard in missing for run in schedule.runs(shard, folder))
     with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
         watched = _watched(fragments, schedule, rejects, options.max_rejects, report)
         for shard, its_fragments in groupby(watched, key=lambda fragment: fragment.shard):
