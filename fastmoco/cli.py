@@ -55,6 +55,11 @@ def _end_interrupted() -> None:
     sys.exit(INTERRUPTED)
 
 
+_Workers = Annotated[
+    int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
+]
+
+
 @app.command()
 def shard(
     source: Annotated[
@@ -93,9 +98,7 @@ def shard(
     ] = None,
     max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
     max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
-    ] = None,
+    workers: _Workers = None,
     max_rejects: Annotated[
         int | None,
         typer.Option(min=0, help="Unfit images to put up with. [default: 1 %, at least 10]"),
@@ -119,7 +122,7 @@ def shard(
         "min_side": min_side,
         "max_mpixels": max_mpixels,
         "max_mb": max_mb,
-        "workers": workers or len(os.sched_getaffinity(0)),
+        "workers": _processes(workers),
         "max_rejects": max_rejects,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -171,9 +174,6 @@ def views(
 
 
 _Set = Annotated[Path, typer.Argument(help="The set's folder.")]
-_Workers = Annotated[
-    int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
-]
 _Classes = Annotated[
     Path | None, typer.Option(help="Names of the labels 0, 1, ..., one a line of a text file.")
 ]
@@ -192,7 +192,7 @@ def verify(
     from fastmoco.pack.verify import verify as run
 
     with _progress(f"verifying {root}") as on_progress:
-        findings = run(root, full, on_progress, workers or len(os.sched_getaffinity(0)))
+        findings = run(root, full, on_progress, _processes(workers))
     for finding in findings:
         print(finding)
     if findings:
@@ -241,7 +241,7 @@ def index(
         label_key=label_key,
         unlabelled=unlabelled,
         classes=tuple(read_classes(classes)) if classes else (),
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=_processes(workers),
     )
     with _progress(f"reading {folder}") as on_progress:
         manifest = adopt(folder, out, options, on_progress)
@@ -349,6 +349,10 @@ def demo(
     from fastmoco.demo import demo as run
 
     run(out, seed)
+
+
+def _processes(workers: int | None) -> int:
+    return workers or len(os.sched_getaffinity(0))
 
 
 @contextmanager

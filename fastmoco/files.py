@@ -54,11 +54,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-        partial.rename(final)
-        sync(final.parent)
+        _commit(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -89,14 +85,19 @@ def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
         try:
             yield partial
             mark.unlink()
-            for folder, _, files in os.walk(partial):
-                for path in (*files, "."):
-                    sync(Path(folder, path))
-            partial.rename(final)
-            sync(final.parent)
+            _commit(partial, final)
         except FastmocoError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _commit(partial: Path, final: Path) -> None:
+    """Rename a folder once all that is in it is on the disk."""
+    for folder, _, files in os.walk(partial):
+        for path in (*files, "."):
+            sync(Path(folder, path))
+    partial.rename(final)
+    sync(final.parent)
 
 
 @contextmanager

@@ -7,10 +7,9 @@ manifest says how many there are.
 """
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,7 +26,7 @@ from fastmoco.pack.classes import Classes
 from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
-from fastmoco.pack.parallel import ordered_map
+from fastmoco.pack.parallel import mapped
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
@@ -296,7 +295,7 @@ def _write_set(
 ) -> Manifest:
     tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
     gathered = _Gathered(Classes(options.classes))
-    with _Tables(aside) as tables, closing(_adopted(tasks, options.workers)) as results:
+    with _Tables(aside) as tables, closing(mapped(adopt_shard, tasks, options.workers)) as results:
         for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
             gathered.add(path, found)
             tables.add(path, found)
@@ -308,14 +307,6 @@ def _write_set(
     manifest = _manifest(aside, gathered, tables, classes, counts, options)
     write_json(aside / "manifest.json", manifest.model_dump())
     return manifest
-
-
-def _adopted(tasks: Sequence[AdoptTask], workers: int) -> Generator[Adopted, None, None]:
-    """Yield what is in the shards, in order; one worker is this process."""
-    if workers > 1:
-        yield from ordered_map(adopt_shard, tasks, workers)
-    else:
-        yield from map(adopt_shard, tasks)
 
 
 def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:
@@ -343,7 +334,7 @@ def _manifest(
     rows = np.load(aside / "samples.npy", mmap_mode="r", allow_pickle=False)
     found = np.zeros(len(classes), dtype=np.int64)
     found[: len(counts)] = counts
-    mean, std = _moments(gathered.totals)
+    mean, std = gathered.totals.mean_and_deviation()
     return Manifest(
         format_version=FORMAT_VERSION,
         set_id=set_id_of(gathered.shards, rows),
@@ -368,12 +359,3 @@ def _manifest(
 def _readable(name: str) -> str:
     """Return a name that a manifest can hold, whatever its bytes are."""
     return name.encode("utf-8", "replace").decode()
-
-
-def _moments(totals: Totals) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of the channels, in 0..1 units."""
-    pixels = totals.pixels
-    pairs = zip(totals.sums, totals.squares, strict=True)
-    # Whole numbers up to the root: nothing cancels.
-    std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs]
-    return [total / (255 * pixels) for total in totals.sums], std

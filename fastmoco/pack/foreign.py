@@ -5,7 +5,6 @@ A key that ends at the first dot, as webdataset has it, would make one sample of
 So the key ends at the last dot, unless an image stands at the first.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from PIL import Image
 
 from fastmoco.files import sha256_of
 from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image
-from fastmoco.pack.fragment import Totals
+from fastmoco.pack.fragment import Totals, row_of
 from fastmoco.pack.index import Component, extension_of, index_line, index_name
 from fastmoco.pack.tarwalk import Damage, Member, walk
 from fastmoco.shardset import SAMPLE_DTYPE
@@ -109,7 +108,7 @@ def _adopt(task: AdoptTask) -> Adopted:
             side = contents.side(image, "cls")
             value = None if task.unlabelled else _label(stream, contents, image, task.label_key)
             label = -1 if value is None else codes.setdefault(value, len(codes))
-            rows.append(_row(image, checked, label))
+            rows.append(row_of(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
             lines.append(index_line([_component(m) for m in _in_order(image, side)]))
     found.rows = np.array(rows, dtype=SAMPLE_DTYPE)
@@ -176,12 +175,6 @@ def _component(member: Member) -> Component:
     return Component(extension, member.offset, member.size, index_name(member.name))
 
 
-def _row(image: Member, checked: Checked, label: int) -> tuple[int, ...]:
-    digest = int.from_bytes(hashlib.sha256(checked.content).digest()[:8], "little")
-    place = (image.offset, digest, image.size)
-    return (*place, 0, label, checked.height, checked.width)
-
-
 def _checked(stream: BinaryIO, image: Member, found: Adopted, name: str) -> Checked | None:
     """Return what is known of a sample; list it as a reject if it cannot be read in place."""
     rules = Rules()
@@ -197,7 +190,7 @@ def _checked(stream: BinaryIO, image: Member, found: Adopted, name: str) -> Chec
     checked, rotated = result
     if rotated:
         found.rotated.append(name)
-    found.totals.add(_totals(checked))
+    found.totals.count(checked)
     return checked
 
 
@@ -249,13 +242,6 @@ def _why_not(content: bytes) -> str:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             what = f"{image.format} of mode {image.mode}"
     return f"would have to be re-encoded ({what}): pack the shards by `fastmoco shard`"
-
-
-def _totals(checked: Checked) -> Totals:
-    if checked.statistics is None:
-        return Totals(int(checked.progressive))
-    found = checked.statistics
-    return Totals(int(checked.progressive), found.pixels, [*found.sums], [*found.squares])
 
 
 def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None) -> str | None:

@@ -4,6 +4,7 @@ A tar is a sequence of members, so stretches made anywhere can be put together i
 """
 
 import hashlib
+import math
 import os
 import tarfile
 from collections.abc import Sequence
@@ -58,6 +59,14 @@ class Totals:
             pairs = zip(self.squares, image.statistics.squares, strict=True)
             self.squares = [a + b for a, b in pairs]
 
+    def mean_and_deviation(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of the channels, in 0..1 units."""
+        pixels = max(self.pixels, 1)  # all measured images of a set may be unfit
+        pairs = zip(self.sums, self.squares, strict=True)
+        # Whole numbers up to the root: nothing cancels.
+        std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs]
+        return [total / (255 * pixels) for total in self.sums], std
+
     def add(self, other: "Totals") -> None:
         """Add the sums of other samples."""
         self.progressive += other.progressive
@@ -108,7 +117,7 @@ def make_fragment(run: Run) -> Fragment:
                 rejects.append((position, image))
                 continue
             offset = _append(tar, key_of(position), label, image)
-            rows.append(_row(offset, label, image))
+            rows.append(row_of(offset, label, image))
             positions.append(position)
             extensions.append(image.extension)
             totals.count(image)
@@ -175,7 +184,12 @@ def _header(name: str, size: int) -> bytes:
     )
 
 
-def _row(offset: int, label: int, image: Checked) -> tuple[int, ...]:
+def hash_of(content: bytes) -> int:
+    """Return the first 64 bits of the SHA-256, as the column `hash` of the table holds them."""
     # Little-endian, as the table is: the stored bytes are those of the digest.
-    digest = int.from_bytes(hashlib.sha256(image.content).digest()[:8], "little")
-    return (offset, digest, len(image.content), 0, label, image.height, image.width)
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def row_of(offset: int, label: int, image: Checked) -> tuple[int, ...]:
+    """Return the row of an image whose bytes are at an offset; its shard is not set yet."""
+    return (offset, hash_of(image.content), len(image.content), 0, label, image.height, image.width)

@@ -48,15 +48,15 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def holds(self, number: int) -> bool:
-        """Whether a shard is finished, and its bytes are those of its record."""
+    def finished(self, number: int) -> ShardRecord | None:
+        """Return the record of a shard if its bytes are those of the record, else None."""
         path = self.folder / f"{_stem(number)}.tar"
         try:
             record = self.read(number)
-            whole = sha256_of(path) == record.shard.sha256
-            return whole and sha256_of(path.with_suffix(".idx")) == record.index_sha256
+            hashes = sha256_of(path), sha256_of(path.with_suffix(".idx"))
         except (OSError, ValueError, KeyError):
-            return False
+            return None
+        return record if hashes == (record.shard.sha256, record.index_sha256) else None
 
     def write(self, number: int, fragments: Iterable[Fragment]) -> None:
         """Write a shard from its fragments; the record comes last and makes it count."""

@@ -47,6 +47,19 @@ def ordered_map(
         pool.shutdown(cancel_futures=True)
 
 
+def mapped(
+    function: Callable[[T], R], tasks: Iterable[T], workers: int
+) -> Generator[R, None, None]:
+    """Yield function(task) for each task, in order; a single worker is this process.
+
+    For functions whose failure does not take this process along; see `ordered_map`.
+    """
+    if workers > 1:
+        yield from ordered_map(function, tasks, workers)
+    else:
+        yield from map(function, tasks)
+
+
 def _submit(pool: ProcessPoolExecutor, function: Callable[[T], R], task: T) -> Future[R]:
     # A submit may start a worker, which inherits the mask: Ctrl-C is for the parent to handle.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -1,6 +1,5 @@
 """Holding one shard against its entry in the manifest, its index and its rows of the table."""
 
-import hashlib
 import io
 import os
 import warnings
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastmoco.files import sha256_of
+from fastmoco.pack.fragment import hash_of
 from fastmoco.pack.index import (
     Component,
     extension_of,
@@ -179,8 +179,7 @@ class _SampleCheck:
         return member is not None and member.size == length
 
     def _changed(self, row: int, content: bytes) -> Fault | None:
-        digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-        if digest == int(self.task.rows["hash"][row]):
+        if hash_of(content) == int(self.task.rows["hash"][row]):
             return None
         if self.sound:
             return Fault(TABLE, "has another hash than the bytes in the shard", row)

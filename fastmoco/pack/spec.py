@@ -10,10 +10,10 @@ from pydantic import Field, field_validator
 from fastmoco.config import Count, Strict, near, parse_yaml, validate_as
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.sources import FORMATS, open_sources
+from fastmoco.pack.sources import FORMATS
 from fastmoco.pack.sources.base import Source
-from fastmoco.pack.writer import pack_sources, refuse_places
-from fastmoco.shardset import Manifest, ShardSet
+from fastmoco.pack.writer import pack_sources, sources_for
+from fastmoco.shardset import Manifest
 
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
 Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
@@ -107,9 +107,7 @@ def pack_known(
         raise UsageError(f"{path} describes {spec.name}: say by --source DIR where its files lie.")
     suited = spec.options.model_dump(exclude_none=True)
     options = PackOptions(**{"format": spec.format, **suited, **given})
-    refuse_places(source, out)
-    like = ShardSet(options.like).manifest.classes if options.like else None
-    sources = open_sources(source, options.format, options.unlabelled, like)
+    sources = sources_for(source, out, options)
     check(spec, sources, source, options.unlabelled)
     return pack_sources(sources, out, options, on_progress)
 

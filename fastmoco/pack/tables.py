@@ -1,7 +1,6 @@
 """The tables and the manifest of a set, made when its last shard is finished."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +85,7 @@ def _manifest(
         totals.add(record.totals)
     shards = [record.shard for record in records]
     labels = rows["label"][rows["label"] >= 0] if classes else np.zeros(0, dtype=np.int32)
-    mean, std = _mean_and_deviation(totals)
+    mean, std = totals.mean_and_deviation()
     return Manifest(
         format_version=FORMAT_VERSION,
         set_id=set_id_of(shards, rows),
@@ -100,12 +99,3 @@ def _manifest(
         options=options.recorded(),
         shards=shards,
     )
-
-
-def _mean_and_deviation(totals: Totals) -> tuple[list[float], list[float]]:
-    pixels = max(totals.pixels, 1)  # all measured images of a set may be unfit
-    mean = [total / (255 * pixels) for total in totals.sums]
-    # Whole numbers up to the root: nothing cancels.
-    pairs = zip(totals.sums, totals.squares, strict=True)
-    std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs]
-    return mean, std

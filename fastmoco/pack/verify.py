@@ -1,6 +1,6 @@
 """`fastmoco verify`: is a set what its manifest says, down to every image?"""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 from fastmoco.errors import DataError
 from fastmoco.pack.adopt import ADOPTED
 from fastmoco.pack.index import index_path, read_header
-from fastmoco.pack.parallel import ordered_map
+from fastmoco.pack.parallel import mapped
 from fastmoco.pack.shardcheck import (
     TABLE,
     Fault,
@@ -222,7 +222,7 @@ class _Full:
         """Yield the defects of shards and indexes, and of the table where it fits no shard."""
         numbers = [n for n, s in enumerate(self.shards) if (self.set.root / s.name).is_file()]
         done = 0
-        with closing(_reports(map(self._task, numbers), workers)) as reports:
+        with closing(mapped(check_shard, map(self._task, numbers), workers)) as reports:
             for number, report in zip(numbers, reports, strict=True):
                 yield from self._findings(number, report)
                 done += self.shards[number].samples
@@ -305,11 +305,3 @@ class _Full:
         elif set_id_of(self.shards, self.set.samples) != manifest.set_id:
             what = f"its set_id does not fit its shards and {TABLE}: one of them was changed"
             yield Finding("manifest.json", what)
-
-
-def _reports(tasks: Iterator[ShardTask], workers: int) -> Generator[ShardReport, None, None]:
-    """Yield the reports in order; one worker is this process."""
-    if workers > 1:
-        yield from ordered_map(check_shard, tasks, workers)
-    else:
-        yield from map(check_shard, tasks)

@@ -46,22 +46,22 @@ def pack(
         UsageError: `source` is missing or `out` exists.
         DataError: nothing sound to pack, too many unfit images, or a failure to write.
     """
-    refuse_places(source, out)
-    like = ShardSet(options.like).manifest.classes if options.like else None
-    sources = open_sources(source, options.format, options.unlabelled, like)
-    return pack_sources(sources, out, options, on_progress)
+    return pack_sources(sources_for(source, out, options), out, options, on_progress)
 
 
-def refuse_places(source: Path, out: Path) -> None:
-    """Check where a set is to be written, before its source is read.
+def sources_for(source: Path, out: Path, options: PackOptions) -> dict[str, Source]:
+    """Open a source, once it is sure that its sets can be written to `out`.
 
     Raises:
-        UsageError: `out` exists or lies inside the source.
+        UsageError: `source` is missing, or `out` exists or lies inside of it.
+        DataError: nothing sound to pack.
     """
     if os.path.lexists(out):
         raise UsageError(f"{out} exists already: remove it or choose another name.")
     if source.resolve() in out.resolve().parents:
         raise UsageError(f"{out} lies inside {source}: choose a place outside of it.")
+    like = ShardSet(options.like).manifest.classes if options.like else None
+    return open_sources(source, options.format, options.unlabelled, like)
 
 
 def pack_sources(
@@ -126,11 +126,12 @@ def _write_set(
     rejects: list[Reject] = []
     missing = []
     for shard in range(schedule.shards):
-        if journal.holds(shard):
-            report(schedule.bounds[shard + 1] - schedule.bounds[shard])
-            rejects += [Reject(schedule.name_at(p), r) for p, r in journal.read(shard).rejects]
-        else:
+        record = journal.finished(shard)
+        if record is None:
             missing.append(shard)
+            continue
+        report(schedule.bounds[shard + 1] - schedule.bounds[shard])
+        rejects += [Reject(schedule.name_at(p), reason) for p, reason in record.rejects]
     runs = (run for shard in missing for run in schedule.runs(shard, folder))
     with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
         watched = _watched(fragments, schedule, rejects, options.max_rejects, report)

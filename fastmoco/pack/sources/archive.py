@@ -10,9 +10,9 @@ from typing import IO
 import numpy as np
 
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import DEFLATED, STORED, ArchiveInputs, Picked, Span, Zipped
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name
-from fastmoco.pack.sources.layout import SUFFIX, first_folder, split_by_layout
+from fastmoco.pack.inputs import DEFLATED, STORED, ArchiveInputs, Span, Zipped
+from fastmoco.pack.sources.base import Reject, Source, by_name
+from fastmoco.pack.sources.layout import SUFFIX, first_folder, sources_by_layout
 
 Members = list[tuple[str, list[int], int]]  # name, the fields of its input, bytes
 
@@ -170,32 +170,18 @@ def _sources(
     left_out: list[Reject],
     unlabelled: bool,
 ) -> dict[str, Source]:
-    if not members:
-        first = "".join(f" ({reject.name}: {reject.reason})" for reject in left_out[:1])
-        raise DataError(f"{path} holds no images{first}.")
     members.sort(key=lambda member: member[0].encode("utf-8", "surrogateescape"))
     left_out.sort(key=by_name)
     names = [name for name, _, _ in members]
-    depth = _wrapping(names)
-    parts = split_by_layout([name[depth:] for name in names], str(path), unlabelled)
     table = np.array([fields for _, fields, _ in members], dtype=np.int64)
     sizes = np.array([size for _, _, size in members], dtype=np.int64)
     inputs = ArchiveInputs(path, kind, table, sizes)
-    return {
-        split: Source(
-            Names(names[row] for row in part.rows.tolist()),
-            part.labels,
-            part.classes,
-            Picked(inputs, part.rows),
-            [r for r in left_out if not split or first_folder(r.name[depth:]) == split],
-        )
-        for split, part in parts.items()
-    }
+    return sources_by_layout(names, inputs, left_out, str(path), unlabelled, _wrapping(names))
 
 
 def _wrapping(names: list[str]) -> int:
     """Return the length of the folder, with its slash, that all names share; 0 for none."""
-    top = first_folder(names[0])
+    top = first_folder(names[0]) if names else ""
     if top and all(name.startswith(top + "/") for name in names):
         return len(top) + 1
     return 0

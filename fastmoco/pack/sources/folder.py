@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import FileInputs, Picked
+from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name
-from fastmoco.pack.sources.layout import SUFFIX, first_folder, split_by_layout
+from fastmoco.pack.sources.layout import SUFFIX, first_folder, sources_by_layout
 
 
 def open_folder(root: Path, unlabelled: bool = False) -> dict[str, Source]:
@@ -19,23 +19,11 @@ def open_folder(root: Path, unlabelled: bool = False) -> dict[str, Source]:
         DataError: no images, or a layout that does not give sound labels.
     """
     names, left_out = _list_files(root)
-    if not names:
-        first = "".join(f" ({reject.name}: {reject.reason})" for reject in left_out[:1])
-        raise DataError(f"{root} holds no images{first}.")
-    parts = split_by_layout(names, str(root), unlabelled)
-    if not unlabelled and any(part.classes for part in parts.values()):
-        _refuse_empty_folders(root, names)
     inputs = FileInputs(root, Names(names))
-    return {
-        split: Source(
-            Names(names[row] for row in part.rows.tolist()),
-            part.labels,
-            part.classes,
-            Picked(inputs, part.rows),
-            [reject for reject in left_out if not split or first_folder(reject.name) == split],
-        )
-        for split, part in parts.items()
-    }
+    sources = sources_by_layout(names, inputs, left_out, str(root), unlabelled)
+    if any(source.classes for source in sources.values()):
+        _refuse_empty_folders(root, names)
+    return sources
 
 
 def _list_files(root: Path) -> tuple[list[str], list[Reject]]:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources.base import numbered
+from fastmoco.pack.inputs import Inputs, Picked
+from fastmoco.pack.sources.base import Names, Reject, Source, numbered
 
 SPLIT = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|unlabell?ed", re.IGNORECASE)
 
@@ -58,6 +59,43 @@ def split_by_layout(names: Sequence[str], where: str, unlabelled: bool) -> dict[
         parts[split] = _part(np.array(chosen, dtype=np.int64), below, f"{where}/{split}")
     _refuse_other_classes(parts, where)
     return parts
+
+
+def sources_by_layout(
+    names: Sequence[str],
+    inputs: Inputs,
+    left_out: Sequence[Reject],
+    where: str,
+    unlabelled: bool,
+    wrapping: int = 0,
+) -> dict[str, Source]:
+    """Return the source of each split of some names; see `split_by_layout`.
+
+    Args:
+        names: posix paths.
+        inputs: of each name.
+        left_out: what was passed over, named as `names` are.
+        where: what holds them, for errors.
+        unlabelled: take all as one part without labels.
+        wrapping: characters at the start of each name that do not belong to the layout.
+
+    Raises:
+        DataError: there are no images, or the layout does not give sound labels.
+    """
+    if not names:
+        first = "".join(f" ({reject.name}: {reject.reason})" for reject in left_out[:1])
+        raise DataError(f"{where} holds no images{first}.")
+    parts = split_by_layout([name[wrapping:] for name in names], where, unlabelled)
+    return {
+        split: Source(
+            Names(names[row] for row in part.rows.tolist()),
+            part.labels,
+            part.classes,
+            Picked(inputs, part.rows),
+            [r for r in left_out if not split or first_folder(r.name[wrapping:]) == split],
+        )
+        for split, part in parts.items()
+    }
 
 
 def first_folder(name: str) -> str:
