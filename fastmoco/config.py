@@ -39,12 +39,17 @@ class View(Strict):
     """How one view is drawn from an image. Probabilities in 0..1, jitter as torchvision has it.
 
     Attributes:
+        crop: "random": a resized crop drawn by `scale` and `ratio`; "center": the central square;
+            "none": the whole image, squeezed into a square. Without the random crop two views
+            differ by little more than their colours, and training learns next to nothing.
         scale: bounds of the crop's share of the image area.
         ratio: bounds of its aspect ratio, drawn log-uniformly.
         jitter: strengths of brightness, contrast, saturation and hue.
         blur_sigma: bounds of the Gaussian's standard deviation, in output pixels.
+        solarize: levels from 128 on are inverted, after the blur, as in BYOL and DINO.
     """
 
+    crop: Literal["random", "center", "none"] = "random"
     scale: tuple[Unit, Unit] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: Unit = 0.5
@@ -53,6 +58,29 @@ class View(Strict):
     grayscale: Unit = 0.0
     blur: Unit = 0.0
     blur_sigma: tuple[Annotated[float, Field(gt=0)], float] = (0.1, 2.0)
+    solarize: Unit = 0.0
+
+
+class Subset(Strict):
+    """Which samples of the data take part: those of a list, or a share of every class.
+
+    Attributes:
+        ids: a text of one sample id a line, or a `.npy` of integers.
+        fraction: of every class, as in the 1 % and 10 % protocols; at least one sample of each.
+        labels: side table of the data that tells the classes; None: the packed labels.
+        seed: of the choice; the share of a smaller fraction is part of that of a larger one.
+    """
+
+    ids: Path | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    labels: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Subset":
+        if (self.ids is None) == (self.fraction is None):
+            raise ValueError("name either ids or fraction")
+        return self
 
 
 class Optimizer(Strict):
@@ -103,6 +131,9 @@ class Recipe(Strict):
 
     Attributes:
         data: shard sets, as one; ids run through them in order.
+        subset: which of their samples take part; None: all.
+        repeat: times that an epoch shows each sample: short epochs of small sets become long ones.
+        window: shards shuffled together, in random order, for storage that cannot seek; None: all.
         mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
         batch: images a step over all ranks.
         bn_group: samples normalised together by BatchNorm, whatever the number of ranks.
@@ -112,12 +143,17 @@ class Recipe(Strict):
         stop_epoch: end here, on the schedule of `schedule.epochs`.
         log_every, checkpoint_every: in steps.
         keep: checkpoints kept, the newest ones.
+        max_bad_images: damaged images to go on without, each replaced by the next good one of the
+            epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
         threads: decoding threads a rank; 0: cores / ranks of this machine.
     """
 
     name: str
     data: Annotated[tuple[Path, ...], Field(min_length=1)]
+    subset: Subset | None = None
+    repeat: Count = 1
+    window: Count | None = None
     out: Path
     monitor: Monitor | None = None
 
@@ -151,6 +187,7 @@ class Recipe(Strict):
     log_every: Count = 50
     checkpoint_every: Count = 500
     keep: Annotated[int, Field(ge=2)] = 2
+    max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
 
     @model_validator(mode="after")

@@ -41,6 +41,12 @@ class LiveDisplay:
             f"queue is full ({math.ceil(recipe.queue / recipe.batch)} steps): that is expected.",
             highlight=False,
         )
+        if any(view.crop != "random" for view in recipe.views):
+            self._console.print(
+                "A view has no random crop: the pretext task becomes trivial, and the features "
+                "with it. Meant for ablations only.",
+                highlight=False,
+            )
 
     def __enter__(self) -> "LiveDisplay":
         self._progress.start()
@@ -75,3 +81,8 @@ class LiveDisplay:
         if "knn_top1" in row:
             parts.append(f"kNN {row['knn_top1']:.2f} %")
         self._console.print("  ".join(parts), highlight=False)
+
+    def bad(self, row: dict[str, Any]) -> None:
+        """Show damaged samples that the run goes on without."""
+        for sample in row["samples"]:
+            self._console.print(f"goes on without {sample}: damaged", highlight=False)

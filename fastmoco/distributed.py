@@ -63,6 +63,14 @@ class Ranks:
         dist.all_reduce(votes)
         return bool(votes.item())
 
+    def union(self, values: set[int]) -> set[int]:
+        """Return what is in the set of any rank."""
+        if self.size == 1:
+            return set(values)
+        found: list[set[int]] = [set()] * self.size
+        dist.all_gather_object(found, values)
+        return set().union(*found)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module with its gradients averaged over the ranks.
 

@@ -16,7 +16,7 @@ from fastmoco.errors import DataError, FastmocoError, UsageError
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
+from fastmoco.load.plan import plan_of
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder, fingerprint
@@ -63,7 +63,7 @@ def pretrain(recipe: Recipe) -> RunFolder:
         check_bn_group(recipe, ranks.size)
         data = Collection.open(recipe.data)
         recipe = resolve(recipe, data.sets[0])
-        Plan(len(data), recipe.batch, recipe.seed)  # refuses a batch larger than the data
+        plan_of(recipe, data)  # refuses what does not fit, before the run folder is made
         run = RunFolder(recipe.out)
         if not ranks.leads:
             _train(recipe, data, run, ranks, device)
@@ -85,7 +85,7 @@ def _train(
     settings = settings_of(recipe, ranks, device)
     sight = sight_of(recipe, settings)
     loader = Loader.of(recipe, data, settings, ranks)
-    marks = fingerprint(recipe, data.set_ids, len(data))
+    marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
     found = run.latest(marks)
     start = found[1] if found else 0
     if ranks.leads:

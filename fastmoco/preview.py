@@ -84,6 +84,8 @@ def in_words(numbers: ViewNumbers, row: int) -> str:
         parts.append("grayscale")
     if numbers.blur[row]:
         parts.append(f"blur {float(numbers.sigma[row]):.2f} px")
+    if numbers.solarize[row]:
+        parts.append("solarized")
     return ", ".join(parts)
 
 

@@ -28,11 +28,19 @@ Fingerprint = dict[str, Any]
 State = dict[str, Any]
 
 
-def fingerprint(recipe: Recipe, set_ids: list[str], samples: int) -> Fingerprint:
-    """Return what must not change under a run: it decides what every later step means."""
+def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
+    """Return what must not change under a run: it decides what every later step means.
+
+    Args:
+        recipe: of the run.
+        set_ids: of its sets.
+        samples: of an epoch.
+        order: digest of their order.
+    """
     return {
         "sets": set_ids,
         "samples": samples,
+        "order": order,
         **recipe.model_dump(
             mode="json",
             include={

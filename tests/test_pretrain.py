@@ -1,6 +1,7 @@
 """Runs as a user starts them: real processes, real kills, exit codes and words."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +206,50 @@ def test_a_rank_holds_a_whole_number_of_bn_groups():
 def test_divergence_is_exit_5(recipe, capsys):
     code, words = fails(capsys, str(recipe), "optimizer.lr=1e30", "max_skipped=2", "monitor=null")
     assert code == 5 and "steps in a row gave a non-finite gradient" in words
+
+
+@pytest.fixture
+def damaged(recipe, small_set, tmp_path) -> int:
+    """The id of a sample that is zeroed in the recipe's own copy of the data."""
+    root = Path(shutil.copytree(small_set.root, tmp_path / "damaged"))
+    row, entry = 11, small_set.samples[11]
+    with (root / "shard-000000.tar").open("r+b") as shard:
+        shard.seek(int(entry["offset"]))
+        shard.write(bytes(int(entry["size"])))
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(values | {"data": [str(root)]}))
+    return row
+
+
+def test_a_damaged_image_ends_the_run_unless_told_otherwise(recipe, damaged, capsys, tmp_path):
+    assert main([str(recipe)]) == 3
+    assert "sample 11 (cow/" in capsys.readouterr().err
+    assert main([str(recipe), "max_bad_images=1"]) == 0
+    assert capsys.readouterr().out.count("goes on without sample 11 (cow/") == 1
+    folder = RunFolder(tmp_path / "run")
+    (told,) = [row for row in folder.rows() if row["kind"] == "bad"]
+    assert told["ids"] == [11]
+    assert folder.latest()[0]["bad"] == [11]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_know_of_the_same_damage(recipe, damaged, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("max_bad_images=1", "precision=fp64")
+    assert run(recipe, f"out={one}", *options).returncode == 0
+    done = run(recipe, f"out={two}", *options, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(two).latest()[0]["bad"] == [11]
+    rows = zip(numbers(one), numbers(two), strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in rows if a.get("loss"))
+
+
+def test_a_changed_subset_is_another_run(recipe, capsys, tmp_path):
+    (tmp_path / "ids.txt").write_text("\n".join(str(i) for i in range(16)))
+    options = [f"subset.ids={tmp_path}/ids.txt", "schedule.epochs=1"]
+    assert main([str(recipe), *options]) == 0
+    assert RunFolder(tmp_path / "run").latest()[1] == 2  # steps of 8 in 16 samples
+    (tmp_path / "ids.txt").write_text("\n".join(str(i) for i in range(1, 17)))
+    assert main([str(recipe), *options]) == 4
+    assert "order was" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from fastmoco.evaluate.probe import (
     train_heads,
 )
 from fastmoco.load.loader import Loader
-from fastmoco.load.order import Chosen, Ids
+from fastmoco.load.order import Chosen, Ids, Shuffled
 from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
@@ -138,7 +138,7 @@ class Evaluation:
 
     def _augmented_epochs(self, protocol: Protocol) -> Iterator[Iterator[Pair]]:
         """Yield the epochs of features of freshly cropped and flipped images."""
-        order = Chosen(self.train.ids, protocol.seed)
+        order = Chosen(self.train.ids, Shuffled(len(self.train.ids), protocol.seed))
         plan = Plan(len(order), min(protocol.batch, len(order)), protocol.seed, order)
         loader = Loader(
             Collection([self.train.set]),

@@ -4,6 +4,7 @@ Each position owns `DRAWS` numbers a view from numpy's counter-based Philox, so 
 slice of the stream in one `advance`, and any executor given these numbers draws the same views.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,7 +29,7 @@ class ViewNumbers:
         jitter: (n,) whether the four colour numbers apply; they are neutral where not.
         brightness, contrast, saturation: (n,) factors, as in torchvision.
         hue: (n,) in turns, -0.5..0.5.
-        grayscale, blur, flip: (n,) whether to apply each.
+        grayscale, blur, solarize, flip: (n,) whether to apply each.
         sigma: (n,) standard deviation of the blur, in output pixels.
     """
 
@@ -41,6 +42,7 @@ class ViewNumbers:
     grayscale: Bools
     blur: Bools
     sigma: Floats
+    solarize: Bools
     flip: Bools
 
     def row(self, index: int) -> "ViewNumbers":
@@ -71,7 +73,7 @@ def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -
         u: (n, DRAWS) uniform numbers, see `uniforms`.
         sizes: (n, 2) height and width of the images.
     """
-    crop = _crops(view, u[:, : 2 * _TRIES + 2], sizes)
+    crop = _CROPS[view.crop](view, u[:, : 2 * _TRIES + 2], sizes)
     rest = u[:, 2 * _TRIES + 2 :].T
     flip, jitter, grayscale, blur = (
         rest[i] < p for i, p in enumerate((view.flip, view.jitter_p, view.grayscale, view.blur))
@@ -83,8 +85,9 @@ def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -
     hue = np.where(jitter, view.jitter[3] * (2 * rest[7] - 1), 0.0).astype(np.float32)
     low, high = view.blur_sigma
     sigma = (low + (high - low) * rest[8]).astype(np.float32)
+    solarize = rest[9] < view.solarize
     return ViewNumbers(
-        crop, jitter, brightness, contrast, saturation, hue, grayscale, blur, sigma, flip
+        crop, jitter, brightness, contrast, saturation, hue, grayscale, blur, sigma, solarize, flip
     )
 
 
@@ -118,6 +121,24 @@ def _fallback(view: View, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
 
 
+def _whole(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
+
+
+def _central(sizes: npt.NDArray[np.int64], share: float = 1.0) -> npt.NDArray[np.int32]:
+    """Return the central square of `share` of the short side."""
+    side = np.rint(sizes.min(axis=1) * share).astype(np.int64)
+    corner = (sizes - side[:, None]) // 2
+    return np.concatenate([corner, side[:, None], side[:, None]], axis=1).astype(np.int32)
+
+
+_CROPS: dict[str, Callable[..., npt.NDArray[np.int32]]] = {
+    "random": _crops,
+    "center": lambda view, u, sizes: _central(sizes),
+    "none": lambda view, u, sizes: _whole(sizes),
+}
+
+
 def central(sizes: npt.NDArray[np.int64], share: float) -> ViewNumbers:
     """Return the numbers of the evaluation view: a central square of `share` of the short side.
 
@@ -127,8 +148,6 @@ def central(sizes: npt.NDArray[np.int64], share: float) -> ViewNumbers:
         sizes: (n, 2) height and width of the images.
         share: 1.0 for small images, 224 / 256 for the usual ImageNet evaluation.
     """
-    side = np.rint(sizes.min(axis=1) * share).astype(np.int64)
-    corner = (sizes - side[:, None]) // 2
-    crop = np.concatenate([corner, side[:, None], side[:, None]], axis=1).astype(np.int32)
     one, off = np.ones(len(sizes), np.float32), np.zeros(len(sizes), np.bool_)
-    return ViewNumbers(crop, off, one, one, one, one * 0, off, off, one, off)
+    crop = _central(sizes, share)
+    return ViewNumbers(crop, off, one, one, one, one * 0, off, off, one, off, off)

@@ -21,6 +21,7 @@ from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Undecod
 _CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
 _COLOUR = ((T.FLOAT, 0),) * 4
 _BLUR = ((T.BOOL, 0), (T.FLOAT, 0))
+_SOLARIZE = ((T.BOOL, 0),)
 
 
 def inputs(numbers: ViewNumbers, stages: Stages) -> list[np.ndarray[Any, Any]]:
@@ -42,12 +43,15 @@ def inputs(numbers: ViewNumbers, stages: Stages) -> list[np.ndarray[Any, Any]]:
         ]
     if stages.blur:
         feed += [numbers.blur, numbers.sigma]
+    if stages.solarize:
+        feed += [numbers.solarize]
     return feed
 
 
 def _kinds(stages: Stages) -> tuple[tuple[Any, int], ...]:
     """Return the dtype and rank of each of a view's `inputs`."""
-    return _CROP + (_COLOUR if stages.colour else ()) + (_BLUR if stages.blur else ())
+    chosen = (_COLOUR, stages.colour), (_BLUR, stages.blur), (_SOLARIZE, stages.solarize)
+    return _CROP + tuple(kind for kinds, wanted in chosen if wanted for kind in kinds)
 
 
 def build(
@@ -109,6 +113,8 @@ def _view(images: Any, taken: Iterator[Any], stages: Stages, look: Look, device:
         view = _colour(view, next(taken), next(taken), next(taken), next(taken))
     if stages.blur:
         view = _blur(view, next(taken), next(taken))
+    if stages.solarize:
+        view = _solarize(view, next(taken))
     return fn.crop_mirror_normalize(
         view,
         mirror=flip,
@@ -136,6 +142,15 @@ def _blur(view: Any, blurred: Any, sigma: Any) -> Any:
     else:
         soft = view
     return soft
+
+
+def _solarize(view: Any, solarized: Any) -> Any:
+    levels = fn.cast(view, dtype=T.FLOAT)
+    if solarized:  # noqa: SIM108
+        turned = levels + (levels >= 128.0) * (255.0 - 2.0 * levels)
+    else:
+        turned = levels
+    return turned
 
 
 def to_torch(output: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Batches of views by step number, and every sample once for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
 from fastmoco.load.order import Ids
-from fastmoco.load.plan import Plan
-from fastmoco.load.reader import Reader
+from fastmoco.load.plan import Plan, plan_of
+from fastmoco.load.reader import Reader, Unfit
 from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Undecodable, Work
 from fastmoco.shardset import Collection
 
@@ -47,6 +47,10 @@ class Loader:
         mean, std: of the channels, in 0..1 units.
         settings: how batches are made.
         rank, ranks: this process draws its contiguous slice of every global batch.
+        max_bad: damaged samples to go on without; the next good one stands in for each.
+
+    Attributes:
+        bad: ids of the damaged samples met so far.
     """
 
     def __init__(
@@ -61,11 +65,14 @@ class Loader:
         settings: Settings,
         rank: int = 0,
         ranks: int = 1,
+        max_bad: int = 0,
     ) -> None:
         self.data, self.plan, self.views = data, plan, tuple(views)
         self._look = Look(size, mean, std, tuple(_stages(view) for view in views))
         self._settings, self._rank, self._ranks = settings, rank, ranks
         self._reader = Reader(data)
+        self._max_bad = max_bad
+        self.bad: set[int] = set()
 
     @classmethod
     def of(
@@ -74,12 +81,13 @@ class Loader:
         """Return the training stream of a resolved recipe.
 
         Raises:
+            DataError: the subset does not fit the data.
             UsageError: the batch is larger than the data.
         """
         assert recipe.mean and recipe.std, "the recipe is not resolved"
         return cls(
             data,
-            Plan(len(data), recipe.batch, recipe.seed),
+            plan_of(recipe, data),
             recipe.views,
             size=recipe.image_size,
             mean=recipe.mean,
@@ -87,6 +95,7 @@ class Loader:
             settings=settings,
             rank=ranks.rank,
             ranks=ranks.size,
+            max_bad=recipe.max_bad_images,
         )
 
     def numbers(self, positions: Ids, ids: Ids) -> list[ViewNumbers]:
@@ -99,21 +108,40 @@ class Loader:
         """Return what this rank has to draw at `step`.
 
         Raises:
-            DataError: a shard cannot be read.
+            Unfit: a shard is missing or was cut short.
         """
         positions = self.plan.positions(step, self._rank, self._ranks)
-        ids = self.plan.order(positions)
+        ids = self.plan.order(positions, self.bad)
         return Work(ids, self._reader.fetch(ids), self.numbers(positions, ids))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of steps start, start + 1, ... without end.
 
+        What a batch holds depends on seed, step and the damage of the data alone: not on when, or
+        by which rank, a damaged sample was met first.
+
         Raises:
-            DataError: an image cannot be read or decoded; names the samples.
+            DataError: more samples are damaged than `max_bad`; names those of this batch.
         """
+        step = start
+        while True:
+            try:
+                for batch in self._drawn(step):
+                    yield batch
+                    step = batch.step + 1
+            except Unfit as failure:
+                self.avoid(failure.ids)
+                if len(self.bad) > self._max_bad:
+                    raise DataError(_told(failure, self.data)) from failure
+
+    def avoid(self, ids: Iterable[int]) -> None:
+        """Show other samples instead of these from the next batch that is drawn on."""
+        self.bad |= set(ids)
+
+    def _drawn(self, start: int) -> Iterator[Batch]:
         share = self.plan.batch // self._ranks
         drawn = _draw_all(
-            lambda number: self.work(start + number), self._look, share, self._settings, self.data
+            lambda number: self.work(start + number), self._look, share, self._settings
         )
         for step, rendered in enumerate(drawn, start):
             yield Batch(rendered.work.ids, rendered.views, step)
@@ -153,8 +181,11 @@ def evaluation_batches(
         return Work(chunk, reader.fetch(chunk), [central(_sizes(data, chunk), share)])
 
     look = Look(size, mean, std, (Stages(),))
-    for step, rendered in enumerate(_draw_all(work, look, batch, settings, data)):
-        yield Batch(rendered.work.ids, rendered.views, step)
+    try:
+        for step, rendered in enumerate(_draw_all(work, look, batch, settings)):
+            yield Batch(rendered.work.ids, rendered.views, step)
+    except Unfit as failure:
+        raise DataError(_told(failure, data)) from failure
 
 
 def _part(ids: slice | Ids, start: int, count: int) -> Ids:
@@ -167,7 +198,7 @@ def _part(ids: slice | Ids, start: int, count: int) -> Ids:
 
 def _stages(view: View) -> Stages:
     jitters = any(view.jitter) and view.jitter_p > 0
-    return Stages(colour=jitters or view.grayscale > 0, blur=view.blur > 0)
+    return Stages(jitters or view.grayscale > 0, view.blur > 0, view.solarize > 0)
 
 
 def _sizes(data: Collection, ids: Ids) -> npt.NDArray[np.int64]:
@@ -176,13 +207,35 @@ def _sizes(data: Collection, ids: Ids) -> npt.NDArray[np.int64]:
     return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
 
 
-def _draw_all(
-    source: Source, look: Look, batch: int, settings: Settings, data: Collection
-) -> Iterator[Rendered]:
+def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+    """Draw what a source asks for.
+
+    Raises:
+        Unfit: images that cannot be read or decoded.
+    """
+    executor = _executor(settings.executor)
     try:
-        yield from _executor(settings.executor)(source, look, batch, settings)
+        yield from executor(source, look, batch, settings)
     except Undecodable as failure:
-        raise DataError(_blame(failure.work, data)) from failure
+        work = failure.work
+        alone = (executor(_only(work, row), look, 1, settings) for row in range(len(work.ids)))
+        bad = [row for row, drawn in enumerate(alone) if not _draws(drawn)]
+        # Should each decode alone, all of them are what can be named.
+        raise Unfit(work.ids[bad or slice(None)].tolist(), "decoded") from failure
+
+
+def _only(work: Work, row: int) -> Source:
+    """Return a source of one image of a batch: an executor does not say which one it failed at."""
+    numbers = [one.row(row) for one in work.numbers]
+    alone = Work(work.ids[row : row + 1], work.encoded[row : row + 1], numbers)
+    return lambda number: None if number else alone
+
+
+def _draws(drawn: Iterator[Rendered]) -> bool:
+    try:
+        return bool(list(drawn))
+    except Undecodable:
+        return False
 
 
 def _executor(name: str) -> Executor:
@@ -200,15 +253,10 @@ def _executor(name: str) -> Executor:
     return dali.render
 
 
-def _blame(work: Work, data: Collection) -> str:
-    """Decode a failed batch one by one and name what does not decode."""
-    from fastmoco.load.portable import decodes
-
-    images = zip(work.ids.tolist(), work.encoded, strict=True)
-    bad = [sample_id for sample_id, encoded in images if not decodes(encoded)]
-    # DALI may refuse what torchvision accepts; then the batch is all that can be named.
-    named = "; ".join(data.describe(i) for i in (bad or work.ids.tolist())[:5])
+def _told(failure: Unfit, data: Collection) -> str:
+    named = "; ".join(data.describe(sample) for sample in failure.ids[:5])
     return (
-        f"{len(bad) or 'Some'} image(s) of a batch cannot be decoded: {named}. "
-        "The shard was damaged after packing: copy the set again, or pack it anew."
+        f"{len(failure.ids)} image(s) of a batch cannot be {failure.what}: {named}. The shard was "
+        "damaged after packing: copy the set again, or pack it anew. Training goes on without up "
+        "to N damaged images if told so by max_bad_images=N."
     )

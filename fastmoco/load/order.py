@@ -135,18 +135,18 @@ class Chosen:
 
     Attributes:
         ids: (n,) int64, which ones.
-        seed: of the run.
+        order: the way through 0..n-1, the places in `ids`.
     """
 
     ids: Ids
-    seed: int
+    order: Order
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __call__(self, epoch: int, indices: Ids) -> Ids:
         """See `Order`."""
-        return self.ids[Shuffled(len(self.ids), self.seed)(epoch, indices)]
+        return self.ids[self.order(epoch, indices)]
 
 
 @dataclass(frozen=True)

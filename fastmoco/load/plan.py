@@ -5,13 +5,20 @@ has its own permutation of the N ids, computed for any index alone, so memory is
 a number, and a global batch does not depend on how many ranks share it.
 """
 
+import hashlib
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from fastmoco.errors import UsageError
-from fastmoco.load.order import Ids, Order, Shuffled
+from fastmoco.config import Recipe
+from fastmoco.errors import DataError, UsageError
+from fastmoco.load.order import Chosen, Ids, Order, Repeated, Shuffled, Windowed
+from fastmoco.load.subset import chosen_ids
+from fastmoco.shardset import Collection
+
+_DIGESTED = 2**16  # ids that tell one order from another
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,68 @@ class Plan:
         share = self.batch // ranks
         return np.arange(start + rank * share, start + (rank + 1) * share, dtype=np.int64)
 
-    def order(self, positions: Ids) -> Ids:
-        """Return the sample id at each position."""
+    def order(self, positions: Ids, bad: Set[int] = frozenset()) -> Ids:
+        """Return the sample id at each position.
+
+        Args:
+            positions: (n,) int64.
+            bad: ids that must not be shown: the next good one of the epoch stands in for each.
+
+        Raises:
+            DataError: no good one is left.
+        """
         epochs, indices = np.divmod(positions, self.samples)
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             mask = epochs == epoch
             ids[mask] = self._through(epoch, indices[mask])
+        for place in np.flatnonzero(np.isin(ids, list(bad))) if bad else ():
+            ids[place] = self._next_good(int(epochs[place]), int(indices[place]), bad)
         return ids
+
+    def _next_good(self, epoch: int, index: int, bad: Set[int]) -> int:
+        for further in range(1, self.samples):
+            (found,) = self._through(epoch, np.array([(index + further) % self.samples])).tolist()
+            if found not in bad:
+                return int(found)
+        raise DataError("No image of the data can be decoded: copy the set again.")
+
+    def digest(self) -> str:
+        """Return a SHA-256 over the first ids of the run: another order, another digest."""
+        first = np.arange(min(self.samples, _DIGESTED), dtype=np.int64)
+        return hashlib.sha256(self.order(first).astype("<i8").tobytes()).hexdigest()
 
     @cached_property
     def _through(self) -> Order:
         return self.through or Shuffled(self.samples, self.seed)
+
+
+def plan_of(recipe: Recipe, data: Collection) -> Plan:
+    """Return the order of a recipe's run.
+
+    Raises:
+        DataError: the subset does not fit the data.
+        UsageError: the batch is larger than the data.
+    """
+    order = _order_of(recipe, data)
+    return Plan(len(order), recipe.batch, recipe.seed, order)
+
+
+def _order_of(recipe: Recipe, data: Collection) -> Order:
+    ids = chosen_ids(recipe.subset, data) if recipe.subset else None
+    count = len(data) if ids is None else len(ids)
+    order: Order = Shuffled(count, recipe.seed)
+    if recipe.window:
+        order = Windowed(_shards(data, ids), recipe.window, recipe.seed)
+    if ids is not None:
+        order = Chosen(ids, order)
+    return Repeated(order, recipe.repeat) if recipe.repeat > 1 else order
+
+
+def _shards(data: Collection, ids: Ids | None) -> tuple[int, ...]:
+    """Return how many of the samples, or of sorted `ids`, each shard holds; no empty ones."""
+    counts = np.array([shard.samples for one in data.sets for shard in one.manifest.shards])
+    if ids is not None:
+        ends = np.searchsorted(ids, np.cumsum(counts))
+        counts = np.diff(ends, prepend=0)
+    return tuple(counts[counts > 0].tolist())

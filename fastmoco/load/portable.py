@@ -52,15 +52,6 @@ def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
         raise _Damaged from error
 
 
-def decodes(encoded: npt.NDArray[np.uint8]) -> bool:
-    """Return whether an encoded image can be decoded."""
-    try:
-        _decode(encoded)
-    except _Damaged:
-        return False
-    return True
-
-
 def _view(images: Sequence[torch.Tensor], numbers: ViewNumbers, look: Look) -> torch.Tensor:
     drawn = torch.stack([_draw(x, numbers, i, look.size) for i, x in enumerate(images)])
     mean, std = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
@@ -82,4 +73,6 @@ def _draw(image: torch.Tensor, view: ViewNumbers, i: int, size: int) -> torch.Te
         # The window of DALI's default: 3 sigma to either side.
         window = 2 * int(np.ceil(3 * sigma)) + 1
         x = F.gaussian_blur(x, [window, window], [sigma, sigma])
+    if view.solarize[i]:
+        x = F.solarize(x, 128)
     return F.horizontal_flip(x) if view.flip[i] else x

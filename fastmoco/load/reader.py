@@ -10,10 +10,22 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.errors import DataError
 from fastmoco.shardset import Collection
 
 _OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files
+
+
+class Unfit(Exception):
+    """Samples that were damaged after packing.
+
+    Attributes:
+        ids: which ones.
+        what: cannot be done with them: "read" or "decoded".
+    """
+
+    def __init__(self, ids: list[int], what: str) -> None:
+        super().__init__(f"samples {ids} cannot be {what}")
+        self.ids, self.what = ids, what
 
 
 class _Shard:
@@ -38,19 +50,16 @@ class Reader:
         """Return the encoded image of each id as a uint8 array.
 
         Raises:
-            DataError: a shard is missing or shorter than its table says; names the sample.
+            Unfit: a shard is missing or shorter than its table says.
         """
         rows = self.data.rows(ids)
         columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
         numbers = self.data.locate(ids)[0].tolist()
         found = [self._read(*place) for place in zip(numbers, *columns, strict=True)]
-        for sample_id, image in zip(ids.tolist(), found, strict=True):
-            if image is None:
-                raise DataError(
-                    f"Cannot read {self.data.describe(sample_id)}: the shard is damaged; "
-                    "copy the set again, or pack it anew."
-                )
-        return [image for image in found if image is not None]
+        images = [image for image in found if image is not None]
+        if len(images) < len(found):
+            raise Unfit(ids[[image is None for image in found]].tolist(), "read")
+        return images
 
     def _read(
         self, number: int, shard: int, offset: int, size: int

@@ -5,10 +5,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.config import Subset
 from fastmoco.errors import DataError
 from fastmoco.load.order import Ids, Permutation
+from fastmoco.shardset import Collection
 
 _STREAM = 1 << 33  # keeps these permutations apart from those of the order under one seed
+
+
+def chosen_ids(subset: Subset, data: Collection) -> Ids:
+    """Return the sample ids that a recipe's `subset` means, sorted.
+
+    Raises:
+        DataError: the list or the table of labels is missing, damaged, or does not fit the data.
+    """
+    if subset.ids is not None:
+        return read_ids(subset.ids, len(data))
+    fraction = subset.fraction or 1.0
+    # Set by set: their classes need not be the same.
+    shares = [stratified(one.labels(subset.labels), fraction, subset.seed) for one in data.sets]
+    return np.concatenate([start + ids for start, ids in zip(data.starts, shares, strict=False)])
 
 
 def read_ids(path: Path, samples: int) -> Ids:

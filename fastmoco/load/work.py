@@ -20,6 +20,7 @@ class Stages:
 
     colour: bool = False
     blur: bool = False
+    solarize: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ class Display(Protocol):
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the end of an epoch."""
 
+    def bad(self, row: dict[str, Any]) -> None:
+        """Show damaged samples that the run goes on without."""
+
 
 @dataclass
 class Trainer:
@@ -52,6 +55,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._meter = Meter(self.recipe.batch, self.moco.ranks, self.moco.device)
         self._per_epoch = self.loader.plan.steps_per_epoch
+        self._known_bad: set[int] = set()
 
     @property
     def last_step(self) -> int:
@@ -111,19 +115,38 @@ class Trainer:
         return numbers
 
     def _save(self, done: int) -> None:
+        self._share_bad(done)
         self.moco.settle()
         self._meter.settle()
         if self.moco.ranks.leads:
             self.run.save(self.state(), done, self.marks, self.recipe.keep)
 
+    def _share_bad(self, done: int) -> None:
+        """Let every rank know the damaged samples that any of them met, and write down new ones."""
+        bad = self.moco.ranks.union(self.loader.bad)
+        self.loader.avoid(bad)
+        new = sorted(bad - self._known_bad)
+        self._known_bad = bad
+        if new and self.moco.ranks.leads:
+            named = [self.loader.data.describe(sample) for sample in new]
+            row = {"kind": "bad", "step": done, "ids": new, "samples": named}
+            self.run.log(row)
+            self.display.bad(row)
+
     def state(self) -> State:
         """Return all that a resumed run needs beside the step number."""
-        return {**self.moco.state(), "epoch_loss": self._meter.epoch, "bad": []}
+        return {
+            **self.moco.state(),
+            "epoch_loss": self._meter.epoch,
+            "bad": sorted(self.loader.bad),
+        }
 
     def load(self, state: State) -> None:
         """Take over a state that `state` returned."""
         self.moco.load(state)
         self._meter.epoch.copy_(state["epoch_loss"])
+        self.loader.avoid(state["bad"])
+        self._known_bad = set(state["bad"])
 
 
 def _timed(batches: Iterator[Batch]) -> tuple[Batch, float]:

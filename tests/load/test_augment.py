@@ -12,7 +12,8 @@ from fastmoco.config import View
 from fastmoco.load.augment import DRAWS, ViewNumbers, central, draw, uniforms
 
 MANY = 4000
-FULL = View(scale=(0.2, 1), jitter=(0.4, 0.3, 0.2, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
+COLOUR = {"jitter": (0.4, 0.3, 0.2, 0.1), "jitter_p": 0.8, "grayscale": 0.2}
+FULL = View(scale=(0.2, 1), **COLOUR, blur=0.5, solarize=0.3)
 
 sides = st.integers(1, 6000)
 sizes_of_images = st.lists(st.tuples(sides, sides), min_size=1, max_size=20)
@@ -142,7 +143,7 @@ def test_no_two_numbers_of_a_view_are_tied() -> None:
     room = top / (900 - height), left / (900 - width)
     columns = [height * width, width / height, *room]
     columns += [getattr(numbers, f) for f in ("brightness", "contrast", "saturation", "hue")]
-    columns += [getattr(numbers, f) for f in ("grayscale", "blur", "sigma", "flip")]
+    columns += [getattr(numbers, f) for f in ("grayscale", "blur", "sigma", "solarize", "flip")]
     ties = np.corrcoef(np.array(columns, dtype=float)) - np.eye(len(columns))
     assert np.abs(ties).max() < 4 / np.sqrt(MANY)
 
@@ -155,7 +156,8 @@ def test_the_two_views_of_an_image_are_unrelated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "p"), [("flip", 0.5), ("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5)]
+    ("name", "p"),
+    [("flip", 0.5), ("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5), ("solarize", 0.3)],
 )
 def test_each_switch_is_on_as_often_as_the_view_says(name: str, p: float) -> None:
     on = int(getattr(drawn(FULL), name).sum())
@@ -200,6 +202,12 @@ def test_central_is_resize_then_centre_crop(
         ideal = (length * resized / short - crop) / 2 * short / resized
         assert abs(start - ideal) <= 1
         assert start >= 0 and start + h <= length
+
+
+def test_views_without_a_random_crop() -> None:
+    numbers = drawn(View(crop="center"), (40, 60), n=50)
+    assert (numbers.crop == [0, 10, 40, 40]).all() and 0 < numbers.flip.sum() < 50
+    assert (drawn(View(crop="none"), (40, 60), n=5).crop == [0, 0, 40, 60]).all()
 
 
 def test_central_changes_nothing_else() -> None:

@@ -21,6 +21,7 @@ REGISTERED = {
 }
 LOOKS = {
     "two full views": (Stages(True, True), Stages(True, True)),
+    "solarized": (Stages(True, True), Stages(True, True, True)),
     "colour": (Stages(colour=True), Stages(colour=True)),
     "blur": (Stages(blur=True),),
     "evaluation": (Stages(),),

@@ -46,10 +46,10 @@ def stream(
     rank: int = 0,
     ranks: int = 1,
     seed: int = 3,
+    max_bad: int = 0,
 ) -> list[Batch]:
-    loader = Loader(
-        data, Plan(len(data), 8, seed), VIEWS, **LOOK, settings=settings, rank=rank, ranks=ranks
-    )
+    plan, place = Plan(len(data), 8, seed), {"rank": rank, "ranks": ranks}
+    loader = Loader(data, plan, VIEWS, **LOOK, settings=settings, **place, max_bad=max_bad)
     return list(islice(loader.batches(start), stop - start))
 
 
@@ -89,7 +89,7 @@ def test_threads_and_prefetch_change_no_bit(
     assert_equal(stream(both, Settings(executor, threads=threads, prefetch=prefetch)), batches)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_together_draw_what_one_rank_draws(
     both: Collection, expected: tuple[str, list[Batch]], ranks: int
 ) -> None:
@@ -241,16 +241,72 @@ def test_a_damaged_image_is_named(copied: ShardSet, executor: str, kept: float) 
     assert message == (
         f"1 image(s) of a batch cannot be decoded: sample {bad} ({copied.name_of(bad)}) in "
         f"{copied.root}/shard-000000.tar. The shard was damaged after packing: "
-        "copy the set again, or pack it anew."
+        "copy the set again, or pack it anew. Training goes on without up to N damaged images if "
+        "told so by max_bad_images=N."
     )
 
 
+@pytest.fixture
+def damaged(copied: ShardSet) -> tuple[Collection, set[int]]:
+    """A copy of `small_set` of which three samples cannot be decoded, two of them side by side."""
+    shown = Plan(24, 8, 3).order(np.arange(24))
+    bad = {int(shown[10]), int(shown[11]), int(shown[21])}
+    for row in bad:
+        damage(copied, row, 0.1)
+    return Collection([copied]), bad
+
+
+@EXECUTORS
+def test_damaged_samples_are_replaced(
+    damaged: tuple[Collection, set[int]], small_set: ShardSet, executor: str
+) -> None:
+    data, bad = damaged
+    settings = Settings(executor, threads=1, prefetch=1)
+    whole = stream(data, settings, max_bad=3)
+    plan = Plan(24, 8, 3)
+    intact = stream(Collection([small_set]), settings)
+    for found, without in zip(whole, intact, strict=True):
+        assert found.ids.tolist() == plan.order(plan.positions(found.step), bad).tolist()
+        same = found.ids == without.ids
+        assert same.sum() >= 5
+        for a, b in zip(found.views, without.views, strict=True):
+            assert torch.equal(a[same], b[same]), "the others are drawn as ever"
+
+
+@EXECUTORS
+@pytest.mark.parametrize("change", ["two threads, prefetch 3", "restart", "two ranks"])
+def test_replacing_is_exact_too(
+    damaged: tuple[Collection, set[int]], executor: str, change: str
+) -> None:
+    data, _ = damaged
+    one = Settings(executor, threads=1, prefetch=1)
+    expected = stream(data, one, max_bad=3)
+    if change == "restart":
+        for start in range(1, STEPS):
+            assert_equal(stream(data, one, start=start, max_bad=3), expected[start:])
+    elif change == "two ranks":
+        shares = [stream(data, one, rank=rank, ranks=2, max_bad=3) for rank in (0, 1)]
+        assert_equal([joined(parts) for parts in zip(*shares, strict=True)], expected)
+    else:
+        assert_equal(stream(data, Settings(executor, threads=2, prefetch=3), max_bad=3), expected)
+
+
+@EXECUTORS
+def test_more_damage_than_allowed_is_named(
+    damaged: tuple[Collection, set[int]], executor: str
+) -> None:
+    with pytest.raises(DataError, match=r"^1 image\(s\) of a batch cannot be decoded: sample \d+"):
+        stream(damaged[0], Settings(executor, threads=1, prefetch=1), max_bad=2)
+
+
 def test_a_missing_shard_is_named(copied: ShardSet) -> None:
+    data = Collection([copied])
     (copied.root / "shard-000000.tar").unlink()
-    with pytest.raises(
-        DataError, match=r"sample 4 \(\w+/\d+.jpg\) in .*shard-000000.tar: the shard"
-    ):
-        Reader(Collection([copied])).fetch(np.array([4]))
+    named = r"8 image.s. of a batch cannot be read: sample \d+ \(\w+/\d+.jpg\) in .*000000.tar; "
+    with pytest.raises(DataError, match=named):
+        stream(data)
+    with pytest.raises(DataError, match=r"^2 .* cannot be read: sample 3 .*; sample 4 "):
+        evaluated(data, slice(3, 5), 2)
 
 
 @EXECUTORS
@@ -263,7 +319,7 @@ def test_a_shard_cut_short_under_a_running_loader_is_named(copied: ShardSet, exe
     shard = copied.root / "shard-000000.tar"
     with shard.open("r+b") as stream_of_bytes:
         stream_of_bytes.truncate(1000)
-    with pytest.raises(DataError, match=r"Cannot read sample \d+ \(\w+/\d+.jpg\) in .*000000.tar"):
+    with pytest.raises(DataError, match=r"cannot be read: sample \d+ \(\w+/\d+.jpg\) in .*00.tar"):
         for _ in range(6):
             next(batches)
 

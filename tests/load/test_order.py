@@ -1,5 +1,6 @@
 """Other ways through the samples: windows of shards, subsets, repeats."""
 
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmoco.errors import DataError
+from fastmoco.config import Recipe, validate
+from fastmoco.errors import DataError, UsageError
 from fastmoco.load.order import Chosen, Order, Repeated, Shuffled, Windowed
-from fastmoco.load.plan import Plan
+from fastmoco.load.plan import Plan, _shards, plan_of
 from fastmoco.load.subset import read_ids, stratified
+from fastmoco.shardset import LABEL_DTYPE, Collection, ShardSet, write_labels
 
 SHARDS = (7, 3, 11, 5, 1, 9, 4)
 
@@ -66,10 +69,84 @@ def test_one_window_over_all_shards_is_a_full_shuffle() -> None:
 
 def test_chosen_samples_are_all_that_is_shown() -> None:
     ids = np.array([3, 8, 9, 40])
-    plan = Plan(4, 2, 7, Chosen(ids, 7))
+    plan = Plan(4, 2, 7, Chosen(ids, Shuffled(4, 7)))
     shown = plan.order(np.arange(12)).reshape(3, 4)
     assert all(sorted(epoch) == ids.tolist() for epoch in shown.tolist())
     assert len({tuple(epoch) for epoch in shown.tolist()}) > 1
+
+
+@pytest.fixture(scope="module")
+def data(small_set: ShardSet, second_set: ShardSet) -> Collection:
+    """Two sets: 24 labelled samples of 3 classes, then 10 without a label."""
+    return Collection([small_set, second_set])
+
+
+def recipe_of(**keys: object) -> Recipe:
+    """Return a recipe with these keys, as a user's YAML would give them."""
+    values = {"name": "x", "data": ["x"], "out": "x", "views": [{}, {}], "optimizer": {"lr": 1}}
+    sizes = {"batch": 2, "bn_group": 2, "schedule": {"epochs": 1}}
+    return validate(values | sizes | keys, "test")
+
+
+def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
+    first = epoch * plan.samples
+    return plan.order(np.arange(first, first + plan.samples)).tolist()
+
+
+def test_a_recipe_names_its_ids(data: Collection, tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("33\n5\n24\n7\n")
+    plan = plan_of(recipe_of(subset={"ids": str(tmp_path / "ids.txt")}), data)
+    assert plan.samples == 4 and plan.steps_per_epoch == 2
+    assert sorted(epoch_of(plan)) == [5, 7, 24, 33]
+
+
+def test_a_recipe_takes_a_share_of_every_class_of_every_set(data: Collection) -> None:
+    labels = np.concatenate([one.labels() for one in data.sets])
+    ids = np.array(epoch_of(plan_of(recipe_of(subset={"fraction": 0.5}), data)))
+    assert np.unique(labels[ids], return_counts=True)[1].tolist() == [5, 4, 4, 4]
+    assert (ids >= 24).sum() == 5
+    other = epoch_of(plan_of(recipe_of(subset={"fraction": 0.5, "seed": 1}), data))
+    assert sorted(other) != sorted(ids.tolist())
+    same = epoch_of(plan_of(recipe_of(subset={"fraction": 0.5}, seed=9), data))
+    assert sorted(same) == sorted(ids.tolist()), "the run's seed changes the order alone"
+
+
+def test_a_recipe_takes_the_classes_from_a_side_table(small_set: ShardSet, tmp_path: Path) -> None:
+    copied = ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "set")))
+    rows = np.zeros(20, LABEL_DTYPE)
+    rows["id"], rows["label"] = np.arange(20), np.arange(20) // 10
+    write_labels(copied, "late", rows, ["x", "y"], "test")
+    subset = {"fraction": 0.2, "labels": "late"}
+    ids = epoch_of(plan_of(recipe_of(subset=subset), Collection([copied])))
+    labels = copied.labels("late")[ids]
+    assert np.unique(labels, return_counts=True)[1].tolist() == [1, 2, 2]  # -1: the 4 without
+
+
+def test_a_recipe_repeats_and_windows(data: Collection) -> None:
+    once = plan_of(recipe_of(), data)
+    thrice = plan_of(recipe_of(repeat=3), data)
+    assert thrice.samples == 102 and thrice.steps_per_epoch == 51
+    assert epoch_of(thrice) == epoch_of(once, 0) + epoch_of(once, 1) + epoch_of(once, 2)
+    ids = np.array(epoch_of(plan_of(recipe_of(window=1), data)))
+    changes = np.diff((ids >= 24).astype(int)).nonzero()[0]
+    assert sorted(ids.tolist()) == list(range(34))
+    assert len(changes) == 1, "one shard after the other"
+
+
+def test_a_window_over_a_subset_reads_shards_as_a_whole(small_set: ShardSet) -> None:
+    data = Collection([small_set] * 4)  # 4 shards of 24
+    ids = np.r_[2, 3, 20:24, 25, 90:96]
+    recipe = recipe_of(window=1)
+    order = Chosen(ids, Windowed(_shards(data, ids), recipe.window, 0))
+    shards = np.array(epoch_of(Plan(len(order), 2, 0, order))) // 24
+    assert _shards(data, ids) == (6, 1, 6)
+    assert len(np.diff(shards).nonzero()[0]) == 2
+
+
+@pytest.mark.parametrize("subset", [{}, {"ids": "x", "fraction": 0.1}, {"fraction": 0}])
+def test_a_subset_that_makes_no_sense(subset: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="subset"):
+        recipe_of(subset=subset)
 
 
 def test_a_repeated_order_counts_on_through_the_epochs() -> None:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastmoco.errors import UsageError
-from fastmoco.load.order import Permutation
+from fastmoco.errors import DataError, UsageError
+from fastmoco.load.order import Chosen, Permutation, Shuffled, Windowed
 from fastmoco.load.plan import Plan
 
-N, SEEDS, BATCH = 1000, 200, 50
+N, SEEDS = 1000, 200
+BATCHES = 20  # an epoch, for the share of stored neighbours in one batch
 
 
 def whole(size: int, *key: int) -> np.ndarray:
@@ -27,10 +28,11 @@ def epoch_of(plan: Plan, epoch: int) -> np.ndarray:
 
 def measures(order: np.ndarray) -> tuple[float, float, float]:
     """Return displacement, serial correlation, share of stored neighbours in one batch."""
-    batch_of = np.empty(N, dtype=np.int64)
-    batch_of[order] = np.arange(N) // BATCH
+    places = np.arange(len(order))
+    batch_of = np.empty_like(places)
+    batch_of[order] = places * BATCHES // len(order)
     return (
-        float(np.abs(order - np.arange(N)).mean()),
+        float(np.abs(order - places).mean()),
         float(np.corrcoef(order[:-1], order[1:])[0, 1]),
         float((batch_of[:-1] == batch_of[1:]).mean()),
     )
@@ -38,7 +40,8 @@ def measures(order: np.ndarray) -> tuple[float, float, float]:
 
 def sigmas_from_random(orders: list[np.ndarray]) -> np.ndarray:
     """Return by how many sigma level and spread of each measure miss those of numpy's shuffles."""
-    random = np.array([measures(np.random.default_rng(s).permutation(N)) for s in range(SEEDS)])
+    size, seeds = len(orders[0]), range(SEEDS)
+    random = np.array([measures(np.random.default_rng(s).permutation(size)) for s in seeds])
     found = np.array([measures(order) for order in orders])
     center = random.mean(axis=0)
 
@@ -75,17 +78,19 @@ def test_any_index_alone_gives_what_the_whole_gives(size: int, data: st.DataObje
     assert Permutation(size, (1, 2))(np.array(index)) == whole(size, 1, 2)[index]
 
 
-def test_orders_are_as_random_as_numpys() -> None:
-    ours = [whole(N, seed, epoch) for seed in range(SEEDS // 2) for epoch in (0, 1)]
+@pytest.mark.parametrize("size", [1000, 50_000])
+def test_orders_are_as_random_as_numpys(size: int) -> None:
+    ours = [whole(size, seed, epoch) for seed in range(SEEDS // 2) for epoch in (0, 1)]
     assert sigmas_from_random(ours).max() < 3
 
 
-def test_the_check_of_randomness_rejects_an_affine_map() -> None:
+@pytest.mark.parametrize("size", [1000, 50_000])
+def test_the_check_of_randomness_rejects_an_affine_map(size: int) -> None:
     random = np.random.default_rng(0)
-    steps = random.choice([a for a in range(2, N) if gcd(a, N) == 1], SEEDS)
-    starts = random.integers(0, N, SEEDS)
-    affine = [(np.arange(N) * a + b) % N for a, b in zip(steps, starts, strict=True)]
-    assert np.array_equal(np.sort(affine[0]), np.arange(N))
+    steps = random.choice([a for a in range(2, size) if gcd(a, size) == 1], SEEDS)
+    starts = random.integers(0, size, SEEDS)
+    affine = [(np.arange(size) * a + b) % size for a, b in zip(steps, starts, strict=True)]
+    assert np.array_equal(np.sort(affine[0]), np.arange(size))
     sigmas = sigmas_from_random(affine)
     assert (sigmas[1, 1:] > 3).all(), "serial correlation and neighbours must both give it away"
 
@@ -163,6 +168,34 @@ def test_positions_of_several_epochs_may_be_asked_at_once() -> None:
     plan = Plan(30, 10, seed=4)
     mixed = np.array([61, 2, 30, 29, 60, 0])
     assert plan.order(mixed).tolist() == [int(plan.order(mixed[i : i + 1])[0]) for i in range(6)]
+
+
+def test_the_next_good_sample_of_the_epoch_stands_in_for_a_bad_one() -> None:
+    plan = Plan(10, 5, seed=0)
+    shown = plan.order(np.arange(20)).tolist()
+    bad = {shown[0], shown[1], shown[9]}
+    found = plan.order(np.arange(20), bad).tolist()
+    assert found[:2] == [shown[2]] * 2 and found[9] == shown[2]  # behind the last comes the first
+    assert not bad & set(found)
+    assert [a for a, b in zip(shown, found, strict=True) if a not in bad] == [
+        b for a, b in zip(shown, found, strict=True) if a not in bad
+    ]
+    with pytest.raises(DataError, match="No image of the data can be decoded"):
+        plan.order(np.arange(5), set(range(10)))
+
+
+def test_another_order_has_another_digest() -> None:
+    chosen = np.arange(0, 400, 2)
+    plans = [
+        Plan(200, 10, 0),
+        Plan(200, 10, 1),
+        Plan(201, 10, 0),
+        Plan(200, 10, 0, Chosen(chosen, Shuffled(200, 0))),
+        Plan(200, 10, 0, Chosen(chosen + 1, Shuffled(200, 0))),
+        Plan(200, 10, 0, Windowed((50,) * 4, 2, 0)),
+    ]
+    assert len({plan.digest() for plan in plans}) == len(plans)
+    assert plans[0].digest() == Plan(200, 20, 0).digest()
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config import View
@@ -16,7 +16,7 @@ from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
 from fastmoco.load.work import Look, Settings, Stages, Undecodable, Work
 
 N, SIZE = 16, 32
-EVERY = Stages(colour=True, blur=True)
+EVERY = Stages(colour=True, blur=True, solarize=True)
 EXECUTORS = pytest.mark.parametrize("executor", [dali, portable], ids=["dali", "torchvision"])
 
 
@@ -82,6 +82,8 @@ def by_hand(image: Image.Image, numbers: ViewNumbers, i: int) -> torch.Tensor:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if numbers.blur[i]:
         image = F.gaussian_blur(image, [23, 23], [float(numbers.sigma[i])])
+    if numbers.solarize[i]:
+        image = ImageOps.solarize(image, 128)
     return levels(F.horizontal_flip(image) if numbers.flip[i] else image)
 
 
@@ -96,6 +98,9 @@ STAGES = {
     "saturation": (View(jitter=(0, 0, 0.4, 0)), 0.8),
     "grayscale": (View(grayscale=1), 0.8),
     "blur": (View(blur=1), 0.3),
+    "solarize": (View(solarize=0.5), 0.5),
+    "centre, solarize": (View(crop="center", solarize=1), 0.5),
+    "whole": (View(crop="none"), 0.35),
     "hue": (View(jitter=(0, 0, 0, 0.1)), 14.0),
     "all but hue": (View(jitter=(0.4, 0.4, 0.4, 0), grayscale=0.2, blur=0.5), 2.5),
     "all": (View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5), 10.0),
@@ -106,7 +111,8 @@ STAGES = {
 def test_executors_agree(stage: str, images: list[Image.Image], files: list[np.ndarray]) -> None:
     view, bound = STAGES[stage]
     numbers = numbers_of(view, images)
-    stages = Stages(colour=any(view.jitter) or view.grayscale > 0, blur=view.blur > 0)
+    colour = any(view.jitter) or view.grayscale > 0
+    stages = Stages(colour, view.blur > 0, view.solarize > 0)
     one, two = (render(executor, files, numbers, stages) for executor in (dali, portable))
     assert (one - two).abs().mean() < bound
 
