@@ -17,8 +17,11 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 from fastmoco.errors import FastmocoError, UsageError
 
@@ -46,9 +49,17 @@ class Section:
 
 
 def cpu_seconds() -> float:
-    """Return the user and system seconds of this process and of the children it waited for."""
+    """Return the user and system seconds of this process and of its children, ended or not."""
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, both))
+    ended = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, both))
+    return ended + sum(map(_seconds_of, psutil.Process().children(recursive=True)))
+
+
+def _seconds_of(process: psutil.Process) -> float:
+    with suppress(psutil.Error):  # it has ended since
+        used = process.cpu_times()
+        return float(used.user + used.system)
+    return 0.0
 
 
 def run(target: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fastmoco.bench.report import Measurement
+    from collections.abc import Callable
+
+    from fastmoco.bench.harness import OnRow
+    from fastmoco.bench.report import Measurement, Report
 
 app = typer.Typer(
     name="bench",
@@ -14,11 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep the command names even while there is only one command."""
 
 
 _Pairs = Annotated[int, typer.Option(min=1, help="Rounds; 10 for a claim below 1.2x.")]
@@ -44,23 +42,71 @@ def pack(
     out: _Out = None,
 ) -> None:
     """Pack a folder: ours against a loop of PIL and webdataset."""
-    from rich.console import Console
-
     from fastmoco.bench.harness import require_tools
-    from fastmoco.bench.record import Record
-    from fastmoco.bench.table import line_of, show
 
     require_tools()
     from fastmoco.bench.pack import Settings, bench_pack
 
-    record, errors = Record(out, "pack"), Console(stderr=True)
+    settings = Settings(short_side=short_side, quality=quality, repeat=repeat, pool=pool)
+    _run("pack", out, lambda on_row: bench_pack(source, settings, pairs, aa, on_row))
+
+
+@app.command()
+def loader(
+    source: Annotated[Path, typer.Argument(help="A class folder of images.")],
+    size: Annotated[int, typer.Option(min=8, help="Side of the views, pixels.")] = 224,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink our set to it. [default: keep the bytes]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Images a batch.")] = 256,
+    batches: Annotated[int, typer.Option(min=1, help="In the measured section.")] = 10,
+    repeat: Annotated[int, typer.Option(min=1, help="How many times each image occurs.")] = 1,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="imagefolder, webdataset, lightly, dali-operators; may be given several times. "
+            "[default: imagefolder]"
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Of the others' DataLoader; 0: the fastest, tried before.")
+    ] = 0,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Measure decode, crops and normalisation alone too.")
+    ] = False,
+    pairs: _Pairs = 6,
+    aa: _Itself = False,
+    out: _Out = None,
+) -> None:
+    """Draw two views of every image: ours against the loaders that people use."""
+    from fastmoco.bench.harness import require_tools
+
+    require_tools()
+    from fastmoco.bench.loader import Settings, bench_loader
+
+    rivals = tuple(against or ["imagefolder"])
+    settings = Settings(size, short_side, batch, batches, repeat, workers, rivals, bound)
+    _run("loader", out, lambda on_row: bench_loader(source, settings, pairs, aa, on_row))
+
+
+def _run(bench: str, out: Path | None, measure: "Callable[[OnRow], Report]") -> None:
+    """Measure, record every row, show the report.
+
+    Raises:
+        DataError: the arms did not do the same work, or no pair counts.
+    """
+    from rich.console import Console
+
+    from fastmoco.bench.record import Record
+    from fastmoco.bench.table import line_of, show
+
+    record, errors = Record(out, bench), Console(stderr=True)
 
     def on_row(found: "Measurement") -> None:
         record.measurement(found)
         errors.print(line_of(found), markup=False, highlight=False)
 
-    settings = Settings(short_side=short_side, quality=quality, repeat=repeat, pool=pool)
-    report = bench_pack(source, settings, pairs, aa, on_row)
+    report = measure(on_row)
     record.report(report)
     show(report, Console())
     report.require_result()

@@ -74,9 +74,9 @@ def bench_pack(
         "inputs_sha256": digest_of_inputs((name, (source / name).stat().st_size) for name in names),
         **asdict(settings),
     }
-    with _scratch(source) as scratch:
+    with scratch_beside(source) as scratch:
         root = repeated(source, names, settings.repeat, scratch)
-        _warm(root)
+        warm(root)
         arms = _arms(root, scratch, settings)
         return compare(arms, pairs, on_row=on_row, against_itself=against_itself, subject=subject)
 
@@ -117,7 +117,12 @@ def _link(path: Path, to: Path) -> None:
 
 
 @contextmanager
-def _scratch(source: Path) -> Iterator[Path]:
+def scratch_beside(source: Path) -> Iterator[Path]:
+    """Yield a folder on the file system of `source`, gone afterwards.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
     beside = source.resolve().parent
     try:
         made = tempfile.TemporaryDirectory(prefix=".fastmoco-bench-", dir=beside)
@@ -130,7 +135,7 @@ def _scratch(source: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _warm(root: Path) -> None:
+def warm(root: Path) -> None:
     """Read everything once: no arm shall be the one that waits for the disk."""
     for path in root.rglob("*"):
         if path.is_file():

@@ -45,9 +45,9 @@ class ViewNumbers:
     solarize: Bools
     flip: Bools
 
-    def row(self, index: int) -> "ViewNumbers":
-        """Return the numbers of one image, still as arrays of length one."""
-        return ViewNumbers(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))
+    def rows(self, which: slice | npt.NDArray[np.int64]) -> "ViewNumbers":
+        """Return the numbers of some of the images."""
+        return ViewNumbers(*(getattr(self, f.name)[which] for f in fields(self)))
 
 
 def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.float64]:

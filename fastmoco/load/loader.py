@@ -68,7 +68,7 @@ class Loader:
         max_bad: int = 0,
     ) -> None:
         self.data, self.plan, self.views = data, plan, tuple(views)
-        self._look = Look(size, mean, std, tuple(_stages(view) for view in views))
+        self._look = Look(size, mean, std, tuple(stages_of(view) for view in views))
         self._settings, self._rank, self._ranks = settings, rank, ranks
         self._reader = Reader(data)
         self._max_bad = max_bad
@@ -196,7 +196,8 @@ def _part(ids: slice | Ids, start: int, count: int) -> Ids:
     return ids[start : start + count]
 
 
-def _stages(view: View) -> Stages:
+def stages_of(view: View) -> Stages:
+    """Return the operators that a view needs."""
     jitters = any(view.jitter) and view.jitter_p > 0
     return Stages(jitters or view.grayscale > 0, view.blur > 0, view.solarize > 0)
 
@@ -226,8 +227,8 @@ def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Ite
 
 def _only(work: Work, row: int) -> Source:
     """Return a source of one image of a batch: an executor does not say which one it failed at."""
-    numbers = [one.row(row) for one in work.numbers]
-    alone = Work(work.ids[row : row + 1], work.encoded[row : row + 1], numbers)
+    only = slice(row, row + 1)
+    alone = Work(work.ids[only], work.encoded[only], [one.rows(only) for one in work.numbers])
     return lambda number: None if number else alone
 
 

@@ -247,7 +247,7 @@ def test_each_image_is_drawn_by_its_own_numbers(
     numbers = numbers_of(View(jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.3, blur=0.5), images)
     together = render(executor, files, numbers)
     for i in range(0, N, 5):
-        alone = render(executor, files[i : i + 1], numbers.row(i))
+        alone = render(executor, files[i : i + 1], numbers.rows(slice(i, i + 1)))
         assert torch.equal(alone[0], together[i])
 
 

@@ -1,0 +1,229 @@
+"""Drawing two views of every image: ours against the loaders that people train MoCo with.
+
+Every arm reads the same images, draws two views with the augmentation of MoCo v2, and hands over
+normalised fp32 batches as torch tensors. Ours reads them from a shard set, which is packed before
+and not measured; `fastmoco.bench.rivals` has the others.
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmoco.bench.arm import Section
+from fastmoco.bench.environment import digest_of_inputs
+from fastmoco.bench.harness import Arm, OnRow, compare, measure
+from fastmoco.bench.pack import names_of, repeated, scratch_beside, warm
+from fastmoco.bench.report import Report
+from fastmoco.config import Recipe, View, load_recipe
+from fastmoco.errors import UsageError
+
+WARM_UP = 2  # batches before the section
+TOLERANCE = 5.0  # levels and percent: the arms draw other numbers, and blur and resize differ
+STRIDE = 8  # of the rows that the proof of work looks at
+RIVALS = {
+    "imagefolder": "torchvision",
+    "webdataset": "webdataset",
+    "lightly": "lightly",
+    "dali-operators": "nvidia.dali",
+}
+
+Views = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every arm does.
+
+    Attributes:
+        size: side of the views, pixels.
+        short_side: of the images in our set; the rivals read the originals. None: the same bytes.
+        batch: images a batch.
+        batches: in the measured section.
+        repeat: how many times each image occurs.
+        workers: of the rivals' DataLoader; 0: the fastest of 1, 2, ... cores + 1, tried before.
+        rivals: names out of `RIVALS`.
+        bound: measure our loader without colours and blur too.
+    """
+
+    size: int = 224
+    short_side: int | None = None
+    batch: int = 256
+    batches: int = 10
+    repeat: int = 1
+    workers: int = 0
+    rivals: tuple[str, ...] = ()
+    bound: bool = False
+
+
+def bench_loader(
+    source: Path,
+    settings: Settings,
+    pairs: int,
+    against_itself: bool = False,
+    on_row: OnRow | None = None,
+) -> Report:
+    """Measure how fast two views of every image of a folder are drawn.
+
+    Scratch files lie beside the folder while it runs.
+
+    Raises:
+        UsageError: no such folder or rival, or nothing can be written beside it.
+        DataError: it holds no images.
+        ArmFailed: an arm failed.
+    """
+    rivals = _available(settings.rivals)
+    names = names_of(source)
+    with scratch_beside(source) as scratch:
+        root = repeated(source, names, settings.repeat, scratch)
+        warm(root)
+        _pack(root, scratch / "set", settings.short_side)
+        if rivals:
+            _pack(root, scratch / "same", None)
+        workers = settings.workers or _best_workers(root, settings)
+        subject = {
+            "source": source.resolve().name,
+            "images": len(names) * settings.repeat,
+            "inputs_sha256": digest_of_inputs((n, (source / n).stat().st_size) for n in names),
+            **asdict(settings),
+            "workers": workers,
+        }
+        arms = _arms(root, scratch, settings, rivals, workers)
+        return compare(
+            arms,
+            pairs,
+            on_row=on_row,
+            against_itself=against_itself,
+            tolerance=TOLERANCE,
+            subject=subject,
+        )
+
+
+def _available(wanted: tuple[str, ...]) -> list[str]:
+    for name in wanted:
+        if name not in RIVALS:
+            raise UsageError(f"There is no rival {name!r}; there are {', '.join(RIVALS)}.")
+        if find_spec(RIVALS[name].partition(".")[0]) is None:
+            raise UsageError(f"{name} needs `pip install {RIVALS[name]}`.")
+    return list(wanted)
+
+
+def _pack(root: Path, out: Path, short_side: int | None) -> None:
+    from fastmoco.pack.options import PackOptions
+    from fastmoco.pack.writer import pack
+
+    pack(root, out, PackOptions(short_side=short_side))
+
+
+def _arms(
+    root: Path, scratch: Path, settings: Settings, rivals: list[str], workers: int
+) -> dict[str, Arm]:
+    work = {"size": settings.size, "batch": settings.batch, "batches": settings.batches}
+    own = {"root": str(scratch / "set"), **work}
+    arms = {"fastmoco": Arm.of(f"{__name__}:ours", **own)}
+    if settings.bound:
+        arms["fastmoco, crops alone"] = Arm.of(f"{__name__}:ours", **own, plain=True)
+    for name in rivals:
+        function = f"fastmoco.bench.rivals:{name.replace('-', '_')}"
+        data = scratch / "same" if name == "webdataset" else root
+        arms[name] = Arm.of(function, root=str(data), **work, workers=workers)
+    return arms
+
+
+def _best_workers(root: Path, settings: Settings) -> int:
+    """Return the number of DataLoader workers at which the official recipe is fastest here."""
+    cores = len(os.sched_getaffinity(0))
+    if not settings.rivals:
+        return cores
+    work = {"size": settings.size, "batch": settings.batch, "batches": max(2, cores)}
+    seconds = {}
+    for workers in range(1, cores + 2):
+        arm = Arm.of("fastmoco.bench.rivals:imagefolder", root=str(root), **work, workers=workers)
+        seconds[workers] = measure("imagefolder", arm).seconds_per_image
+    return min(seconds, key=lambda workers: seconds[workers])
+
+
+def ours(
+    section: Section, root: str, size: int, batch: int, batches: int, plain: bool = False
+) -> dict[str, Any]:
+    """Draw with this program on all cores."""
+    from fastmoco.distributed import Ranks
+    from fastmoco.load import dali  # noqa: F401  # its import is not what is measured
+    from fastmoco.load.loader import Loader
+    from fastmoco.load.work import settings_of
+    from fastmoco.shardset import Collection
+
+    recipe = recipe_of(size, batch, plain)
+
+    def open_batches() -> Generator[Views]:
+        data = Collection.open([Path(root)])
+        settings = settings_of(recipe, Ranks(), torch.device("cpu"))
+        for drawn in Loader.of(recipe, data, settings).batches():
+            yield drawn.views
+
+    return measured(section, open_batches, batches)
+
+
+def recipe_of(size: int, batch: int, plain: bool = False) -> Recipe:
+    """Return the shipped recipe of MoCo v2 for these sizes; plain: crops and flips alone."""
+    recipe = load_recipe("moco_v2_imagenet_r50", ["device=cpu"])
+    views = (View(scale=recipe.views[0].scale),) * 2 if plain else recipe.views
+    return recipe.model_copy(update={"image_size": size, "batch": batch, "views": views})
+
+
+def measured(
+    section: Section, open_batches: Callable[[], Generator[Views]], count: int
+) -> dict[str, Any]:
+    """Draw batches, the first ones as a warm-up, and return the form of an arm's result.
+
+    Args:
+        section: of the arm.
+        open_batches: called once; yields batches of two (n, 3, size, size) fp32 views, normalised
+            by the channel statistics of ImageNet, for as long as they are asked for.
+        count: batches in the section.
+    """
+    began = time.perf_counter()
+    with closing(open_batches()) as batches:
+        first = next(batches)
+        first_batch_s = time.perf_counter() - began
+        for _ in range(WARM_UP - 1):
+            next(batches)
+        seen = _Seen()
+        with section:
+            for views in islice(batches, count):
+                seen.add(views)
+    layout = {"shape": list(first[0].shape), "dtype": str(first[0].dtype), "views": len(first)}
+    return {
+        "images": seen.images,
+        "check": {**layout, **seen.result()},
+        "first_batch_s": first_batch_s,
+    }
+
+
+class _Seen:
+    """What views look like, from every eighth row of each; cheap, and the same for all arms."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, views: Views) -> None:
+        self.images += len(views[0])
+        rows = torch.stack([view[:, :, ::STRIDE] for view in views]).float()
+        colours = rows.mean(dim=(3, 4))
+        edges = (rows[..., 1:] - rows[..., :-1]).abs().mean()
+        change = (colours[0] - colours[1]).abs().mean()
+        self._rows.append(torch.stack([rows.mean(), rows.std(), change, edges]))
+
+    def result(self) -> dict[str, float]:
+        mean, std, change, edges = torch.stack(self._rows).mean(dim=0).tolist()
+        # In levels of 0..255 (57 to one standard deviation of ImageNet), edges in percent of it.
+        named = {"mean": 57 * mean, "std": 57 * std, "colour_change": 57 * change}
+        return {**named, "edges": 100 * edges}

@@ -1,0 +1,99 @@
+"""`fastmoco bench loader`: every arm draws the same kind of views, and as many."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastmoco.bench import loader as bench
+from fastmoco.bench import rivals
+from fastmoco.bench.arm import Section
+from fastmoco.bench.commands import app
+from fastmoco.errors import UsageError
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
+
+WORK = {"size": 24, "batch": 8, "batches": 6}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, make_images) -> Path:
+    return make_images(tmp_path_factory.mktemp("bench") / "photos", per_class=20, size=(64, 48))
+
+
+@pytest.fixture(scope="module")
+def packed(photos) -> Path:
+    pack(photos, photos.parent / "set", PackOptions())
+    return photos.parent / "set"
+
+
+@pytest.fixture(scope="module")
+def ours(packed) -> dict:
+    return bench.ours(Section(), root=str(packed), **WORK)
+
+
+def proof(found: dict) -> dict:
+    return found["check"]
+
+
+def distance(one: dict, other: dict) -> float:
+    """Return the largest difference between what two arms saw."""
+    numbers = [key for key, value in proof(one).items() if isinstance(value, float)]
+    assert len(numbers) == 4
+    return max(abs(proof(one)[key] - proof(other)[key]) for key in numbers)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "webdataset", "dali_operators"])
+def test_the_rivals_draw_what_we_draw(name, photos, packed, ours):
+    root = packed if name == "webdataset" else photos
+    section = Section()
+    found = getattr(rivals, name)(section, root=str(root), **WORK, workers=1)
+    assert found["images"] == ours["images"] == 48
+    assert section.seconds > 0 and found["first_batch_s"] > 0
+    for key in ("shape", "dtype", "views"):
+        assert proof(found)[key] == proof(ours)[key]
+    # 48 images: their mean alone wanders by several levels, colours by chance of jitter.
+    assert distance(found, ours) < 25
+
+
+def test_the_proof_tells_full_views_from_mere_crops(packed):
+    long = WORK | {"batches": 30}
+    full, again = (bench.ours(Section(), root=str(packed), **long) for _ in range(2))
+    plain = bench.ours(Section(), root=str(packed), **long, plain=True)
+    assert distance(full, again) < 1e-3, "a pure function of the seed"
+    assert distance(full, plain) > bench.TOLERANCE
+    assert proof(full)["colour_change"] > proof(plain)["colour_change"] + bench.TOLERANCE
+
+
+@pytest.mark.slow
+def test_bench_loader_from_the_command_line(photos, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = "--size 24 --batch 8 --batches 2 --workers 1 --pairs 1 --bound --against webdataset"
+    done = CliRunner().invoke(app, ["loader", str(photos), *options.split(), "--out", str(out)])
+    assert done.exit_code in (0, 3), done.output  # so few images may look like other work
+    *rows, report = map(json.loads, out.read_text().splitlines())
+    arms = ["fastmoco", "fastmoco, crops alone", "webdataset"]
+    assert [row["arm"] for row in rows] == arms
+    assert all(row["images"] == 16 and row["first_batch_s"] > 0 for row in rows)
+    assert report["subject"]["workers"] == 1 and report["subject"]["source"] == "photos"
+    assert str(photos) not in out.read_text()
+    assert [path.name for path in photos.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_fastest_number_of_workers_is_tried(photos, monkeypatch):
+    class Found:
+        def __init__(self, seconds: float) -> None:
+            self.seconds_per_image = seconds
+
+    times = {1: 3.0, 2: 1.0, 3: 2.0}
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(
+        bench, "measure", lambda name, arm: Found(times[json.loads(arm.command[-1])["workers"]])
+    )
+    assert bench._best_workers(photos, bench.Settings(rivals=("imagefolder",))) == 2
+
+
+def test_an_unknown_rival_is_refused(photos):
+    with pytest.raises(UsageError, match="no rival 'ffcv'; there are imagefolder, webdataset"):
+        bench.bench_loader(photos, bench.Settings(rivals=("ffcv",)), 1)
