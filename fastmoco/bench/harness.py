@@ -45,9 +45,11 @@ class Arm:
 
     Attributes:
         command: program and arguments; never recorded, as it may hold paths.
+        bound: it does less on purpose, to show what is left to gain: its proof is not compared.
     """
 
     command: Sequence[str]
+    bound: bool = False
 
     @classmethod
     def of(cls, target: str, **options: Any) -> "Arm":
@@ -95,7 +97,8 @@ def compare(
         measurements.append(measure(name, arms[name], pair, seconds))
         if on_row:
             on_row(measurements[-1])
-    return report_of(measurements, machine, subject or {}, tolerance, against_itself)
+    bounds = {name for name, arm in arms.items() if arm.bound}
+    return report_of(measurements, machine, subject or {}, tolerance, against_itself, bounds)
 
 
 def require_tools() -> None:

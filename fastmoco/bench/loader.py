@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -129,7 +129,8 @@ def _arms(
     own = {"root": str(scratch / "set"), **work}
     arms = {"fastmoco": Arm.of(f"{__name__}:ours", **own)}
     if settings.bound:
-        arms["fastmoco, crops alone"] = Arm.of(f"{__name__}:ours", **own, plain=True)
+        crops = Arm.of(f"{__name__}:ours", **own, plain=True)
+        arms["fastmoco, crops alone"] = replace(crops, bound=True)
     for name in rivals:
         function = f"fastmoco.bench.rivals:{name.replace('-', '_')}"
         data = scratch / "same" if name == "webdataset" else root

@@ -1,7 +1,7 @@
 """What a comparison of arms found: ratios within pairs, the proof of equal work, the costs."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -152,8 +152,9 @@ def report_of(
     subject: Mapping[str, Any],
     tolerance: float,
     against_itself: bool = False,
+    bounds: Set[str] = frozenset(),
 ) -> Report:
-    """Compare the first arm of the measurements with the others."""
+    """Compare the first arm of the measurements with the others; `bounds` do less than it."""
     first, *others = dict.fromkeys(one.arm for one in found)
     comparisons = [_comparison(found, first, other) for other in others]
     speed = comparisons[0].speed if against_itself else None
@@ -162,7 +163,7 @@ def report_of(
         subject=dict(subject),
         measurements=found,
         comparisons=comparisons,
-        differences=_differences(found, tolerance),
+        differences=_differences([one for one in found if one.arm not in bounds], tolerance),
         tolerance=tolerance,
         smallest_effect=speed.half_width if speed else None,
     )

@@ -151,3 +151,40 @@ def central(sizes: npt.NDArray[np.int64], share: float) -> ViewNumbers:
     one, off = np.ones(len(sizes), np.float32), np.zeros(len(sizes), np.bool_)
     crop = _central(sizes, share)
     return ViewNumbers(crop, off, one, one, one, one * 0, off, off, one, off, off)
+
+
+def colour_maps(numbers: ViewNumbers) -> tuple[Floats, Floats]:
+    """Return brightness, contrast, saturation, hue and grayscale as one affine map of the colours.
+
+    rgb -> matrix @ rgb + share * g, where g is the mean grey of the crop: torchvision's functions
+    in this order, without the rounding and clamping between them. Hue turns about the grey axis,
+    which keeps greys and the mean of the channels: of all linear maps near to torchvision's turn in
+    HSV, which is none. (A turn in YIQ, as DALI's own, is off by twice as much.)
+
+    Returns:
+        (n, 3, 3) matrices and (n,) shares.
+    """
+    colourful = ~numbers.grayscale
+    gain = numbers.brightness * numbers.contrast
+    saturation = numbers.saturation * colourful
+    turn = _turns(2 * np.pi * numbers.hue.astype(np.float64) * colourful)
+    matrix = gain[:, None, None] * (turn @ _blends(saturation))
+    return matrix.astype(np.float32), numbers.brightness * (1 - numbers.contrast)
+
+
+def _blends(saturation: Floats) -> npt.NDArray[np.float64]:
+    """Return the (n, 3, 3) matrices that mix colours with their luma."""
+    share = saturation[:, None, None].astype(np.float64)
+    mixed: npt.NDArray[np.float64] = share * np.eye(3) + (1 - share) * np.tile(_LUMA, (3, 1))
+    return mixed
+
+
+def _turns(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the (n, 3, 3) rotations about the grey axis, red towards green (Rodrigues)."""
+    cosine, sine = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    turned: npt.NDArray[np.float64] = cosine * np.eye(3) + sine * _CROSS + (1 - cosine) / 3
+    return turned
+
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, as in PIL
+_CROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)

@@ -15,32 +15,22 @@ from nvidia.dali import math as dmath
 from nvidia.dali import types as T
 from nvidia.dali.pipeline import Pipeline
 
-from fastmoco.load.augment import ViewNumbers
+from fastmoco.load.augment import ViewNumbers, colour_maps
 from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Undecodable, Work
 
 _CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
-_COLOUR = ((T.FLOAT, 0),) * 4
+_COLOUR = ((T.FLOAT, 2), (T.FLOAT, 0))
 _BLUR = ((T.BOOL, 0), (T.FLOAT, 0))
 _SOLARIZE = ((T.BOOL, 0),)
 
 
 def inputs(numbers: ViewNumbers, stages: Stages) -> list[np.ndarray[Any, Any]]:
-    """Return a view's numbers in the order in which the graph takes them.
-
-    Grayscale is saturation 0, so it needs no operator. Contrast pulls towards the crop's own mean
-    grey, as in torchvision; DALI's would pull towards 128.
-    """
+    """Return a view's numbers in the order in which the graph takes them."""
     start = numbers.crop[:, :2].astype(np.float32)
     end = start + numbers.crop[:, 2:].astype(np.float32)
     feed: list[np.ndarray[Any, Any]] = [start, end, numbers.flip.astype(np.int32)]
     if stages.colour:
-        colourful = ~numbers.grayscale
-        feed += [
-            numbers.brightness * numbers.contrast,
-            numbers.brightness * (1 - numbers.contrast),
-            numbers.saturation * colourful,
-            numbers.hue * np.float32(360) * colourful,
-        ]
+        feed += colour_maps(numbers)
     if stages.blur:
         feed += [numbers.blur, numbers.sigma]
     if stages.solarize:
@@ -110,7 +100,7 @@ def _view(images: Any, taken: Iterator[Any], stages: Stages, look: Look, device:
     side = float(look.size)
     view = fn.resize(images, size=[side, side], roi_start=start, roi_end=end, antialias=True)
     if stages.colour:
-        view = _colour(view, next(taken), next(taken), next(taken), next(taken))
+        view = _colour(view, next(taken), next(taken))
     if stages.blur:
         view = _blur(view, next(taken), next(taken))
     if stages.solarize:
@@ -125,14 +115,14 @@ def _view(images: Any, taken: Iterator[Any], stages: Stages, look: Look, device:
     )
 
 
-def _colour(view: Any, gain: Any, grey_share: Any, saturation: Any, hue: Any) -> Any:
-    """Apply brightness, contrast, saturation and hue as one affine map, then clamp to 0..255."""
+def _colour(view: Any, matrix: Any, grey_share: Any) -> Any:
+    """Apply an affine map of the colours, see `colour_maps`, and clamp to 0..255."""
     gray = fn.color_space_conversion(view, image_type=T.RGB, output_type=T.GRAY)
     mean_grey = fn.reductions.mean(gray, axes=[0, 1, 2])
     # FLOAT: rounding to uint8 between operators is the slow part on CPU.
-    turned = fn.color_twist(view, brightness=gain, saturation=saturation, hue=hue, dtype=T.FLOAT)
-    # Saturation and hue leave grey as it is, so its share may be added after them.
-    return dmath.clamp(turned + mean_grey * grey_share, 0.0, 255.0)
+    turned = fn.coord_transform(view, M=matrix, dtype=T.FLOAT)
+    # min and max take half the time of clamp on CPU.
+    return dmath.min(dmath.max(turned + mean_grey * grey_share, 0.0), 255.0)
 
 
 def _blur(view: Any, blurred: Any, sigma: Any) -> Any:

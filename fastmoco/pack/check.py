@@ -251,6 +251,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit grey or RGB, turned as its EXIF tag says."""
     upright = ImageOps.exif_transpose(image) if _is_rotated(image) else image
     plain = _eight_bit(upright)
+    plain.load()
     plain.info = {}  # else PIL writes the profile and comments of the old pixels
     return plain
 
@@ -273,7 +274,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise _Unfit("holds 32-bit values, whose range is not known")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return _as(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    # `convert` copies an image that has the mode already: 4 % of the time of shrinking it.
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _described(image: Image.Image, content: bytes, size: tuple[int, int], measure: bool) -> Checked:
@@ -289,6 +295,6 @@ def _described(image: Image.Image, content: bytes, size: tuple[int, int], measur
 
 
 def _statistics(image: Image.Image) -> Statistics:
-    counts = np.array(image.convert("RGB").histogram(), dtype=np.int64).reshape(3, 256)
+    counts = np.array(_as(image, "RGB").histogram(), dtype=np.int64).reshape(3, 256)
     sums, squares = (counts @ POWERS).T.tolist()
     return Statistics(image.width * image.height, tuple(sums), tuple(squares))

@@ -1,5 +1,7 @@
 """Augmentation numbers: the same however they are sliced, distributed as torchvision's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config import View
-from fastmoco.load.augment import DRAWS, ViewNumbers, central, draw, uniforms
+from fastmoco.load.augment import DRAWS, ViewNumbers, central, colour_maps, draw, uniforms
 
 MANY = 4000
 COLOUR = {"jitter": (0.4, 0.3, 0.2, 0.1), "jitter_p": 0.8, "grayscale": 0.2}
@@ -215,3 +218,44 @@ def test_central_changes_nothing_else() -> None:
     assert numbers.crop.tolist() == [[0, 10, 40, 40]]
     assert not any(getattr(numbers, f)[0] for f in ("flip", "jitter", "grayscale", "blur", "hue"))
     assert numbers.brightness[0] == numbers.contrast[0] == numbers.saturation[0] == 1
+
+
+def mapped(image: torch.Tensor, **changes: object) -> torch.Tensor:
+    """Return a (3, h, w) image in 0..1 after the affine map of these numbers."""
+    numbers = replace(central(table(tuple(image.shape[1:])), 1.0), **changes)
+    (matrix,), (share,) = colour_maps(numbers)
+    mean_grey = F.rgb_to_grayscale(image).mean()
+    return torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix), image) + share * mean_grey
+
+
+@pytest.fixture
+def pale() -> torch.Tensor:
+    """A picture that no change here drives to black or white."""
+    return 0.4 + 0.2 * torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_colour_map_is_torchvisions_functions_one_after_the_other(pale: torch.Tensor) -> None:
+    factors = {"brightness": 1.2, "contrast": 0.7, "saturation": 1.4}
+    changes = {name: np.array([factor], np.float32) for name, factor in factors.items()}
+    expected = F.adjust_saturation(F.adjust_contrast(F.adjust_brightness(pale, 1.2), 0.7), 1.4)
+    # Its luma has 0.2989 for red.
+    torch.testing.assert_close(mapped(pale, **changes), expected, rtol=0, atol=2e-4)
+    gray = mapped(pale, **changes, grayscale=np.array([True]), hue=np.array([0.3], np.float32))
+    luma = F.rgb_to_grayscale(F.adjust_contrast(F.adjust_brightness(pale, 1.2), 0.7))
+    torch.testing.assert_close(gray, luma.expand(3, -1, -1), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("turns", [1 / 3, -1 / 3])
+def test_a_third_of_a_turn_of_hue_is_torchvisions(turns: float, pale: torch.Tensor) -> None:
+    found = mapped(pale, hue=np.array([turns], np.float32))
+    torch.testing.assert_close(found, F.adjust_hue(pale, turns), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, 0.05, 0.4])
+def test_hue_keeps_greys_and_the_mean_of_the_channels(turns: float, pale: torch.Tensor) -> None:
+    hue = np.array([turns], np.float32)
+    found = mapped(pale, hue=hue)
+    torch.testing.assert_close(found.mean(dim=0), pale.mean(dim=0), rtol=0, atol=1e-5)
+    assert (found - pale).abs().max() > 0.01
+    greys = pale[:1].expand(3, -1, -1)
+    torch.testing.assert_close(mapped(greys, hue=hue), greys, rtol=0, atol=1e-5)

@@ -79,8 +79,8 @@ def test_no_operator_draws_numbers_of_its_own(device: str) -> None:
 def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
     plain = {name for name, _ in operators(built("cpu", LOOKS["evaluation"]))}
     full = {name for name, _ in operators(built("cpu", LOOKS["two full views"]))}
-    assert not {"ColorTwist", "GaussianBlur"} & plain
-    assert {"ColorTwist", "GaussianBlur"} <= full
+    assert not {"CoordTransform", "GaussianBlur"} & plain
+    assert {"CoordTransform", "GaussianBlur"} <= full
 
 
 @pytest.mark.gpu
