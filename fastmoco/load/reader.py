@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, data: Collection) -> None:
         self.data = data
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(_Shard)
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
 
     def fetch(self, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         """Return the encoded image of each id as a uint8 array.
@@ -61,13 +61,15 @@ class Reader:
             raise Unfit(ids[[image is None for image in found]].tolist(), "read")
         return images
 
+    def _opened(self, number: int, shard: int) -> _Shard:
+        owner = self.data.sets[number]
+        return _Shard(f"{owner.root}/{owner.manifest.shards[shard].name}")
+
     def _read(
         self, number: int, shard: int, offset: int, size: int
     ) -> npt.NDArray[np.uint8] | None:
-        owner = self.data.sets[number]
         try:
-            opened = self._open(str(owner.root / owner.manifest.shards[shard].name))
-            content = os.pread(opened.descriptor, size, offset)
+            content = os.pread(self._open(number, shard).descriptor, size, offset)
         except OSError:
             return None
         return np.frombuffer(content, dtype=np.uint8) if len(content) == size else None
