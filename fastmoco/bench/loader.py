@@ -190,6 +190,9 @@ def measured(
             by the channel statistics of ImageNet, for as long as they are asked for.
         count: batches in the section.
     """
+    threads = torch.get_num_threads()
+    # The proof of work shall not wake threads that wait by spinning, on cores that the arm needs.
+    torch.set_num_threads(1)
     began = time.perf_counter()
     with closing(open_batches()) as batches:
         first = next(batches)
@@ -200,6 +203,7 @@ def measured(
         with section:
             for views in islice(batches, count):
                 seen.add(views)
+    torch.set_num_threads(threads)
     layout = {"shape": list(first[0].shape), "dtype": str(first[0].dtype), "views": len(first)}
     return {
         "images": seen.images,
