@@ -4,9 +4,9 @@
 
 The sets have tables of full size, whose rows point to 256 small images over and over. Each is
 loaded by a fresh process: resident memory (anonymous, and mapped from files) after a few batches
-and after each of three rounds of `ROUND` batches, which for the smallest set is an epoch; then the
-time to the first batch of a new loader at step 0 and at step 1,000,000, in alternation. One JSON
-row a set is printed for benchmarks/results/.
+and after each of `ROUNDS` rounds of `ROUND` batches, which for the smallest set is an epoch; then
+the time to the first batch of a new loader at step 0 and at step 1,000,000, in alternation. One
+JSON row a set is printed for benchmarks/results/.
 """
 
 import json
@@ -35,6 +35,7 @@ from fastmoco.shardset import Collection, ShardSet
 SIZES = (12_811, 128_116, 1_281_167)
 IMAGES, SIDE, BATCH = 256, 32, 256
 ROUND = 12_811 // BATCH  # batches
+ROUNDS = 10
 LATE = 1_000_000  # step
 TRIES = 21
 VIEW = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
@@ -90,7 +91,7 @@ def measure(root: Path) -> dict[str, Any]:
         settings=Settings(),
     )
     batches = loader.batches()
-    memory = [_after(batches, 10)] + [_after(batches, ROUND) for _ in range(3)]
+    memory = [_after(batches, 10)] + [_after(batches, ROUND) for _ in range(ROUNDS)]
     batches.close()
     first = {step: [] for step in (0, LATE)}  # type: dict[int, list[float]]
     for number in range(TRIES):

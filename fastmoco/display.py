@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.config import Recipe
 
+WIDE = 110  # columns
+
 
 class LiveDisplay:
     """Shows the rows of a run on rank 0.
@@ -22,10 +24,12 @@ class LiveDisplay:
     def __init__(self, recipe: Recipe, start: int, last_step: int, visible: bool) -> None:
         self._console = Console(quiet=not visible)
         self._epochs = recipe.last_epoch
+        # On 80 columns the time left matters more than a bar.
+        bar = [BarColumn(bar_width=20)] if self._console.width >= WIDE else []
         self._progress = Progress(
             TextColumn("[bold]epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=20),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            *bar,
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._console,
@@ -63,8 +67,8 @@ class LiveDisplay:
     def step(self, row: dict[str, Any]) -> None:
         """Show a logged step."""
         numbers = (
-            f"loss {row['loss']:.3f}  lr {row['lr']:.4g}  {row['images_per_s']:.0f} img/s  "
-            f"data wait {row['data_wait_percent']:.1f} %"
+            f"loss {row['loss']:.3f}  lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s  "
+            f"data wait {row['data_wait_percent']:.0f} %"
         )
         if row["skipped"]:
             numbers += f"  [red]skipped {row['skipped']}[/red]"

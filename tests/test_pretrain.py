@@ -1,5 +1,6 @@
 """Runs as a user starts them: real processes, real kills, exit codes and words."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,14 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from fastmoco.config import load_recipe
 from fastmoco.errors import UsageError
+from fastmoco.load.plan import Plan
 from fastmoco.pretrain import main
 from fastmoco.run import RunFolder
+from fastmoco.shardset import ShardSet
 from fastmoco.train.moco import check_bn_group
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
@@ -243,6 +247,27 @@ def test_two_ranks_know_of_the_same_damage(recipe, damaged, tmp_path):
     assert RunFolder(two).latest()[0]["bad"] == [11]
     rows = zip(numbers(one), numbers(two), strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in rows if a.get("loss"))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_ranks_share_one_budget(recipe, damaged, tmp_path):
+    """Two damaged samples, of which one batch of two ranks holds one each."""
+    values = yaml.safe_load(recipe.read_text())
+    root = Path(values["data"][0])
+    shown = Plan(24, 8, 0).order(np.arange(24)).tolist()
+    place = shown.index(damaged)
+    other = shown[place - place % 8 + (place % 8 + 4) % 8]
+    entry = ShardSet(root, check=False).samples[other]
+    with (root / "shard-000000.tar").open("r+b") as shard:
+        shard.seek(int(entry["offset"]))
+        shard.write(bytes(int(entry["size"])))
+    done = run(recipe, "max_bad_images=1", ranks=2)
+    assert done.returncode != 0
+    told = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (
+        told["code"] == 3 and "2 damaged images are more than max_bad_images=1" in told["message"]
+    )
 
 
 def test_a_changed_subset_is_another_run(recipe, capsys, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastmoco.config import Recipe
+from fastmoco.errors import DataError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import Fingerprint, RunFolder, State
@@ -132,6 +133,11 @@ class Trainer:
             row = {"kind": "bad", "step": done, "ids": new, "samples": named}
             self.run.log(row)
             self.display.bad(row)
+        if len(bad) > self.recipe.max_bad_images:  # of all ranks together
+            raise DataError(
+                f"{len(bad)} damaged images are more than max_bad_images="
+                f"{self.recipe.max_bad_images}: copy the sets again, or allow more."
+            )
 
     def state(self) -> State:
         """Return all that a resumed run needs beside the step number."""
