@@ -69,7 +69,8 @@ class Reader:
         self, number: int, shard: int, offset: int, size: int
     ) -> npt.NDArray[np.uint8] | None:
         try:
-            content = os.pread(self._open(number, shard).descriptor, size, offset)
+            opened = self._open(number, shard)  # held, lest another thread close it
+            content = os.pread(opened.descriptor, size, offset)
         except OSError:
             return None
         return np.frombuffer(content, dtype=np.uint8) if len(content) == size else None
