@@ -16,7 +16,6 @@ from fastmoco.errors import DataError, FastmocoError, UsageError
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import plan_of
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder, fingerprint
@@ -63,14 +62,15 @@ def pretrain(recipe: Recipe) -> RunFolder:
         check_bn_group(recipe, ranks.size)
         data = Collection.open(recipe.data)
         recipe = resolve(recipe, data.sets[0])
-        plan_of(recipe, data)  # refuses what does not fit, before the run folder is made
+        # Refuses what does not fit, before the run folder is made.
+        loader = Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
         run = RunFolder(recipe.out)
         if not ranks.leads:
-            _train(recipe, data, run, ranks, device)
+            _train(recipe, loader, run, ranks, device)
             return run
         with run.locked():
             try:
-                _train(recipe, data, run, ranks, device)
+                _train(recipe, loader, run, ranks, device)
             except FastmocoError as error:
                 run.finish(error.exit_code, str(error))
                 raise
@@ -79,13 +79,11 @@ def pretrain(recipe: Recipe) -> RunFolder:
 
 
 def _train(
-    recipe: Recipe, data: Collection, run: RunFolder, ranks: Ranks, device: torch.device
+    recipe: Recipe, loader: Loader, run: RunFolder, ranks: Ranks, device: torch.device
 ) -> None:
     torch.use_deterministic_algorithms(recipe.deterministic)
-    settings = settings_of(recipe, ranks, device)
-    sight = sight_of(recipe, settings)
-    loader = Loader.of(recipe, data, settings, ranks)
-    marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
+    sight = sight_of(recipe, settings_of(recipe, ranks, device))
+    marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     found = run.latest(marks)
     start = found[1] if found else 0
     if ranks.leads:

@@ -50,7 +50,8 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     assert recipe.mean and recipe.std
     device = device_of(recipe.device, 0)
     loader = Loader.of(recipe, data, settings_of(recipe, Ranks(), device))
-    work, batch = loader.work(0), next(loader.batches())
+    # The batch first: it meets what is damaged, and says so in words.
+    batch, work = next(loader.batches()), loader.work(0)
     originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in work.encoded]
     rows = {"original": np.stack([_fitted(image, recipe.image_size) for image in originals])}
     for number, view in enumerate(batch.views, 1):

@@ -1,11 +1,14 @@
 """`fastmoco views`: the plot holds the very views that the run begins with."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastmoco.config import load_recipe
+from fastmoco.errors import DataError
 from fastmoco.figures import GAP, LEFT, TOP, zoom_of
 from fastmoco.load.loader import Loader
 from fastmoco.load.plan import Plan
@@ -46,6 +49,17 @@ def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path
     # A 40 x 32 original lies in the middle, on white.
     first = plot[TOP - pitch + pitch : TOP + 40 * zoom : zoom, LEFT : LEFT + 40 * zoom : zoom]
     assert (first[:3] == 255).all() and (first[-3:] == 255).all() and (first[10:30] < 255).any()
+
+
+def test_a_set_that_cannot_be_read_is_named(small_set: ShardSet, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(small_set.root, tmp_path / "set"))
+    table = np.load(root / "samples.npy")
+    table["offset"] += 10**9  # behind the end of the shard
+    np.save(root / "samples.npy", table)
+    recipe = load_recipe("cifar10_r18", [f"data=['{root}']", "executor=torchvision"])
+    with pytest.raises(DataError, match="3 image.s. of a batch cannot be read: sample"):
+        preview(recipe, tmp_path / "views.png", COUNT, "title")
+    assert not (tmp_path / "views.png").exists()
 
 
 def test_the_numbers_in_words(small_set: ShardSet) -> None:

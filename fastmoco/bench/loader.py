@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from fastmoco.bench.arm import Section
-from fastmoco.bench.environment import digest_of_inputs
 from fastmoco.bench.harness import Arm, OnRow, compare, measure
-from fastmoco.bench.pack import names_of, repeated, scratch_beside, warm
 from fastmoco.bench.report import Report
+from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
 from fastmoco.config import Recipe, View, load_recipe
 from fastmoco.errors import UsageError
 
@@ -79,23 +78,17 @@ def bench_loader(
         DataError: it holds no images.
         ArmFailed: an arm failed.
     """
-    rivals = _available(settings.rivals)
+    _require(settings.rivals)
     names = names_of(source)
     with scratch_beside(source) as scratch:
         root = repeated(source, names, settings.repeat, scratch)
         warm(root)
         _pack(root, scratch / "set", settings.short_side)
-        if rivals:
+        if "webdataset" in settings.rivals:
             _pack(root, scratch / "same", None)
-        workers = settings.workers or _best_workers(root, settings)
-        subject = {
-            "source": source.resolve().name,
-            "images": len(names) * settings.repeat,
-            "inputs_sha256": digest_of_inputs((n, (source / n).stat().st_size) for n in names),
-            **asdict(settings),
-            "workers": workers,
-        }
-        arms = _arms(root, scratch, settings, rivals, workers)
+        settings = replace(settings, workers=settings.workers or _best_workers(root, settings))
+        subject = {**subject_of(source, names, settings.repeat), **asdict(settings)}
+        arms = _arms(root, scratch, settings)
         return compare(
             arms,
             pairs,
@@ -106,13 +99,12 @@ def bench_loader(
         )
 
 
-def _available(wanted: tuple[str, ...]) -> list[str]:
+def _require(wanted: tuple[str, ...]) -> None:
     for name in wanted:
         if name not in RIVALS:
             raise UsageError(f"There is no rival {name!r}; there are {', '.join(RIVALS)}.")
         if find_spec(RIVALS[name].partition(".")[0]) is None:
             raise UsageError(f"{name} needs `pip install {RIVALS[name]}`.")
-    return list(wanted)
 
 
 def _pack(root: Path, out: Path, short_side: int | None) -> None:
@@ -122,19 +114,17 @@ def _pack(root: Path, out: Path, short_side: int | None) -> None:
     pack(root, out, PackOptions(short_side=short_side))
 
 
-def _arms(
-    root: Path, scratch: Path, settings: Settings, rivals: list[str], workers: int
-) -> dict[str, Arm]:
+def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
     work = {"size": settings.size, "batch": settings.batch, "batches": settings.batches}
     own = {"root": str(scratch / "set"), **work}
     arms = {"fastmoco": Arm.of(f"{__name__}:ours", **own)}
     if settings.bound:
         crops = Arm.of(f"{__name__}:ours", **own, plain=True)
         arms["fastmoco, crops alone"] = replace(crops, bound=True)
-    for name in rivals:
+    for name in settings.rivals:
         function = f"fastmoco.bench.rivals:{name.replace('-', '_')}"
         data = scratch / "same" if name == "webdataset" else root
-        arms[name] = Arm.of(function, root=str(data), **work, workers=workers)
+        arms[name] = Arm.of(function, root=str(data), **work, workers=settings.workers)
     return arms
 
 

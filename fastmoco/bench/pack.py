@@ -8,11 +8,9 @@ channel statistics, syncing to the disk) is part of its time.
 import hashlib
 import os
 import random
-import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
@@ -24,12 +22,10 @@ import numpy as np
 from PIL import Image
 
 from fastmoco.bench.arm import Section
-from fastmoco.bench.environment import digest_of_inputs
 from fastmoco.bench.harness import Arm, OnRow, compare
 from fastmoco.bench.report import Report
-from fastmoco.errors import DataError, UsageError
+from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 CHUNK = 16  # images that a worker of the pool takes at a time
 
@@ -68,78 +64,12 @@ def bench_pack(
         ArmFailed: an arm failed.
     """
     names = names_of(source)
-    subject = {
-        "source": source.resolve().name,
-        "images": len(names) * settings.repeat,
-        "inputs_sha256": digest_of_inputs((name, (source / name).stat().st_size) for name in names),
-        **asdict(settings),
-    }
+    subject = {**subject_of(source, names, settings.repeat), **asdict(settings)}
     with scratch_beside(source) as scratch:
         root = repeated(source, names, settings.repeat, scratch)
         warm(root)
         arms = _arms(root, scratch, settings)
         return compare(arms, pairs, on_row=on_row, against_itself=against_itself, subject=subject)
-
-
-def names_of(source: Path) -> list[str]:
-    """Return the images below a folder, sorted, as posix paths below it.
-
-    Raises:
-        UsageError: no such folder.
-        DataError: no images in it.
-    """
-    if not source.is_dir():
-        raise UsageError(f"{source} is not a folder.")
-    paths = [path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise DataError(f"{source} holds no images ({', '.join(SUFFIXES)}).")
-    return sorted(path.relative_to(source).as_posix() for path in paths)
-
-
-def repeated(source: Path, names: Sequence[str], count: int, scratch: Path) -> Path:
-    """Return a folder in which each image occurs `count` times, as hard links where possible."""
-    if count == 1:
-        return source.resolve()
-    root = scratch / "source"
-    for name in names:
-        folder = (root / name).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for copy in range(count):
-            _link(source / name, folder / f"{copy}-{Path(name).name}")
-    return root
-
-
-def _link(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except OSError:  # another owner's file, or a file system without links
-        shutil.copyfile(path, to)
-
-
-@contextmanager
-def scratch_beside(source: Path) -> Iterator[Path]:
-    """Yield a folder on the file system of `source`, gone afterwards.
-
-    Raises:
-        UsageError: nothing can be written there.
-    """
-    beside = source.resolve().parent
-    try:
-        made = tempfile.TemporaryDirectory(prefix=".fastmoco-bench-", dir=beside)
-    except OSError as error:
-        raise UsageError(
-            f"Nothing can be written beside {source} ({error.strerror}): copy the folder to a "
-            "place of your own."
-        ) from error
-    with made as folder:
-        yield Path(folder)
-
-
-def warm(root: Path) -> None:
-    """Read everything once: no arm shall be the one that waits for the disk."""
-    for path in root.rglob("*"):
-        if path.is_file():
-            path.read_bytes()
 
 
 def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:

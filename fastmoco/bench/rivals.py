@@ -6,6 +6,7 @@ Each draws two views with the augmentation of MoCo v2, and normalises them by Im
 import random
 from collections.abc import Generator, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ class _PilBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
+def _augmentation(of: ModuleType, size: int) -> list[Any]:
+    """Return the operations of MoCo v2 on PIL images, of torchvision's transforms or of its v2."""
+    return [
+        of.RandomResizedCrop(size, scale=(0.2, 1.0)),
+        of.RandomApply([of.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        of.RandomGrayscale(p=0.2),
+        of.RandomApply([_PilBlur()], p=0.5),
+        of.RandomHorizontalFlip(),
+    ]
+
+
 def imagefolder(
     section: Section, root: str, size: int, batch: int, batches: int, workers: int
 ) -> dict[str, Any]:
@@ -45,11 +57,7 @@ def imagefolder(
 
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([_PilBlur()], p=0.5),
-            transforms.RandomHorizontalFlip(),
+            *_augmentation(transforms, size),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]
@@ -90,11 +98,7 @@ def webdataset(
 
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([_PilBlur()], p=0.5),
-            v2.RandomHorizontalFlip(),
+            *_augmentation(v2, size),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),
@@ -107,8 +111,8 @@ def webdataset(
         # Every worker reads all shards: there may be fewer shards than workers.
         stream = wds.WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
         pairs = stream.shuffle(BUFFER).decode("pil").to_tuple("jpg;png;webp").map_tuple(two)
-        each = -(-(WARM_UP + batches) // workers) * batch
-        epoch = pairs.repeat().batched(batch, collation_fn=_stacked).with_epoch(each // batch)
+        each = -(-(WARM_UP + batches) // workers)
+        epoch = pairs.repeat().batched(batch, collation_fn=_stacked).with_epoch(each)
         yield from DataLoader(epoch, batch_size=None, num_workers=workers)
 
     return measured(section, open_batches, batches)

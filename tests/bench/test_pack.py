@@ -14,6 +14,7 @@ from fastmoco.bench import pack as bench
 from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
 from fastmoco.bench.environment import digest_of_inputs
+from fastmoco.bench.source import names_of, repeated
 from fastmoco.errors import DataError, UsageError
 
 
@@ -67,13 +68,13 @@ def test_the_plain_loop_leaves_out_what_it_cannot_read(photos, tmp_path, make_im
 
 
 def test_repeated_images_are_links_in_their_class(photos, tmp_path):
-    names = bench.names_of(photos)
-    root = bench.repeated(photos, names, 3, tmp_path)
-    copies = bench.names_of(root)
+    names = names_of(photos)
+    root = repeated(photos, names, 3, tmp_path)
+    copies = names_of(root)
     assert len(copies) == 18
     assert "cat/2-0001.jpg" in copies
     assert (root / "cat/2-0001.jpg").samefile(photos / "cat/0001.jpg")
-    assert bench.repeated(photos, names, 1, tmp_path) == photos
+    assert repeated(photos, names, 1, tmp_path) == photos
 
 
 def test_the_proof_sees_another_image(make_images, tmp_path):
