@@ -57,7 +57,7 @@ def test_a_set_that_cannot_be_read_is_named(small_set: ShardSet, tmp_path: Path)
     table["offset"] += 10**9  # behind the end of the shard
     np.save(root / "samples.npy", table)
     recipe = load_recipe("cifar10_r18", [f"data=['{root}']", "executor=torchvision"])
-    with pytest.raises(DataError, match="3 image.s. of a batch cannot be read: sample"):
+    with pytest.raises(DataError, match=r"3 image.s. of a batch cannot be read: sample"):
         preview(recipe, tmp_path / "views.png", COUNT, "title")
     assert not (tmp_path / "views.png").exists()
 
