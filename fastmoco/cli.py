@@ -141,11 +141,14 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, such as optimizer.lr=0.03.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and need, and stop.")
+    ] = False,
 ) -> None:
     """Train a recipe in this process, from its last checkpoint if there is one."""
     from fastmoco.pretrain import main as run
 
-    sys.exit(run([recipe, *(overrides or [])]))
+    sys.exit(run([recipe, *(overrides or []), *["--dry-run"] * dry_run]))
 
 
 @app.command()

@@ -83,31 +83,87 @@ class Subset(Strict):
         return self
 
 
-class Optimizer(Strict):
-    """The optimizer of the query encoder."""
+OPTIMIZER_OPTIONS = {
+    "sgd": {"momentum"},
+    "lars": {"momentum", "trust"},
+    "adam": {"betas"},
+    "adamw": {"betas"},
+    "adagrad": set(),
+    "rmsprop": {"momentum"},
+    "apex_sgd": {"momentum"},
+    "apex_adam": {"betas"},
+    "apex_lamb": {"betas"},
+}
+"""What each optimizer takes beside its learning rate and weight decay."""
 
-    name: Literal["sgd"] = "sgd"
+
+class Optimizer(Strict):
+    """The optimizer of the query encoder; those of apex need NVIDIA apex, built from source.
+
+    Attributes:
+        lr: learning rate, of a whole step.
+        lr_batch: images a step that `lr` is meant for: the rate used is lr * batch / lr_batch
+            (Goyal et al. 2017); None: `lr` as it is.
+        momentum: of SGD, LARS and RMSprop; None: 0.9.
+        betas: of Adam, AdamW and LAMB; None: (0.9, 0.999).
+        trust: the coefficient of LARS; None: 0.001.
+    """
+
+    name: Literal[
+        "sgd",
+        "lars",
+        "adam",
+        "adamw",
+        "adagrad",
+        "rmsprop",
+        "apex_sgd",
+        "apex_adam",
+        "apex_lamb",
+    ] = "sgd"
     lr: Annotated[float, Field(gt=0)]
-    momentum: Unit = 0.9
+    lr_batch: Count | None = None
+    momentum: Unit | None = None
+    betas: tuple[Unit, Unit] | None = None
+    trust: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> "Optimizer":
+        for option in ("momentum", "betas", "trust"):
+            if getattr(self, option) is not None and option not in OPTIMIZER_OPTIONS[self.name]:
+                raise ValueError(f"{self.name} has no {option}: leave it out")
+        return self
 
 
 class Schedule(Strict):
-    """The learning rate over `epochs`, whether or not the run stops before.
+    """The learning rate over a number of epochs or steps, whether or not the run stops before.
 
     Attributes:
-        update: "epoch" sets the rate once an epoch, as the published code does, "step" each step.
+        epochs, steps: length: one of the two; `milestones` are counted in the same unit.
+        milestones: of the step schedule: from each on, the rate is times `gamma`.
+        warmup_epochs, warmup_steps: linear rise from 0, before either schedule: one of the two.
+        update: "epoch" sets the rate once an epoch, as the published code does, "step" each step;
+            None: in the unit of the length.
         first_epoch: what the first epoch counts as: 0 on ImageNet, 1 in the CIFAR-10 notebook.
-        warmup_epochs: linear rise from 0, before either schedule.
     """
 
     name: Literal["cosine", "step"] = "cosine"
-    epochs: Count
+    epochs: Count | None = None
+    steps: Count | None = None
     milestones: tuple[int, ...] = ()
     gamma: Annotated[float, Field(gt=0)] = 0.1
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
-    update: Literal["epoch", "step"] = "epoch"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    update: Literal["epoch", "step"] | None = None
     first_epoch: Literal[0, 1] = 0
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "Schedule":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("name either epochs or steps")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("name either warmup_epochs or warmup_steps")
+        return self
 
 
 class Monitor(Strict):
@@ -136,13 +192,27 @@ class Recipe(Strict):
         window: shards shuffled together, in random order, for storage that cannot seek; None: all.
         mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
         batch: images a step over all ranks.
+        bn: "groups": BatchNorm over groups of `bn_group`; "whole": over the whole batch of all
+            ranks together, by which query and key betray each other: for ablations.
         bn_group: samples normalised together by BatchNorm, whatever the number of ranks.
+        shuffle: who changes places before the keys are made: "global": all samples of the batch;
+            "node": those of one machine, which spares the network; "off": none, for ablations.
+        exchange: how shuffled images travel: "all_to_all": each to the rank that needs it, the
+            fewest bytes; "all_gather": all to all, as published. The result is the same.
+        symmetric: each view is query and key in turn; the loss is the sum of both, as published.
         queue: number of negative keys K.
         momentum: m of the key encoder.
         temperature: T of the loss.
-        stop_epoch: end here, on the schedule of `schedule.epochs`.
+        accumulate: parts that a rank's share of a step goes through the network in, to save
+            memory; BatchNorm's groups being fixed, the step stays the same.
+        clip: largest norm of a step's gradient; None: not clipped.
+        stop_epoch: end here, on the schedule of its full length.
+        precision: that the network computes in; weights and loss are fp32 (fp64: all of it).
+        compile: compile the encoders by torch.compile.
         log_every, checkpoint_every: in steps.
         keep: checkpoints kept, the newest ones.
+        trackers: where the metrics go beside metrics.jsonl; each needs its package.
+        stall_s: seconds without a step after which the run ends with the stacks of its threads.
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
@@ -168,15 +238,22 @@ class Recipe(Strict):
     views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
 
     batch: Count = 256
+    bn: Literal["groups", "whole"] = "groups"
     bn_group: Count = 32
+    shuffle: Literal["global", "node", "off"] = "global"
+    exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
+    symmetric: bool = False
     queue: Count = 65536
     momentum: Unit = 0.999
     temperature: Annotated[float, Field(gt=0)] = 0.07
     optimizer: Optimizer
+    accumulate: Count = 1
+    clip: Annotated[float, Field(gt=0)] | None = None
     schedule: Schedule
     stop_epoch: Count | None = None
 
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16"
+    compile: bool = False
     deterministic: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -187,24 +264,39 @@ class Recipe(Strict):
     log_every: Count = 50
     checkpoint_every: Count = 500
     keep: Annotated[int, Field(ge=2)] = 2
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    stall_s: Annotated[float, Field(gt=0)] = 1800
     max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
+        if self.bn == "whole":
+            return self
         if self.batch % self.bn_group:
             raise ValueError(
                 f"batch {self.batch} is not a whole number of bn_group {self.bn_group}: "
                 "choose a bn_group that divides it"
             )
-        if self.batch == 1 or self.bn_group == 1:
+        if self.bn_group == 1:
             raise ValueError("bn_group 1 leaves BatchNorm nothing to average: choose 2 or more")
+        if self.batch == self.bn_group:
+            raise ValueError(
+                f"one group of {self.batch} is the whole batch: shuffling cannot hide which query "
+                "goes with which key, and the network cheats. Choose a smaller bn_group, or ask "
+                "for it by bn: whole"
+            )
         return self
 
     @property
-    def last_epoch(self) -> int:
-        """The epoch after which the run ends, counted from 1."""
-        return min(self.stop_epoch or self.schedule.epochs, self.schedule.epochs)
+    def lr(self) -> float:
+        """The learning rate at the height of the schedule, scaled to the batch."""
+        return self.optimizer.lr * self.batch / (self.optimizer.lr_batch or self.batch)
+
+    def last_step(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the whole run."""
+        whole = self.schedule.steps or (self.schedule.epochs or 0) * steps_per_epoch
+        return min(whole, (self.stop_epoch or whole) * steps_per_epoch)
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.config import Recipe
@@ -17,13 +18,15 @@ class LiveDisplay:
 
     Args:
         recipe: of the run.
-        start, last_step: steps done before, and at the end.
+        start: steps done before.
+        steps_per_epoch: of its data.
         visible: False on the other ranks.
     """
 
-    def __init__(self, recipe: Recipe, start: int, last_step: int, visible: bool) -> None:
+    def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int, visible: bool) -> None:
         self._console = Console(quiet=not visible)
-        self._epochs = recipe.last_epoch
+        last_step = recipe.last_step(steps_per_epoch)
+        self._epochs = math.ceil(last_step / steps_per_epoch)
         # On 80 columns the time left matters more than a bar.
         bar = [BarColumn(bar_width=20)] if self._console.width >= WIDE else []
         self._progress = Progress(
@@ -45,12 +48,8 @@ class LiveDisplay:
             f"queue is full ({math.ceil(recipe.queue / recipe.batch)} steps): that is expected.",
             highlight=False,
         )
-        if any(view.crop != "random" for view in recipe.views):
-            self._console.print(
-                "A view has no random crop: the pretext task becomes trivial, and the features "
-                "with it. Meant for ablations only.",
-                highlight=False,
-            )
+        for warning in _for_ablations_only(recipe):
+            self._console.print(f"{warning} Meant for ablations only.", highlight=False)
 
     def __enter__(self) -> "LiveDisplay":
         self._progress.start()
@@ -90,3 +89,22 @@ class LiveDisplay:
         """Show damaged samples that the run goes on without."""
         for sample in row["samples"]:
             self._console.print(f"goes on without {sample}: damaged", highlight=False)
+
+    def unsaved(self, row: dict[str, Any]) -> None:
+        """Show that a checkpoint could not be written."""
+        self._console.print(f"[bold red]{escape(row['message'])}[/bold red]")
+
+
+def _for_ablations_only(recipe: Recipe) -> list[str]:
+    """Return in words what a recipe asks for that is known to spoil the features."""
+    found = []
+    if any(view.crop != "random" for view in recipe.views):
+        found.append(
+            "A view has no random crop: the pretext task becomes trivial, and the features with it."
+        )
+    if recipe.bn == "whole" or recipe.shuffle == "off":
+        found.append(
+            "Query and key share their BatchNorm statistics (bn: whole or shuffle: off): the "
+            "network can tell by them which belong together."
+        )
+    return found

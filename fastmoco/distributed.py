@@ -1,13 +1,16 @@
 """The ranks of a run, and the one place that touches torch's collectives."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
+from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,12 +26,22 @@ class Ranks:
         size: number of ranks.
         local_rank: the rank on this machine, which is also its GPU.
         local_size: ranks on this machine.
+        group: of torch, that the collectives run in; None: all ranks.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @cached_property
+    def node(self) -> "Ranks":
+        """Those of this machine among themselves; the first use is a collective of all ranks."""
+        if self.local_size == self.size:
+            return self
+        group, _ = dist.new_subgroups(self.local_size)
+        return replace(self, rank=self.local_rank, size=self.local_size, group=group)
 
     @property
     def leads(self) -> bool:
@@ -45,23 +58,39 @@ class Ranks:
         if self.size == 1:
             return rows
         everything = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        dist.all_gather_single(everything, rows.contiguous())
+        dist.all_gather_single(everything, rows.contiguous(), group=self.group)
         return everything
+
+    def exchange(
+        self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> torch.Tensor:
+        """Send rows to each rank and return what all of them sent here, both in rank order.
+
+        Args:
+            rows: (sum of sent, ...) those for rank 0 first.
+            sent, received: rows to and from each rank.
+        """
+        if self.size == 1:
+            return rows
+        arrived = rows.new_empty(int(sum(received)), *rows.shape[1:])
+        splits = [int(n) for n in received], [int(n) for n in sent]
+        dist.all_to_all_single(arrived, rows.contiguous(), *splits, group=self.group)
+        return arrived
 
     def mean_(self, values: torch.Tensor) -> torch.Tensor:
         """Replace `values` by their mean over the ranks, and return them."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
             values /= self.size
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` holds on any rank."""
+    def mean_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean of `values` over the ranks, through which gradients flow back."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=_device_of_backend())
-        dist.all_reduce(votes)
-        return bool(votes.item())
+            return values
+        whole = self.group or dist.group.WORLD
+        total: torch.Tensor = differentiable.all_reduce(values, group=whole)  # type: ignore[no-untyped-call]
+        return total / self.size
 
     def union(self, values: set[int]) -> set[int]:
         """Return what is in the set of any rank."""
@@ -83,9 +112,47 @@ class Ranks:
             module, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
 
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which a wrapped module's gradients stay on this rank."""
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return nullcontext()
 
-def _device_of_backend() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+class Vote:
+    """Whether a flag is up on any rank, known to all at the same call, without waiting for it.
+
+    A call's outcome is that of the flags of the call before: the exchange, four bytes between the
+    hosts, runs beside the work in between.
+
+    Args:
+        ranks: that vote; creating it is a collective of all of them.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        # Between hosts even where tensors live on GPUs: reading a GPU's would wait for its work.
+        self._group: dist.ProcessGroup | None = None
+        if ranks.size > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._cast: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Cast this rank's flag; return whether any rank's flag was up at the last call."""
+        if self._group is None:
+            return flag
+        outcome = self._outcome()
+        votes = torch.tensor([int(flag)], dtype=torch.int32)
+        work = dist.all_reduce(votes, group=self._group, async_op=True)
+        assert work is not None
+        self._cast = work, votes
+        return outcome
+
+    def _outcome(self) -> bool:
+        if self._cast is None:
+            return False
+        work, votes = self._cast
+        work.wait()
+        return bool(votes.item())
 
 
 def device_of(choice: str, local_rank: int) -> torch.device:

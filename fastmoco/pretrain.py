@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,19 +16,25 @@ from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import DataError, FastmocoError, UsageError
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
+from fastmoco.figures import draw_curves
 from fastmoco.load.loader import Loader
+from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
+from fastmoco.outlook import outlook
 from fastmoco.run import RunFolder, fingerprint
 from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
 
-_USAGE = "usage: pretrain RECIPE [key=value ...]   (a shipped recipe's name, or a path to a .yaml)"
+_USAGE = """usage: pretrain RECIPE [key=value ...] [--dry-run]
+RECIPE: a shipped recipe's name, or a path to a .yaml; --dry-run: say what the run would do and
+need, and stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `RECIPE [key=value ...]` as one rank and return the exit code.
+    """Run `RECIPE [key=value ...] [--dry-run]` as one rank and return the exit code.
 
     A user's error is one plain line from the rank that met it, never a traceback.
     """
@@ -36,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not arguments or arguments[0] in {"-h", "--help"}:
             raise UsageError(_USAGE)
-        pretrain(load_recipe(arguments[0], arguments[1:]))
+        overrides = [argument for argument in arguments[1:] if argument != "--dry-run"]
+        recipe = load_recipe(arguments[0], overrides)
+        if len(overrides) < len(arguments) - 1:
+            dry_run(recipe)
+        else:
+            pretrain(recipe)
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
         if leads or isinstance(error, DataError):
@@ -49,6 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def dry_run(recipe: Recipe) -> None:
+    """Print what a run would do and need, on as many ranks as are started.
+
+    Raises:
+        FastmocoError: why it would not start.
+    """
+    with joined(recipe.device) as (ranks, device):
+        recipe, loader = _prepared(recipe, ranks, device)
+        if ranks.leads:
+            for name, value in outlook(recipe, loader.plan, ranks, device).items():
+                print(f"{name:<28}{value}")
+
+
 def pretrain(recipe: Recipe) -> RunFolder:
     """Train a recipe, from its last checkpoint if there is one; every rank calls this.
 
@@ -58,29 +83,50 @@ def pretrain(recipe: Recipe) -> RunFolder:
     Raises:
         FastmocoError: what went wrong, in words; it is in the folder's status.json too.
     """
-    with joined(recipe.device) as (ranks, device):
-        check_bn_group(recipe, ranks.size)
-        data = Collection.open(recipe.data)
-        recipe = resolve(recipe, data.sets[0])
+    with joined(recipe.device, recipe.stall_s) as (ranks, device):
         # Refuses what does not fit, before the run folder is made.
-        loader = Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
+        recipe, loader = _prepared(recipe, ranks, device)
         run = RunFolder(recipe.out)
         if not ranks.leads:
             _train(recipe, loader, run, ranks, device)
             return run
         with run.locked():
             try:
-                _train(recipe, loader, run, ranks, device)
+                _finish(recipe, run, _train(recipe, loader, run, ranks, device), loader.plan)
             except FastmocoError as error:
                 run.finish(error.exit_code, str(error))
                 raise
-            run.finish(0, f"finished epoch {recipe.last_epoch}")
+            except Exception as error:
+                run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
+                raise
     return run
+
+
+def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
+    check_bn_group(recipe, ranks.size)
+    data = Collection.open(recipe.data)
+    recipe = resolve(recipe, data.sets[0])
+    return recipe, Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
+
+
+def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
+    """Leave the curves behind, and word of how the run ended."""
+    try:
+        draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
+    except ImportError:
+        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[plots]')")
+    last_step = recipe.last_step(plan.steps_per_epoch)
+    if done < last_step:
+        run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
+        print(f"stopped at step {done} of {last_step}: the same command goes on")
+    else:
+        run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
 
 
 def _train(
     recipe: Recipe, loader: Loader, run: RunFolder, ranks: Ranks, device: torch.device
-) -> None:
+) -> int:
+    """Return the steps done at the end."""
     torch.use_deterministic_algorithms(recipe.deterministic)
     sight = sight_of(recipe, settings_of(recipe, ranks, device))
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
@@ -89,15 +135,22 @@ def _train(
     if ranks.leads:
         run.describe(recipe, versions(ranks, device))
         run.rewind(start)
+        for name in run.damaged:
+            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
-    last_step = recipe.last_epoch * loader.plan.steps_per_epoch
-    with LiveDisplay(recipe, start, last_step, ranks.leads) as display:
-        trainer = loop.Trainer(
-            recipe, MoCo(recipe, ranks, device), loader, run, marks, display, monitor
-        )
+    with ExitStack() as stack:
+        displays: list[loop.Display] = [
+            stack.enter_context(
+                LiveDisplay(recipe, start, loader.plan.steps_per_epoch, ranks.leads)
+            )
+        ]
+        if ranks.leads:
+            displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
+        moco = MoCo(recipe, ranks, device)
+        trainer = loop.Trainer(recipe, moco, loader, run, marks, displays, monitor)
         if found:
             trainer.load(found[0])
-        trainer.train(start)
+        return trainer.train(start)
 
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:

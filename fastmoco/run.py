@@ -3,13 +3,19 @@
 config.yaml                      the resolved recipe
 versions.json                    what it ran on
 metrics.jsonl                    one row a logged step, epoch and monitor
-status.json                      how the last start ended: exit code and message
+status.json                      how the last start ended, or who runs it: exit code and message
+stopped                          there if a signal stopped it before its end: to be started again
 checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
 """
 
+import errno
+import hashlib
+import io
 import json
+import os
 import pickle
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +57,10 @@ def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) ->
                 "image_size",
                 "views",
                 "batch",
+                "bn",
                 "bn_group",
+                "shuffle",
+                "symmetric",
                 "queue",
                 "seed",
             },
@@ -70,6 +79,7 @@ class RunFolder:
         self.root = Path(root)
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
+        self.damaged: list[str] = []  # names of checkpoints that `latest` had to pass over
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -84,8 +94,8 @@ class RunFolder:
             lock.acquire()
         except Timeout:
             raise UsageError(
-                f"The run folder {self.root} is in use by another process: wait for it, stop it, "
-                "or choose another folder by out=DIR."
+                f"The run folder {self.root} is in use by another process ({self._holder()}): "
+                "wait for it, stop it, or choose another folder by out=DIR."
             ) from None
         except OSError as error:
             raise UsageError(
@@ -95,9 +105,18 @@ class RunFolder:
         try:
             for leftover in self.checkpoints.glob(".*.partial"):
                 shutil.rmtree(leftover)
+            (self.root / "stopped").unlink(missing_ok=True)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            write_json(self.root / "status.json", {"code": None, "message": f"running: {holder}"})
             yield
         finally:
             lock.release()
+
+    def _holder(self) -> str:
+        try:
+            return str(json.loads((self.root / "status.json").read_text())["message"])
+        except (OSError, ValueError, KeyError):
+            return "not known"
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe of the run.
@@ -119,6 +138,11 @@ class RunFolder:
         """Write down how the run ended: torchrun hides its workers' exit codes."""
         write_json(self.root / "status.json", {"code": code, "message": message})
 
+    def stop(self, message: str) -> None:
+        """Write down that a signal stopped the run: job scripts start it again by the marker."""
+        write_bytes(self.root / "stopped", f"{message}\n".encode())
+        self.finish(0, message)
+
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to the metrics."""
         with self.metrics.open("a") as stream:
@@ -137,16 +161,27 @@ class RunFolder:
         write_bytes(self.metrics, "".join(kept).encode())
 
     def save(self, state: State, step: int, marks: Fingerprint, keep: int) -> Path:
-        """Write a checkpoint, whole or not at all, then drop all but the newest `keep`."""
+        """Write a checkpoint, whole or not at all, then drop all but the newest `keep`.
+
+        Older ones go only once the new one has been read back.
+
+        Raises:
+            OSError: it cannot be written; the older ones are as before.
+        """
+        content = io.BytesIO()  # hashed before the disk has touched it
+        torch.save(state, content)
+        digest = hashlib.sha256(content.getbuffer()).hexdigest()
         final = self.checkpoints / f"step-{step:09d}"
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
         with new_folder(final) as folder:
-            torch.save(state, folder / "state.pt")
+            (folder / "state.pt").write_bytes(content.getbuffer())
             sync(folder / "state.pt")
+            if sha256_of(folder / "state.pt") != digest:
+                raise OSError(errno.EIO, "the disk gives back other bytes than were written")
             manifest = {
                 "format_version": CHECKPOINT_VERSION,
                 "step": step,
-                "sha256": sha256_of(folder / "state.pt"),
+                "sha256": digest,
                 "fingerprint": marks,
             }
             write_json(folder / "manifest.json", manifest)
@@ -154,11 +189,20 @@ class RunFolder:
             shutil.rmtree(old)
         return final
 
+    def last_good(self) -> str:
+        """Say which checkpoint a run would go on from."""
+        for folder in reversed(self._folders()):
+            if _verified(folder):
+                return f"The last good checkpoint is {folder}."
+        return "There is no checkpoint yet."
+
     def _folders(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"))
 
     def latest(self, marks: Fingerprint | None = None) -> tuple[State, int] | None:
         """Return the newest checkpoint that its hash vouches for, and its step; None: none yet.
+
+        Those that had to be passed over are named in `damaged`.
 
         Args:
             marks: the fingerprint that it must have.
@@ -166,7 +210,7 @@ class RunFolder:
         Raises:
             CheckpointError: every checkpoint is damaged, or one is of another run or format.
         """
-        damaged: list[str] = []
+        damaged = self.damaged = []
         for folder in reversed(self._folders()):
             manifest = _verified(folder)
             if manifest is None:
@@ -203,6 +247,9 @@ def _verified(folder: Path) -> dict[str, Any] | None:
 
 
 def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    # A checkpoint older than a field was made with what has become its default.
+    new = {f: v.default for f, v in Recipe.model_fields.items() if f not in found and f in wanted}
+    found = found | new
     for field in wanted:
         if found.get(field) != wanted[field]:
             raise CheckpointError(

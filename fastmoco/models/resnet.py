@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
+from fastmoco.distributed import Ranks
 from fastmoco.errors import UsageError
 
 # torchvision has none this small; the demo needs one.
@@ -24,12 +25,16 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         group: rows normalised together; 0: the whole batch, as plain BatchNorm does.
+        together: ranks whose batches are one in training, when `group` is 0.
     """
 
     group: int = 0
+    together: Ranks = Ranks()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise (n, C, H, W); n is a multiple of `group` in training."""
+        if self.training and self.together.size > 1:
+            return self._across_ranks(input)
         if not self.training or not self.group or len(input) == self.group:
             return self._normalise(input, self.running_mean, self.running_var)
         assert self.running_mean is not None and self.running_var is not None
@@ -40,6 +45,22 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         torch.mean(means, dim=0, out=self.running_mean)
         torch.mean(variances, dim=0, out=self.running_var)
         return torch.cat(output)
+
+    def _across_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise by the statistics of all ranks (torch's SyncBatchNorm has no CPU path)."""
+        mean = self.together.mean_of(x.mean(dim=(0, 2, 3)))
+        centred = x - mean[:, None, None]
+        var = self.together.mean_of(centred.square().mean(dim=(0, 2, 3)))
+        count = x.numel() // x.shape[1] * self.together.size
+        self._follow(mean, var * count / (count - 1))
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+    @torch.no_grad()
+    def _follow(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum or 0.0)
+        self.running_var.lerp_(var.to(self.running_var), self.momentum or 0.0)
 
     def _normalise(
         self, x: torch.Tensor, mean: torch.Tensor | None, var: torch.Tensor | None
@@ -73,10 +94,16 @@ class Encoder(nn.Module):
         return projected
 
 
-def set_bn_group(module: nn.Module, group: int) -> None:
-    """Make every BatchNorm of a module normalise `group` rows together."""
+def set_bn_group(module: nn.Module, group: int, together: Ranks = Ranks()) -> None:
+    """Make every BatchNorm of a module normalise `group` rows together.
+
+    Args:
+        module: to change.
+        group: rows; 0: the whole batch.
+        together: with 0: the ranks whose batches are one.
+    """
     for norm in batch_norms(module):
-        norm.group = group
+        norm.group, norm.together = group, together
 
 
 def batch_norms(module: nn.Module) -> list[GroupBatchNorm2d]:

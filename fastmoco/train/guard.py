@@ -5,7 +5,7 @@ good. The check needs no vote: a non-finite value on one rank makes the averaged
 on all. Nothing here waits for the device except `Guard.check`, which is called on logged steps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,9 +15,8 @@ from fastmoco.models.resnet import batch_norms
 
 
 @torch.no_grad()
-def finite(parameters: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def finite(gradients: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether the gradients' norm is finite (0-d bool), and the norm (0-d)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return torch.isfinite(norm), norm
 
@@ -57,7 +56,8 @@ class Guard(nn.Module):
         self.longest.zero_()
         if longest >= self._limit:
             raise DivergedError(
-                f"{longest} steps in a row gave a non-finite gradient: lower the learning rate."
+                f"{longest} steps in a row gave a non-finite gradient: lower the learning rate, or "
+                "precision=bf16 if it is fp16."
             )
         return int(self.skipped)
 
@@ -84,3 +84,15 @@ class RunningStatistics:
     def restore_unless(self, ok: torch.Tensor, saved: torch.Tensor) -> None:
         """Go back to a copy where `ok` (0-d bool) is False."""
         self.flat.copy_(torch.where(ok, self.flat, saved))
+
+    def over(self, parts: int) -> Iterator[int]:
+        """Count the parts of a batch, whose networks together move the statistics once."""
+        if parts == 1:
+            yield 0
+            return
+        before, total = self.saved(), torch.zeros_like(self.flat)
+        for part in range(parts):
+            self.flat.copy_(before)
+            yield part
+            total += self.flat
+        self.flat.copy_(total / parts)

@@ -1,21 +1,26 @@
 """The loop around the step: fetch, step, maybe log, maybe monitor, maybe save."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastmoco.config import Recipe
-from fastmoco.errors import DataError
+from fastmoco.distributed import Vote
+from fastmoco.errors import CheckpointError, DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import Fingerprint, RunFolder, State
 from fastmoco.train.meter import Meter
 from fastmoco.train.moco import MoCo
 from fastmoco.train.optim import learning_rate, set_learning_rate
+from fastmoco.train.signals import StopSignal
+from fastmoco.train.watchdog import Watchdog
 
 Monitor = Callable[[Encoder], dict[str, float]]
 """Takes the query encoder in evaluation mode, returns numbers by name; runs on every rank."""
+
+_MAX_UNSAVED = 3  # checkpoints in a row that a full disk may cost
 
 
 class Display(Protocol):
@@ -30,6 +35,9 @@ class Display(Protocol):
     def bad(self, row: dict[str, Any]) -> None:
         """Show damaged samples that the run goes on without."""
 
+    def unsaved(self, row: dict[str, Any]) -> None:
+        """Show that a checkpoint could not be written."""
+
 
 @dataclass
 class Trainer:
@@ -41,7 +49,7 @@ class Trainer:
         loader: the training stream.
         run: where it is written; rank 0 alone writes.
         marks: fingerprint put into checkpoints.
-        display: shows rows on rank 0.
+        displays: show rows on rank 0.
         monitor: called every `recipe.monitor.every` epochs, and before the first.
     """
 
@@ -50,62 +58,69 @@ class Trainer:
     loader: Loader
     run: RunFolder
     marks: Fingerprint
-    display: Display
+    displays: Sequence[Display] = ()
     monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
-        self._meter = Meter(self.recipe.batch, self.moco.ranks, self.moco.device)
+        self._meter = Meter(self.recipe, self.moco.ranks, self.moco.device)
         self._per_epoch = self.loader.plan.steps_per_epoch
         self._known_bad: set[int] = set()
+        self._unsaved = 0
+        self._vote = Vote(self.moco.ranks)
+        self.last_step = self.recipe.last_step(self._per_epoch)
 
-    @property
-    def last_step(self) -> int:
-        """Steps of the whole run."""
-        return self.recipe.last_epoch * self._per_epoch
-
-    def train(self, start: int) -> None:
-        """Run from step `start` to the end.
+    def train(self, start: int) -> int:
+        """Run from step `start` to the end, or to a signal, and return the steps done.
 
         Raises:
             DataError: an image cannot be read or decoded.
             DivergedError: too many non-finite steps in a row.
+            CheckpointError: the last checkpoint, or several in a row, could not be written.
         """
-        if start == 0 and self.monitor:
-            self._end_epoch(0, loss=None)
-        batches = self.loader.batches(start)
-        for step in range(start, self.last_step):
-            batch, waited_s = _timed(batches)
-            lr = learning_rate(
-                self.recipe.schedule, self.recipe.optimizer.lr, step, self._per_epoch
-            )
-            set_learning_rate(self.moco.optimizer, lr)
-            query_view, key_view = batch.views
-            outcome = self.moco.step(query_view, key_view, step)
-            self._meter.count(outcome, waited_s)
+        with Watchdog(self.recipe.stall_s) as watchdog, StopSignal() as signal:
+            if start == 0 and self.monitor:
+                self._end_epoch(0, loss=None)
+            batches = self.loader.batches(start)
+            for step in range(start, self.last_step):
+                watchdog.alive()
+                self._step(step, *_timed(batches))
+                done = step + 1
+                if self._vote(signal.received) or done == self.last_step:
+                    self._save(done)
+                    return done
+                if done % self.recipe.checkpoint_every == 0:
+                    self._save(done)
+        return start
 
-            done = step + 1
-            if done % self.recipe.log_every == 0 or done == self.last_step:
-                self._log(done, {"lr": lr, **self._meter.read(outcome, self.moco)})
-            if done % self._per_epoch == 0:
-                self._end_epoch(done, self._meter.end_epoch())
-            if done % self.recipe.checkpoint_every == 0 or done == self.last_step:
-                self._save(done)
+    def _step(self, step: int, batch: Batch, waited_s: float) -> None:
+        lr = learning_rate(self.recipe.schedule, self.recipe.lr, step, self._per_epoch)
+        set_learning_rate(self.moco.optimizer, lr)
+        query_view, key_view = batch.views
+        outcome = self.moco.step(query_view, key_view, step)
+        self._meter.count(outcome, waited_s)
+        done = step + 1
+        if done % self.recipe.log_every == 0 or done == self.last_step:
+            try:
+                self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
+            except DivergedError as error:
+                raise DivergedError(f"{error} {self.run.last_good()}") from None
+        if done % self._per_epoch == 0:
+            self._end_epoch(done, self._meter.end_epoch())
 
-    def _log(self, done: int, numbers: dict[str, Any]) -> None:
-        row = {"kind": "step", "step": done, "epoch": done / self._per_epoch, **numbers}
+    def _log(self, kind: str, done: int, numbers: dict[str, Any]) -> None:
+        """Write a row down and show it."""
         if self.moco.ranks.leads:
+            row = {"kind": kind, "step": done, "epoch": done / self._per_epoch, **numbers}
             self.run.log(row)
-            self.display.step(row)
+            for display in self.displays:
+                getattr(display, kind)(row)
 
     def _end_epoch(self, done: int, loss: float | None) -> None:
-        epoch = done // self._per_epoch
-        row: dict[str, Any] = {"kind": "epoch", "step": done, "epoch": epoch, "loss": loss}
+        numbers: dict[str, Any] = {"epoch": done // self._per_epoch, "loss": loss}
         every = self.recipe.monitor.every if self.recipe.monitor else 1
-        if self.monitor and (epoch % every == 0 or done == self.last_step):
-            row |= self._evaluate(self.monitor)
-        if self.moco.ranks.leads:
-            self.run.log(row)
-            self.display.epoch(row)
+        if self.monitor and (numbers["epoch"] % every == 0 or done == self.last_step):
+            numbers |= self._evaluate(self.monitor)
+        self._log("epoch", done, numbers)
 
     def _evaluate(self, monitor: Monitor) -> dict[str, float]:
         self.moco.settle()
@@ -119,8 +134,21 @@ class Trainer:
         self._share_bad(done)
         self.moco.settle()
         self._meter.settle()
-        if self.moco.ranks.leads:
+        if not self.moco.ranks.leads:
+            return
+        try:
             self.run.save(self.state(), done, self.marks, self.recipe.keep)
+            self._unsaved = 0
+        except OSError as error:
+            self._go_on_unsaved(done, error)
+
+    def _go_on_unsaved(self, done: int, error: OSError) -> None:
+        """A full disk costs a checkpoint, not the run: whoever watches may make room in time."""
+        self._unsaved += 1
+        words = f"No checkpoint of step {done} ({error.strerror or error}): make room."
+        if done == self.last_step or self._unsaved == _MAX_UNSAVED:
+            raise CheckpointError(f"{words} {self.run.last_good()}") from error
+        self._log("unsaved", done, {"message": f"{words} {self.run.last_good()}"})
 
     def _share_bad(self, done: int) -> None:
         """Let every rank know the damaged samples that any of them met, and write down new ones."""
@@ -128,11 +156,9 @@ class Trainer:
         self.loader.avoid(bad)
         new = sorted(bad - self._known_bad)
         self._known_bad = bad
-        if new and self.moco.ranks.leads:
+        if new:
             named = [self.loader.data.describe(sample) for sample in new]
-            row = {"kind": "bad", "step": done, "ids": new, "samples": named}
-            self.run.log(row)
-            self.display.bad(row)
+            self._log("bad", done, {"ids": new, "samples": named})
         if len(bad) > self.recipe.max_bad_images:  # of all ranks together
             raise DataError(
                 f"{len(bad)} damaged images are more than max_bad_images="

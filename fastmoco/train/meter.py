@@ -1,11 +1,13 @@
 """What a run says of itself: accumulated on the device, read on logged steps only."""
 
 import math
+import sys
 import time
 from typing import Any
 
 import torch
 
+from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.train.moco import MoCo, Outcome
 
@@ -17,9 +19,9 @@ class Meter:
         epoch: (2,) fp64 on the device: sum of the step losses of this epoch, and their number.
     """
 
-    def __init__(self, batch: int, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         self.epoch = torch.zeros(2, dtype=torch.float64, device=device)
-        self._batch, self._ranks = batch, ranks
+        self._recipe, self._ranks, self._device = recipe, ranks, device
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -47,19 +49,35 @@ class Meter:
 
     def read(self, outcome: Outcome, moco: MoCo) -> dict[str, Any]:
         """Return the row of a logged step: means over the ranks, speed since the last one."""
-        scalars = _scalars(outcome, moco.recipe.temperature)
+        scalars = _scalars(outcome, self._recipe.temperature)
         values = self._ranks.mean_(torch.stack(list(scalars.values())))
-        elapsed = time.perf_counter() - self._since
+        filled = int(moco.queue.filled)
+        elapsed = time.perf_counter() - self._since  # after the first wait for the device
         row = {
             **dict(zip(scalars, values.tolist(), strict=True)),
             "grad_norm": float(outcome.grad_norm),
-            "queue_filled": int(moco.queue.filled),
+            "loss_scale": float(moco.scale.scale),
+            "queue_filled": filled,
+            "queue_age_steps": filled / (self._recipe.batch * (1 + self._recipe.symmetric)),
             "skipped": moco.guard.check(),
-            "images_per_s": self._batch * self._steps / elapsed,
+            "images_per_s": self._recipe.batch * self._steps / elapsed,
             "data_wait_percent": 100 * self._waited_s / elapsed,
+            "memory_mb": _peak_memory(self._device) / 1e6,
         }
         self.restart_clock()
         return row
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most that was held so far, in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":  # has no such count
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _scalars(outcome: Outcome, t: float) -> dict[str, torch.Tensor]:
@@ -67,10 +85,11 @@ def _scalars(outcome: Outcome, t: float) -> dict[str, torch.Tensor]:
 
     `feature_std` is 1 for queries spread evenly over the sphere and 0 for a collapsed encoder.
     """
-    hardest = outcome.negative.max(dim=1).values
+    better = (outcome.negative >= outcome.positive[:, None]).sum(dim=1)
     return {
         "loss": outcome.loss.mean(),
-        "pretext_top1": (outcome.positive > hardest).to(outcome.loss.dtype).mean(),
+        "pretext_top1": (better < 1).to(outcome.loss.dtype).mean(),
+        "pretext_top5": (better < 5).to(outcome.loss.dtype).mean(),
         "positive_similarity": outcome.positive.mean() * t,
         "negative_similarity": outcome.negative.mean() * t,
         "feature_std": outcome.q.std(dim=0).mean() * math.sqrt(outcome.q.shape[1]),

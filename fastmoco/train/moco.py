@@ -1,7 +1,8 @@
 """The MoCo step: Algorithm 1 of He et al. 2020, fused, guarded, on any number of ranks."""
 
 import copy
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from fastmoco.models.resnet import Encoder, set_bn_group
 from fastmoco.train.guard import Guard, RunningStatistics, finite
 from fastmoco.train.loss import info_nce
 from fastmoco.train.momentum import momentum_update
-from fastmoco.train.optim import build_optimizer
+from fastmoco.train.optim import build_optimizer, step_if
+from fastmoco.train.precision import LossScale, Precision
 from fastmoco.train.queue import KeyQueue
 from fastmoco.train.shuffle import Shuffle
 
@@ -24,11 +26,13 @@ from fastmoco.train.shuffle import Shuffle
 class Outcome:
     """What a step leaves on the device for whoever wants to read it.
 
+    A symmetric step has two queries a sample; of a step in parts, only `loss` is of all of them.
+
     Attributes:
-        loss: (n,) InfoNCE of each sample of this rank.
+        loss: (n,) InfoNCE of each query of this rank.
         positive, negative: (n,), (n, K) similarities over T.
         q: (n, dim) queries of unit length.
-        grad_norm: 0-d norm of the averaged gradients.
+        grad_norm: 0-d norm of the averaged gradients, before clipping.
         ok: 0-d bool, False where the step was skipped.
     """
 
@@ -55,13 +59,18 @@ class MoCo:
     def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         check_bn_group(recipe, ranks.size)
         self.recipe, self.ranks, self.device = recipe, ranks, device
-        self._dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-        self.encoder_q = build_encoder(recipe).to(device, self._dtype)
+        self._precision = Precision(recipe.precision, device.type)
+        weights = self._precision.weights
+        self.encoder_q = build_encoder(recipe, ranks).to(device, weights)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.statistics = RunningStatistics([self.encoder_q, self.encoder_k])
-        self.queue = KeyQueue(recipe.queue, recipe.dim, recipe.seed, self._dtype).to(device)
+        self.queue = KeyQueue(recipe.queue, recipe.dim, recipe.seed, weights).to(device)
         self.guard = Guard(recipe.max_skipped).to(device)
-        self.optimizer = build_optimizer(recipe.optimizer, self.encoder_q.parameters())
+        self.scale = LossScale(self._precision).to(device)
+        self.optimizer = build_optimizer(recipe, list(self.encoder_q.parameters()))
+        if recipe.compile:
+            self.encoder_q.compile()
+            self.encoder_k.compile()
         self._query = ranks.wrap(self.encoder_q)
         self._params_q: list[torch.Tensor] = list(self.encoder_q.parameters())
         self._params_k: list[torch.Tensor] = list(self.encoder_k.parameters())
@@ -74,44 +83,87 @@ class MoCo:
             query_view, key_view: (n, 3, H, W) channels-last, this rank's slice of the batch.
             step: of the run; seeds the shuffle.
         """
+        queries, positives = [query_view], [key_view]
+        if self.recipe.symmetric:
+            queries, positives = [query_view, key_view], [key_view, query_view]
         saved = self.statistics.saved()
-        shuffle = Shuffle(self.recipe.seed, step, self.recipe.batch, self.ranks, self.device)
-        with self._autocast():
-            q = self._query(query_view.to(self._dtype))
-            with torch.no_grad():
-                k = self.encoder_k(shuffle.scatter(key_view.to(self._wire_dtype)))
-        q, k = self._unit(q), self._unit(k)
-        keys = shuffle.gather(k)  # of all ranks: serves the un-shuffle and the queue
-        loss, positive, negative = info_nce(
-            q, shuffle.own(keys), self.queue.keys, self.recipe.temperature
-        )
+        shuffle = self._shuffle(step)
+        images = shuffle.scatter([view.to(self._precision.wire) for view in positives])
+        keys = shuffle.gather(self._keys(images).view(len(positives), -1, self.recipe.dim))
         self.optimizer.zero_grad()
-        loss.mean().backward()  # type: ignore[no-untyped-call]
+        loss, positive, negative, q = self._backward(queries, shuffle.own(keys))
 
-        ok, grad_norm = finite(self._params_q)
-        self.optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        gradients = [p.grad for p in self._params_q if p.grad is not None]
+        self.scale.unscale_(gradients)
+        ok, grad_norm = finite(gradients)
+        if self.recipe.clip:
+            nn.utils.clip_grads_with_norm_(self._params_q, self.recipe.clip, grad_norm)
+        step_if(self.optimizer, ok)
         # After the optimizer this equals the paper's update before the keys, from step 2 on; at
         # step 1 both encoders are equal and the paper's update does nothing.
         momentum_update(self._params_k, self._params_q, self.recipe.momentum, ok)
-        self.queue.enqueue(keys, ok)
+        self.queue.enqueue(keys.flatten(0, 1), ok)
         self.statistics.restore_unless(ok, saved)
+        self.scale.update(ok)
         self.guard.count(ok)
-        return Outcome(
-            loss.detach(), positive.detach(), negative.detach(), q.detach(), grad_norm, ok
+        return Outcome(loss, positive, negative, q, grad_norm, ok)
+
+    def _shuffle(self, step: int) -> Shuffle:
+        recipe = self.recipe
+        return Shuffle(
+            recipe.seed,
+            step,
+            recipe.batch,
+            self.ranks,
+            self.device,
+            recipe.shuffle,
+            recipe.exchange,
         )
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.recipe.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+    @torch.no_grad()
+    def _keys(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the (n, dim) keys of (n, 3, H, W) images in shuffled order."""
+        parts = self.recipe.accumulate
+        shares = images.chunk(parts)
+        keys = []
+        for part in self.statistics.over(parts):
+            with self._precision.autocast():
+                keys.append(self._unit(self.encoder_k(shares[part])))
+        return torch.cat(keys)
 
-    @property
-    def _wire_dtype(self) -> torch.dtype:
-        """What the key view is cast to before ranks exchange it: what the network computes in."""
-        return torch.bfloat16 if self.recipe.precision == "bf16" else self._dtype
+    def _backward(
+        self, views: Sequence[torch.Tensor], keys: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Add up the gradients of the loss of this rank's samples, part by part.
+
+        Args:
+            views: V times (n, 3, H, W) images.
+            keys: (V, n, dim) their positive keys.
+
+        Returns:
+            The losses of all queries; positive and negative logits and queries of the last part.
+        """
+        parts, count = self.recipe.accumulate, keys[0].shape[0]
+        losses = []
+        for part in self.statistics.over(parts):
+            rows = slice(part * count // parts, (part + 1) * count // parts)
+            images = torch.cat([v[rows] for v in views]) if len(views) > 1 else views[0][rows]
+            last = part == parts - 1
+            with nullcontext() if last else self.ranks.no_sync(self._query):
+                with self._precision.autocast():
+                    projected = self._query(images.to(self._precision.weights))
+                q = self._unit(projected)
+                positives = keys[:, rows].flatten(0, 1)
+                loss, positive, negative = info_nce(
+                    q, positives, self.queue.keys, self.recipe.temperature
+                )
+                objective = loss.mean() * (len(views) / parts)  # the sum of both directions
+                self.scale.scaled(objective).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.cat(losses), positive.detach(), negative.detach(), q.detach()
 
     def _unit(self, projected: torch.Tensor) -> torch.Tensor:
-        return nn.functional.normalize(projected.to(self._dtype), dim=1)
+        return nn.functional.normalize(projected.to(self._precision.weights), dim=1)
 
     def train(self) -> None:
         """Put both encoders into training mode; BatchNorm of the key encoder stays in it too."""
@@ -129,6 +181,7 @@ class MoCo:
             "encoder_k": self.encoder_k.state_dict(),
             "queue": self.queue.state_dict(),
             "guard": self.guard.state_dict(),
+            "scale": self.scale.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -138,27 +191,40 @@ class MoCo:
         self.encoder_k.load_state_dict(state["encoder_k"])
         self.queue.load_state_dict(state["queue"])
         self.guard.load_state_dict(state["guard"])
+        self.scale.load_state_dict(state["scale"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def build_encoder(recipe: Recipe) -> Encoder:
+def build_encoder(recipe: Recipe, ranks: Ranks = Ranks()) -> Encoder:
     """Return an encoder with the initial weights of the recipe's seed, equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim)
-    set_bn_group(encoder, recipe.bn_group)
+    if recipe.bn == "groups":
+        set_bn_group(encoder, recipe.bn_group)
+    else:
+        set_bn_group(encoder, 0, ranks)
     return encoder
 
 
 def check_bn_group(recipe: Recipe, ranks: int) -> None:
-    """Check that a rank holds a whole number of BatchNorm groups.
+    """Check that a rank holds a whole number of BatchNorm groups in each part of a step.
 
     Raises:
         UsageError: it does not.
     """
-    if recipe.batch % (ranks * recipe.bn_group):
-        fitting = [n for n in range(1, ranks + 1) if recipe.batch % (n * recipe.bn_group) == 0]
+    group = recipe.bn_group if recipe.bn == "groups" else 1
+    if recipe.bn == "whole" and recipe.accumulate > 1:
+        raise UsageError("bn: whole cannot go in parts: set accumulate=1, or bn=groups.")
+    if recipe.batch % (ranks * group):
+        fitting = [n for n in range(1, ranks + 1) if recipe.batch % (n * group) == 0]
         raise UsageError(
             f"batch {recipe.batch} on {ranks} ranks is {recipe.batch / ranks:g} images each, not a "
-            f"whole number of bn_group {recipe.bn_group}: start {fitting[-1]} ranks, or change one."
+            f"whole number of bn_group {group}: start {fitting[-1]} ranks, or change one."
+        )
+    if recipe.batch % (ranks * group * recipe.accumulate):
+        groups = recipe.batch // (ranks * group)
+        raise UsageError(
+            f"accumulate {recipe.accumulate} does not divide the {groups} groups of {group} that a "
+            f"rank holds: choose one of {[n for n in range(1, groups + 1) if groups % n == 0]}."
         )

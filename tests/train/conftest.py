@@ -34,16 +34,16 @@ def worker() -> ModuleType:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`run_ranks(ranks, steps=..., recipe={...}, nan=[step, rank])`: what rank 0 saved."""
+    """`run_ranks(ranks, nodes=1, steps=..., recipe={...}, nan=[step, rank])`: rank 0's log."""
 
-    def run(ranks: int, **spec: Any) -> dict[str, Any]:
+    def run(ranks: int, nodes: int = 1, **spec: Any) -> dict[str, Any]:
         out = tmp_path / f"ranks{ranks}.pt"
         shared = {
             **os.environ,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks // nodes),
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "error::UserWarning,error::FutureWarning",
         }
@@ -51,7 +51,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         started = [
             subprocess.Popen(
                 command,
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (ranks // nodes))},
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -59,6 +59,8 @@ def run_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         ]
         errors = [process.communicate(timeout=240)[1] for process in started]
         assert all(process.returncode == 0 for process in started), "\n".join(errors)
-        return torch.load(out, weights_only=True)
+        saved: dict[str, Any] = torch.load(out, weights_only=True)
+        out.unlink()  # pytest would keep a gigabyte of it
+        return saved
 
     return run

@@ -30,8 +30,14 @@ def network(recipe: Recipe, weights: dict[str, torch.Tensor]) -> nn.Module:
 class NaiveMoCo:
     """The paper's state: two networks and a queue."""
 
-    def __init__(self, recipe: Recipe, weights: dict[str, torch.Tensor], queue: torch.Tensor):
-        self.recipe = recipe
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: dict[str, torch.Tensor],
+        queue: torch.Tensor,
+        nodes: int = 1,
+    ):
+        self.recipe, self.nodes = recipe, nodes
         self.f_q = network(recipe, weights)
         self.f_k = copy.deepcopy(self.f_q)
         self.queue = list(queue.clone())
@@ -39,7 +45,7 @@ class NaiveMoCo:
         self.sgd = torch.optim.SGD(
             self.f_q.parameters(),
             lr=recipe.optimizer.lr,
-            momentum=recipe.optimizer.momentum,
+            momentum=0.9,  # the default of the recipe
             weight_decay=recipe.optimizer.weight_decay,
             foreach=False,
         )
@@ -49,23 +55,36 @@ class NaiveMoCo:
         for k, q in zip(self.f_k.parameters(), self.f_q.parameters(), strict=True):
             k.data = m * k.data + (1 - m) * q.data
 
-    def step(self, x_q: torch.Tensor, x_k: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the (batch,) losses."""
+    def order(self, step: int) -> torch.Tensor:
+        """Return which row of the batch comes to each place of the keys' batch."""
+        if self.recipe.shuffle == "off":
+            return torch.arange(self.recipe.batch)
+        numbers = np.random.Philox(key=np.array([self.recipe.seed, 2**63 + step], np.uint64))
+        numbers = numbers.random_raw(self.recipe.batch)
+        size = self.recipe.batch // self.nodes
+        starts = range(0, self.recipe.batch, size)
+        parts = [at + np.argsort(numbers[at : at + size], kind="stable") for at in starts]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def step(self, x_1: torch.Tensor, x_2: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the losses: (batch,), or (2 batch,) of both directions."""
         self.momentum_update()
-        order = np.random.Philox(key=np.array([self.recipe.seed, 2**63 + step], np.uint64))
-        order = torch.from_numpy(np.argsort(order.random_raw(len(x_k)), kind="stable"))
-        q = nn.functional.normalize(self.by_groups(self.f_q, x_q), dim=1)
+        both = self.recipe.symmetric
+        x_q, x_k = [x_1, x_2][: 1 + both], [x_2, x_1][: 1 + both]
+        order = self.order(step)
+        q = nn.functional.normalize(self.by_groups(self.f_q, torch.cat(x_q)), dim=1)
         with torch.no_grad():
-            shuffled = self.by_groups(self.f_k, x_k[order])
+            shuffled = self.by_groups(self.f_k, torch.cat([x[order] for x in x_k]))
             k = torch.empty_like(shuffled)
-            k[order] = nn.functional.normalize(shuffled, dim=1)
+            places = torch.cat([order + i * len(x_1) for i in range(len(x_k))])
+            k[places] = nn.functional.normalize(shuffled, dim=1)
         positive = torch.einsum("nc,nc->n", q, k)[:, None]
         negative = torch.einsum("nc,kc->nk", q, torch.stack(self.queue))
         logits = torch.cat([positive, negative], dim=1) / self.recipe.temperature
         labels = torch.zeros(len(logits), dtype=torch.long)
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
         self.sgd.zero_grad()
-        loss.mean().backward()
+        sum(direction.mean() for direction in loss.split(len(x_1))).backward()
         self.sgd.step()
         for key in k:
             self.queue[self.pointer] = key
@@ -77,7 +96,8 @@ class NaiveMoCo:
         norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
         before = [(m.running_mean, m.running_var) for m in norms]
         out, after = [], []
-        for group in x.split(self.recipe.bn_group):
+        size = self.recipe.bn_group if self.recipe.bn == "groups" else self.recipe.batch
+        for group in x.split(size):
             for norm, (mean, var) in zip(norms, before, strict=True):
                 norm.running_mean, norm.running_var = mean.clone(), var.clone()
             out.append(net(group))

@@ -13,7 +13,7 @@ from fastmoco.distributed import Ranks
 from fastmoco.train.loss import info_nce
 from fastmoco.train.momentum import momentum_update
 from fastmoco.train.optim import learning_rate
-from fastmoco.train.shuffle import Shuffle
+from fastmoco.train.shuffle import Shuffle, permutation
 
 
 def test_info_nce_equals_cross_entropy_over_the_concatenated_logits():
@@ -43,28 +43,27 @@ def test_momentum_update_equals_the_paper_and_can_be_switched_off():
     assert all(torch.equal(k, b) for k, b in zip(keys, before, strict=True))
 
 
-def shuffles(step: int, ranks: int, batch: int = 24) -> list[Shuffle]:
-    return [Shuffle(3, step, batch, Ranks(r, ranks), torch.device("cpu")) for r in range(ranks)]
-
-
 def test_shuffle_and_unshuffle_restore_the_order():
-    (shuffle,) = shuffles(step=5, ranks=1)
+    shuffle = Shuffle(3, 5, 24, Ranks(), torch.device("cpu"))
     rows = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 3, 2, 2)
-    scattered = shuffle.scatter(rows)[:, 0, 0, 0]
+    scattered = shuffle.scatter([rows])[:, 0, 0, 0]
     assert sorted(scattered.tolist()) == list(range(24))
     assert scattered.tolist() != list(range(24))
-    assert torch.equal(shuffle.gather(scattered[:, None])[:, 0], torch.arange(24.0))
+    assert torch.equal(shuffle.gather(scattered[None, :, None])[0, :, 0], torch.arange(24.0))
 
 
 def test_each_step_shuffles_anew():
-    orders = {tuple(shuffles(step, 1)[0]._order.tolist()) for step in range(20)}
+    orders = {tuple(permutation(3, step, 24, 1).tolist()) for step in range(20)}
     assert len(orders) == 20
 
 
-def test_ranks_hold_consecutive_slices_of_one_permutation():
-    (whole,) = shuffles(step=2, ranks=1)
-    parts = torch.cat([s._order for s in shuffles(step=2, ranks=4)])
-    assert torch.equal(parts, whole._order)
+def test_a_block_keeps_its_rows_to_itself():
+    """Two machines that shuffle among their own ranks; one row a block: nobody moves."""
+    halves = permutation(3, step=2, batch=24, blocks=2)
+    assert sorted(halves[:12]) == list(range(12)) and sorted(halves[12:]) == list(range(12, 24))
+    assert halves[:12].tolist() != list(range(12))
+    assert (halves[12:] - 12).tolist() != halves[:12].tolist()
+    assert permutation(3, step=2, batch=24, blocks=24).tolist() == list(range(24))
 
 
 def test_published_cifar_schedule():
@@ -74,6 +73,17 @@ def test_published_cifar_schedule():
         expected = 0.06 * (1 + math.cos(math.pi * (epoch + 1) / 200)) / 2
         for step in (0, 50, 96):
             assert learning_rate(schedule, 0.06, epoch * 97 + step, 97) == pytest.approx(expected)
+
+
+def test_the_same_schedule_in_steps():
+    by_epochs = Schedule(epochs=10, update="step", warmup_epochs=2)
+    by_steps = Schedule(steps=50, warmup_steps=10)
+    for step in range(50):
+        rate = learning_rate(by_epochs, 0.3, step, 5)
+        assert learning_rate(by_steps, 0.3, step, 5) == pytest.approx(rate)
+    drops = Schedule(name="step", steps=50, milestones=(20, 40))
+    assert learning_rate(drops, 1.0, 19, 7) == 1.0
+    assert learning_rate(drops, 1.0, 20, 7) == pytest.approx(0.1)
 
 
 def test_step_schedule_with_warmup():

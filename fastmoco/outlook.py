@@ -1,0 +1,94 @@
+"""What a run would do and need, said before it starts."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.config import Recipe
+from fastmoco.distributed import Ranks
+from fastmoco.load.plan import Plan
+from fastmoco.models.resnet import Encoder
+from fastmoco.train.precision import Precision
+
+
+def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> dict[str, str]:
+    """Return the resolved plan of a run by name, in words.
+
+    Args:
+        recipe: resolved.
+        plan: of its data.
+        ranks: that would run it.
+        device: of this one.
+    """
+    last_step = recipe.last_step(plan.steps_per_epoch)
+    encoder, activations = footprint(recipe, recipe.batch // ranks.size // recipe.accumulate)
+    all_to_all, all_gather = (shuffle_bytes(recipe, ranks.size, e) for e in ("to", "gather"))
+    return {
+        "samples an epoch": f"{plan.samples:,}",
+        "steps": f"{last_step:,} ({plan.steps_per_epoch:,} an epoch)",
+        "images seen": f"{last_step * recipe.batch:,}",
+        "ranks": f"{ranks.size} on {device.type}, {recipe.batch // ranks.size} images each a step",
+        "BatchNorm": _batch_norm(recipe, ranks),
+        "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
+        "precision": recipe.precision,
+        "queue": f"{recipe.queue:,} x {recipe.dim}, {_mb(recipe.queue * recipe.dim * 4)}, "
+        f"{recipe.queue / recipe.batch:g} steps",
+        "encoders and optimizer": _mb(4 * encoder),
+        "activations (estimate)": f"{_mb(activations)} a rank",
+        "logits": _mb(2 * 4 * recipe.batch // ranks.size // recipe.accumulate * recipe.queue),
+        "shuffle, all_to_all": f"{_mb(all_to_all)} received by a rank each step",
+        "shuffle, all_gather": f"{_mb(all_gather)}",
+    }
+
+
+def _batch_norm(recipe: Recipe, ranks: Ranks) -> str:
+    if recipe.bn == "whole":
+        return "over the whole batch (for ablations)"
+    groups = recipe.batch // ranks.size // recipe.bn_group
+    return f"groups of {recipe.bn_group}, {groups} a rank; shuffle {recipe.shuffle}"
+
+
+def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
+    """Return the bytes that a rank receives for the shuffle of a step, about.
+
+    Args:
+        recipe: of the run.
+        ranks: that share the batch and shuffle among themselves.
+        exchange: "gather": the images of all other ranks; "to": the share of its own places that
+            they hold.
+    """
+    value = Precision(recipe.precision, "cpu").wire.itemsize
+    views = 2 if recipe.symmetric else 1
+    image = 3 * recipe.image_size**2 * value * views
+    elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
+    return image * (elsewhere if exchange == "gather" else elsewhere // ranks)
+
+
+def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """Return the bytes of one encoder's weights, and of what a pass of `rows` images keeps.
+
+    The network is run on tensors without content: nothing is computed or allocated.
+    """
+    precision = Precision(recipe.precision, "cpu")
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim).to(precision.weights)
+        weights = list(encoder.parameters())
+        images = torch.empty(rows, 3, recipe.image_size, recipe.image_size, dtype=precision.weights)
+        hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, precision.autocast():
+            encoder(images)
+        for weight in weights:
+            kept.pop(weight.untyped_storage()._cdata, None)
+        return sum(w.nbytes for w in weights), sum(kept.values())
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

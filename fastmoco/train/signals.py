@@ -1,0 +1,45 @@
+"""SIGTERM and SIGUSR1 (Slurm, spot machines) ask a run to stop at the next step."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+_NAMES = ("SIGTERM", "SIGUSR1")  # Windows has only the first
+_ASKING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+_REPEAT_S = 1.0  # within it the launcher passes on the same request once more
+
+
+class StopSignal:
+    """Remembers a request to stop; a second one ends the process at once.
+
+    Attributes:
+        received: whether one came. Outside the main thread, where Python has no signals, none does.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._first = 0.0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in _ASKING}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and now - self._first > _REPEAT_S:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self._first = True, now
