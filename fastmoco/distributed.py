@@ -6,11 +6,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,8 +87,7 @@ class Ranks:
         """Return the mean of `values` over the ranks, through which gradients flow back."""
         if self.size == 1:
             return values
-        whole = self.group or dist.group.WORLD
-        total: torch.Tensor = differentiable.all_reduce(values, group=whole)  # type: ignore[no-untyped-call]
+        total: torch.Tensor = _Sum.apply(values, self.group)
         return total / self.size
 
     def union(self, values: set[int]) -> set[int]:
@@ -117,6 +115,23 @@ class Ranks:
         if isinstance(wrapped, DistributedDataParallel):
             return wrapped.no_sync()
         return nullcontext()
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over the ranks; the gradient of what every rank made of it is a sum again."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class Vote:

@@ -40,7 +40,7 @@ def test_other_precisions_are_left_alone():
 
 
 def test_fp16_trains_like_fp32(worker):
-    """The scale cancels: a step in fp16 moves the weights as one in fp32 does, to fp16's rounding."""
+    """The scale cancels: a step in fp16 moves the weights as fp32 does, to fp16's rounding."""
     halves, whole = (engine(worker, precision=p, bn_group=8) for p in ("fp16", "fp32"))
     before = [p.detach().clone() for p in whole.encoder_q.parameters()]
     views = [view.float() for view in worker.images(16, 0, size=16)]
