@@ -126,6 +126,30 @@ def step(
         _run("step", out, partial(bench_step, settings, pairs, aa))
 
 
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml.")] = "demo",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as for training.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--set", help="A packed set. [default: the patches of `fastmoco demo`]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In the measured section.")] = 40,
+    pairs: _Pairs = 6,
+    aa: _Itself = False,
+    out: _Out = None,
+) -> None:
+    """Train end to end: loader and step together, against the step alone and the loader alone."""
+    from fastmoco.bench.harness import require_tools
+
+    require_tools()
+    from fastmoco.bench.train import bench_train
+
+    _run("train", out, partial(bench_train, recipe, overrides or [], data, steps, pairs, aa))
+
+
 def _run(bench: str, out: Path | None, measure: "Callable[[OnRow], Report]") -> None:
     """Measure, record every row, show the report.
 
