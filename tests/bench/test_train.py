@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from fastmoco.bench import train as bench
 from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
-from fastmoco.errors import UsageError
+from fastmoco.errors import DataError
 
 SMALL = ["image_size=32", "batch=8", "bn_group=8", "queue=16", "device=cpu"]
 
@@ -79,5 +79,5 @@ def test_without_a_set_the_demos_patches_are_packed_and_removed():
 
 
 def test_a_folder_that_is_no_set_is_refused(tmp_path):
-    with pytest.raises(UsageError):
+    with pytest.raises(DataError, match="manifest"):
         bench.bench_train("demo", SMALL, tmp_path, steps=1, pairs=1)
