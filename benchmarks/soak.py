@@ -116,7 +116,10 @@ def loop(steps: int, every: int, sample: Sample) -> None:
     """Let the loop of a real run take the steps."""
     with TemporaryDirectory() as folder:
         recipe = recipe_of_run(Path(folder), steps, every)
-        trainer_of(recipe, sample).train(0)
+        trainer = trainer_of(recipe, sample)
+        with trainer.run.locked():
+            trainer.run.describe(trainer.recipe, {})
+            trainer.train(0)
 
 
 def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
@@ -125,7 +128,7 @@ def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
         pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         (folder / "images").mkdir(exist_ok=True)
         Image.fromarray(pixels).resize((48, 48)).save(folder / "images" / f"{number}.png")
-    pack(folder / "images", folder / "set", PackOptions())
+    pack(folder / "images", folder / "set", PackOptions(workers=1))
     epochs = -(-steps * BATCH // IMAGES)
     options = {
         "data": json.dumps([str(folder / "set")]),
@@ -143,11 +146,9 @@ def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     data = Collection.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
     loader = Loader.of(recipe, data, settings_of(recipe, ranks, device))
-    run = RunFolder(recipe.out)
-    run.describe(recipe, {})
     marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
     moco = MoCo(recipe, ranks, device)
-    return Trainer(recipe, moco, loader, run, marks, Watcher(sample))
+    return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, Watcher(sample))
 
 
 class Watcher:
