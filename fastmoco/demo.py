@@ -156,8 +156,8 @@ def demo(
     began = time.monotonic()
     _check_installed(cut.photographs)
     _claim(out, {"seed": seed, "overrides": list(overrides), "cut": asdict(cut)})
-    _make_set(out, "train", cut.train, cut.photographs)
-    _make_set(out, "test", cut.test, cut.photographs)
+    make_set(out, "train", cut.train, cut.photographs)
+    make_set(out, "test", cut.test, cut.photographs)
     recipe = _recipe(out, seed, overrides)
     preview(recipe, out / "views.png", SHOWN, VIEWS_TITLE)
     run = pretrain(recipe)
@@ -195,8 +195,18 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"{out} cannot be used ({error}): choose another by --out.") from error
 
 
-def _make_set(out: Path, split: Split, count: int, photographs: Sequence[Photograph]) -> None:
-    """Cut and pack one split, as far as an earlier call has not done so."""
+def make_set(out: Path, split: Split, count: int, photographs: Sequence[Photograph]) -> None:
+    """Cut and pack one split into OUT/SPLIT, as far as an earlier call has not done so.
+
+    Args:
+        out: the folder, which exists.
+        split: "train" or "test".
+        count: patches from each photograph.
+        photographs: that are cut.
+
+    Raises:
+        UsageError: the package of a photograph is not installed.
+    """
     patches, packed = out / "patches" / split, out / split
     if not patches.exists():
         with new_folder(patches) as folder:

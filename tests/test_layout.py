@@ -13,7 +13,8 @@ PACKAGE = Path(fastmoco.__file__).parent
 # Stations that share a line never import each other.
 ORDER = [
     {"cli"},
-    {"bench", "demo"},
+    {"bench"},
+    {"demo"},
     {"preview"},
     {"pretrain"},
     {"display", "figures", "outlook", "trackers"},

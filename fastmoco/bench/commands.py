@@ -1,5 +1,6 @@
 """The commands of `fastmoco bench`. Heavy modules are imported inside them."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,6 +88,66 @@ def loader(
     rivals = tuple(against or ["imagefolder"])
     settings = Settings(size, short_side, batch, batches, repeat, workers, rivals, bound)
     _run("loader", out, lambda on_row: bench_loader(source, settings, pairs, aa, on_row))
+
+
+@app.command()
+def step(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of torchvision's ResNets; may be given several times. [default: resnet18]"
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the views, pixels.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Images a step over all ranks.")] = 64,
+    queue: Annotated[int, typer.Option(min=2, help="Keys; a multiple of the batch.")] = 65536,
+    precision: Annotated[
+        str, typer.Option(help="Of our step, bf16 or fp32; the official one has fp32.")
+    ] = "bf16",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="In the measured section.")] = 40,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    tuned: Annotated[
+        bool,
+        typer.Option("--tuned", help="Also the official step at our precision, channels-last."),
+    ] = False,
+    pairs: _Pairs = 6,
+    aa: _Itself = False,
+    out: _Out = None,
+) -> None:
+    """Train on synthetic batches: our step against the official one."""
+    from fastmoco.bench.harness import require_tools
+
+    require_tools()
+    from fastmoco.bench.step import Settings, bench_step
+
+    for name in arch or ["resnet18"]:
+        settings = Settings(name, size, batch, queue, precision, ranks, steps, device, tuned)
+        _run("step", out, partial(bench_step, settings, pairs, aa))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml.")] = "demo",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as for training.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--set", help="A packed set. [default: the patches of `fastmoco demo`]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In the measured section.")] = 40,
+    pairs: _Pairs = 6,
+    aa: _Itself = False,
+    out: _Out = None,
+) -> None:
+    """Train end to end: loader and step together, against the step alone and the loader alone."""
+    from fastmoco.bench.harness import require_tools
+
+    require_tools()
+    from fastmoco.bench.train import bench_train
+
+    _run("train", out, partial(bench_train, recipe, overrides or [], data, steps, pairs, aa))
 
 
 def _run(bench: str, out: Path | None, measure: "Callable[[OnRow], Report]") -> None:

@@ -138,8 +138,11 @@ class Report:
         """Return speed, costs and peak of one arm over all its measurements."""
         found = [one for one in self.measurements if one.arm == arm]
         first_batches = [one.first_batch_s for one in found if one.first_batch_s is not None]
+        seconds = statistics.median(one.seconds_per_image for one in found)
+        batch = self.subject.get("batch")
         return {
-            "images_per_s": 1 / statistics.median(one.seconds_per_image for one in found),
+            "images_per_s": 1 / seconds,
+            "ms_per_batch": 1e3 * seconds * batch if batch else None,
             "cpu_ms_per_image": 1e3 * statistics.median(one.cpu_per_image for one in found),
             "peak_mb": max(one.peak_bytes for one in found) / 1e6,
             "first_batch_s": statistics.median(first_batches) if first_batches else None,

@@ -37,14 +37,15 @@ def line_of(found: Measurement) -> str:
 
 def _table(report: Report) -> Table:
     table = Table("arm")
-    for title in ("images/s", "CPU ms/image", "peak MB", "first batch s"):
+    for title in ("images/s", "ms/batch", "CPU ms/image", "peak MB", "first batch s"):
         table.add_column(title, justify="right")
     for arm in report.arms:
         found = report.medians(arm)
-        first = found["first_batch_s"]
+        first, each = found["first_batch_s"], found["ms_per_batch"]
         table.add_row(
             arm,
             f"{found['images_per_s']:.1f}",
+            "-" if each is None else f"{each:.1f}",
             f"{found['cpu_ms_per_image']:.2f}",
             f"{found['peak_mb']:.0f}",
             "-" if first is None else f"{first:.2f}",

@@ -34,9 +34,12 @@ def worker() -> ModuleType:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`run_ranks(ranks, nodes=1, steps=..., recipe={...}, nan=[step, rank])`: rank 0's log."""
+    """`run_ranks(ranks, nodes=1, steps=..., recipe={...}, nan=[step, rank])`: rank 0's log.
 
-    def run(ranks: int, nodes: int = 1, **spec: Any) -> dict[str, Any]:
+    `program` is the script to start instead of the worker; it takes OUT and a JSON object too.
+    """
+
+    def run(ranks: int, nodes: int = 1, program: Path = WORKER, **spec: Any) -> Any:
         out = tmp_path / f"ranks{ranks}.pt"
         shared = {
             **os.environ,
@@ -47,7 +50,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "error::UserWarning,error::FutureWarning",
         }
-        command = [sys.executable, str(WORKER), str(out), json.dumps(spec)]
+        command = [sys.executable, str(program), str(out), json.dumps(spec)]
         started = [
             subprocess.Popen(
                 command,

@@ -1,0 +1,172 @@
+"""Many steps of a tiny network: does memory grow, do open files stay open, does it get slower?
+
+    python benchmarks/soak.py [--steps 10000] [--every 500] [--trainer]
+
+Without --trainer the bare step on one synthetic batch. With it the loop of a real run on a tiny
+packed set: loader, log, checkpoints. A row each `--every` steps and a verdict: the growth of the
+anonymous memory from the first quarter's end to the end, by a fitted line, and of the open files.
+The exit code is 1 where something grows.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastmoco.bench.step import synthetic
+from fastmoco.config import Recipe, load_recipe
+from fastmoco.distributed import Ranks
+from fastmoco.load.loader import Loader
+from fastmoco.load.work import settings_of
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
+from fastmoco.pretrain import resolve
+from fastmoco.run import RunFolder, fingerprint
+from fastmoco.shardset import Collection
+from fastmoco.train.loop import Trainer
+from fastmoco.train.moco import MoCo
+
+BATCH, SIZE, IMAGES = 8, 32, 64
+TINY = [
+    *("arch=resnet10", "stem=small-stride2", f"image_size={SIZE}", f"batch={BATCH}"),
+    *("bn_group=8", "queue=64", "dim=32", "monitor=null", "device=cpu", "optimizer.lr=0.001"),
+]
+ALLOWED = 0.02  # growth of the memory, of its size: an allocator's noise
+
+Sample = Callable[[int], None]
+
+
+class Soak:
+    """Takes samples of this process and judges them."""
+
+    def __init__(self, every: int) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._every, self._since = every, time.perf_counter()
+
+    def sample(self, step: int) -> None:
+        """Print a row on the steps so far."""
+        now = time.perf_counter()
+        row = {
+            "step": step,
+            "anonymous_kb": anonymous_kb(),
+            "open_files": len(os.listdir("/proc/self/fd")),
+            "images_per_s": round(self._every * BATCH / (now - self._since), 1),
+        }
+        self._since = now
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    def verdict(self) -> dict[str, Any]:
+        """Return whether anything grew after the first quarter."""
+        rows = self.rows[len(self.rows) // 4 :]
+        steps, memory = ([row[key] for row in rows] for key in ("step", "anonymous_kb"))
+        slope = float(np.polyfit(steps, memory, 1)[0]) if len(rows) > 1 else 0.0
+        grown = slope * (steps[-1] - steps[0])
+        files = rows[-1]["open_files"] - rows[0]["open_files"]
+        flat = grown <= ALLOWED * memory[0] and files <= 0
+        return {
+            "verdict": "flat" if flat else "grows",
+            "anonymous_kb_per_1000_steps": round(1000 * slope, 1),
+            "open_files_gained": files,
+        }
+
+
+def anonymous_kb() -> int:
+    """Return this process's anonymous memory: what it allocated, without files mapped."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def main() -> int:
+    """Run, print the rows and the verdict, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--every", type=int, default=500)
+    parser.add_argument("--trainer", action="store_true")
+    options = parser.parse_args()
+    soak = Soak(options.every)
+    run = loop if options.trainer else bare_steps
+    run(options.steps, options.every, soak.sample)
+    verdict = soak.verdict()
+    print(json.dumps({**vars(options), **verdict}))
+    return int(verdict["verdict"] != "flat")
+
+
+def bare_steps(steps: int, every: int, sample: Sample) -> None:
+    """Take steps on one batch."""
+    recipe = load_recipe("moco_v2_imagenet_r50", TINY)
+    moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+    ((q, k),) = synthetic(BATCH, SIZE, 1)
+    views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]
+    for step in range(steps):
+        moco.step(*views, step)
+        if (step + 1) % every == 0:
+            sample(step + 1)
+
+
+def loop(steps: int, every: int, sample: Sample) -> None:
+    """Let the loop of a real run take the steps."""
+    with TemporaryDirectory() as folder:
+        recipe = recipe_of_run(Path(folder), steps, every)
+        trainer = trainer_of(recipe, sample)
+        with trainer.run.locked():
+            trainer.run.describe(trainer.recipe, {})
+            trainer.train(0)
+
+
+def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
+    """Return the recipe of a run on a tiny set, which is packed into the folder."""
+    for number in range(IMAGES):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).resize((48, 48)).save(folder / "images" / f"{number}.png")
+    pack(folder / "images", folder / "set", PackOptions(workers=1))
+    epochs = -(-steps * BATCH // IMAGES)
+    options = {
+        "data": json.dumps([str(folder / "set")]),
+        "out": json.dumps(str(folder / "run")),
+        "schedule.epochs": epochs,
+        "log_every": every,
+        "checkpoint_every": every,
+    }
+    return load_recipe("moco_v2_imagenet_r50", [*TINY, *(f"{k}={v}" for k, v in options.items())])
+
+
+def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
+    """Return the loop of a run, as `fastmoco.pretrain` assembles it, that shows itself to us."""
+    ranks, device = Ranks(), torch.device("cpu")
+    data = Collection.open(recipe.data)
+    recipe = resolve(recipe, data.sets[0])
+    loader = Loader.of(recipe, data, settings_of(recipe, ranks, device))
+    marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
+    moco = MoCo(recipe, ranks, device)
+    return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, Watcher(sample))
+
+
+class Watcher:
+    """Takes a sample at each logged step."""
+
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Look at this process."""
+        self._sample(row["step"])
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show nothing."""
+
+    def bad(self, row: dict[str, Any]) -> None:
+        """Show nothing."""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
