@@ -18,7 +18,7 @@ ORDER = [
     {"figures"},
     {"pretrain"},
     {"display"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "exchange"},
     {"load", "pack"},
     {"models"},
     {"run"},
