@@ -1,12 +1,10 @@
 """Which network a file's tensors are: the one that they fill to the last tensor, or none."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
 
 import torch
-import torchvision
 
 from fastmoco.config import near
 from fastmoco.errors import CheckpointError
@@ -19,6 +17,21 @@ Head = Literal["linear", "mlp", "none"]
 # BatchNorm never reads its count of batches under a fixed momentum; files before 2018 have none.
 _OPTIONAL = "num_batches_tracked"
 _SHOWN = 3
+ARCHS = (
+    "resnet10",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+# Every ResNet has these; a file with none of them is not in the layout at all.
+_LANDMARKS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 _HEADS: dict[frozenset[str], Head] = {
     frozenset({"weight", "bias"}): "linear",
     frozenset({"0.weight", "0.bias", "2.weight", "2.bias"}): "mlp",
@@ -56,24 +69,25 @@ def match(tensors: Tensors, layout: str = "auto", stem: str | None = None) -> Ma
     Raises:
         CheckpointError: no network is filled in full; names what the nearest one lacks.
     """
+    layouts = [one for one in LAYOUTS if layout in ("auto", one.name) and _is_in(tensors, one)]
+    if not layouts:
+        names = ", ".join(list(tensors)[:_SHOWN])
+        raise CheckpointError(
+            f"its tensors ({names}, ...) are in no layout of a ResNet that is known: "
+            f"{', '.join(layout_names())}."
+        )
     tries = [
-        _Try(tensors, one, arch, stem or _stem(tensors, one))
-        for one in LAYOUTS
-        if layout in ("auto", one.name)
-        for arch in _archs()
+        _Try(tensors, one, arch, stem or _stem(tensors, one)) for arch in ARCHS for one in layouts
     ]
-    whole = [one for one in tries if not one.cost]
-    if not whole:
-        raise CheckpointError(_refusal(min(tries, key=lambda one: one.cost)))
     # fastmoco, solo-learn and lightly name the backbone alike and the head each in its own way.
-    return next((one for one in whole if one.head[0] != "none"), whole[0]).match()
+    nearest = min(tries, key=lambda one: (one.cost, not one.projection))
+    if nearest.cost:
+        raise CheckpointError(_refusal(nearest))
+    return nearest.match()
 
 
-@cache
-def _archs() -> Sequence[str]:
-    families = ("resnet", "resnext", "wide_resnet")
-    known = torchvision.models.list_models(torchvision.models)
-    return ("resnet10", *(name for name in known if name.startswith(families)))
+def _is_in(tensors: Tensors, layout: Layout) -> bool:
+    return any(layout.key(name) in tensors for name in _LANDMARKS)
 
 
 @cache
@@ -141,11 +155,16 @@ class _Try:
         return len(self.faults) + len(self.foreign)
 
     @property
-    def head(self) -> tuple[Head, int, Tensors]:
-        """The kind of our heads that the file fills, its `dim`, and its tensors by our names."""
+    def projection(self) -> Tensors:
+        """What lies where the layout keeps its head, by the names behind the prefix."""
         prefix = self.layout.head
         names = [name for name in self.tensors if prefix and name.startswith(prefix)]
-        found = {name.removeprefix(prefix or ""): self.tensors[name] for name in names}
+        return {name.removeprefix(prefix or ""): self.tensors[name] for name in names}
+
+    @property
+    def head(self) -> tuple[Head, int, Tensors]:
+        """The kind of our heads that the file fills, its `dim`, and its tensors by our names."""
+        found = self.projection
         kind = _HEADS.get(frozenset(found))
         if kind is not None:
             dim = len(found["2.bias" if kind == "mlp" else "bias"])
@@ -163,23 +182,17 @@ class _Try:
         return Match(self.layout, self.arch, self.stem, kind, dim, weights, self._left_out(kind))
 
     def _left_out(self, kind: Head) -> str | None:
-        prefix = self.layout.head
-        count = sum(name.startswith(prefix) for name in self.tensors) if prefix else 0
+        count = len(self.projection)
         if kind != "none" or not count:
             return None
-        return f"{count} tensors under {prefix} are neither one linear layer nor MoCo v2's two"
+        under = f"{count} tensors under {self.layout.head}"
+        return f"{under} are neither one linear layer nor MoCo v2's two"
 
 
 def _refusal(nearest: _Try) -> str:
     """Say what keeps the nearest network from being filled."""
     faults, foreign = nearest.faults, nearest.foreign
     network = f"a {nearest.arch} in the layout of {nearest.layout.name}"
-    if len(faults) > len(nearest.wanted) / 2:
-        names = ", ".join(list(nearest.tensors)[:_SHOWN])
-        return (
-            f"its tensors ({names}, ...) fill no ResNet in a layout that is known: "
-            f"{', '.join(layout_names())}."
-        )
     if faults:
         shown = [
             fault + (near(key, foreign).rstrip(".") if fault.endswith("missing") else "")
