@@ -63,8 +63,13 @@ def r18() -> Encoder:
 
 
 @pytest.fixture(scope="session")
-def r18_mlp() -> Encoder:
-    return build("resnet18", "imagenet", "mlp", 16)
+def r10() -> Encoder:
+    return build("resnet10", "imagenet", "linear", 16)
+
+
+@pytest.fixture(scope="session")
+def r10_mlp() -> Encoder:
+    return build("resnet10", "imagenet", "mlp", 16)
 
 
 @pytest.fixture(scope="session")

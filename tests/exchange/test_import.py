@@ -38,7 +38,7 @@ def other(tensors: Tensors) -> Tensors:
 
 def named(encoder: Encoder) -> nn.Module:
     """The encoder's backbone as torchvision's own module, for whatever takes its children."""
-    net = torchvision.models.resnet18()
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
     net.fc = nn.Identity()
     net.load_state_dict(encoder.backbone.state_dict())
     return net
@@ -47,17 +47,17 @@ def named(encoder: Encoder) -> nn.Module:
 # Each builds a file as the program writes it, around both encoders and whatever else it saves.
 
 
-def moco_v1(encoder: Encoder) -> Any:
+def moco(encoder: Encoder) -> Any:
     backbone, head = parts(encoder)
     query = backbone | prefixed("fc.", head)
     state = prefixed("module.encoder_q.", query) | prefixed("module.encoder_k.", other(query))
     state |= {"module.queue": torch.zeros(16, 64), "module.queue_ptr": torch.zeros(1).long()}
     momentum = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03}]}
-    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": momentum}
+    return {"epoch": 200, "arch": "resnet10", "state_dict": state, "optimizer": momentum}
 
 
 def moco_without_module(encoder: Encoder) -> Any:
-    state = moco_v1(encoder)["state_dict"]
+    state = moco(encoder)["state_dict"]
     return {"state_dict": {name.removeprefix("module."): value for name, value in state.items()}}
 
 
@@ -133,7 +133,8 @@ def plain(encoder: Encoder) -> Any:
 
 
 FILES: list[tuple[Callable[[Encoder], Any], str, str]] = [
-    (moco_v1, "moco", "linear"),
+    (moco, "moco", "linear"),
+    (moco, "moco", "mlp"),
     (moco_without_module, "moco", "linear"),
     (moco_notebook, "moco", "linear"),
     (moco_v3, "moco_v3", "none"),
@@ -155,16 +156,16 @@ def test_each_layout_gives_the_query_encoder_bit_by_bit(
     layout: str,
     head: str,
     asked: str,
-    r18: Encoder,
-    r18_mlp: Encoder,
+    r10: Encoder,
+    r10_mlp: Encoder,
     tmp_path: Path,
 ) -> None:
-    encoder = r18_mlp if head == "mlp" else r18
+    encoder = r10_mlp if head == "mlp" else r10
     file = saved(make(encoder), tmp_path / "theirs.pth.tar")
     out = tmp_path / "run"
     found = import_weights(file, out, "auto" if asked == "auto" else layout)
     assert (found.layout, found.recipe.head) == (layout, head)
-    assert (found.recipe.arch, found.recipe.stem) == ("resnet18", "imagenet")
+    assert (found.recipe.arch, found.recipe.stem) == ("resnet10", "imagenet")
     run = RunFolder(out)
     state, step = run.latest() or ({}, -1)
     whole = encoder.state_dict()
@@ -173,22 +174,16 @@ def test_each_layout_gives_the_query_encoder_bit_by_bit(
     same(state["encoder_q"], wanted)
 
 
-def test_the_two_layer_head_of_moco_v2_is_taken(r50: Encoder, tmp_path: Path) -> None:
-    found = import_weights(saved(moco_v1(r50), tmp_path / "v2.pth.tar"), tmp_path / "run")
-    assert (found.recipe.arch, found.recipe.head, found.recipe.dim) == ("resnet50", "mlp", 128)
-    same(RunFolder(tmp_path / "run").latest()[0]["encoder_q"], r50.state_dict())  # type: ignore[index]
-
-
-def test_heads_that_do_not_fit_are_left_out_in_words(r18: Encoder, tmp_path: Path) -> None:
+def test_heads_that_do_not_fit_are_left_out_in_words(r10: Encoder, tmp_path: Path) -> None:
     for make, prefix, count in ((moco_v3, "base_encoder.fc.", 7), (solo, "projector.", 4)):
-        file = saved(make(r18), tmp_path / f"{prefix}pth")
+        file = saved(make(r10), tmp_path / f"{prefix}pth")
         found = import_weights(file, tmp_path / f"{prefix}run")
         assert any(f"left out: {count} tensors under {prefix}" in n for n in found.notes)
         assert found.recipe.dim == 512
 
 
-def test_safetensors_and_half_precision(r18: Encoder, tmp_path: Path) -> None:
-    backbone = {name: tensor.contiguous() for name, tensor in r18.backbone.state_dict().items()}
+def test_safetensors_and_half_precision(r10: Encoder, tmp_path: Path) -> None:
+    backbone = {name: tensor.contiguous() for name, tensor in r10.backbone.state_dict().items()}
     half = {k: v.half() if v.is_floating_point() else v for k, v in backbone.items()}
     save_file(half, tmp_path / "half.safetensors")
     import_weights(tmp_path / "half.safetensors", tmp_path / "run")
@@ -214,15 +209,15 @@ def test_every_network_is_known_by_its_shapes(arch: str, tmp_path: Path) -> None
     assert (found.arch, found.stem, found.layout.name) == (arch, "small", "torchvision")
 
 
-def test_a_file_of_before_the_counts_of_batches(r18: Encoder, tmp_path: Path) -> None:
-    state = {k: v for k, v in r18.backbone.state_dict().items() if "num_batches" not in k}
+def test_a_file_of_before_the_counts_of_batches(r10: Encoder, tmp_path: Path) -> None:
+    state = {k: v for k, v in r10.backbone.state_dict().items() if "num_batches" not in k}
     import_weights(saved(state, tmp_path / "old.pth"), tmp_path / "run")
     found = RunFolder(tmp_path / "run").latest()[0]["encoder_q"]  # type: ignore[index]
     assert found["backbone.bn1.num_batches_tracked"].item() == 0
 
 
 def changed(encoder: Encoder, change: Callable[[Tensors], None]) -> Any:
-    content = moco_v1(encoder)
+    content = moco(encoder)
     change(content["state_dict"])
     return content
 
@@ -244,13 +239,13 @@ def widen(state: Tensors) -> None:
 
 
 REFUSALS = [
-    (lambda s: s.pop(KEY), r"1 tensors keep .* a resnet18 in the layout of moco: "
+    (lambda s: s.pop(KEY), r"1 tensors keep .* a resnet10 in the layout of moco: "
      r"encoder_q\.layer3\.0\.conv1\.weight is missing\."),
     (rename, r"encoder_q\.layer3\.0\.conv1\.weight is missing: did you mean "
      r"'encoder_q\.layer3\.0\.convA\.weight'\?"),
     (cut, r"encoder_q\.layer3\.0\.conv1\.weight is \(256, 127, 3, 3\), "
      r"wanted \(256, 128, 3, 3\)"),
-    (widen, r"it is not a resnet18 .* lacks 1 of its tensors: "
+    (widen, r"it is not a resnet10 .* lacks 1 of its tensors: "
      r"encoder_q\.layer1\.0\.se\.fc1\.weight\."),
     (lambda s: s.pop("module.encoder_q.bn1.running_mean"),
      r"encoder_q\.bn1\.running_mean is missing"),
@@ -259,16 +254,16 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSALS)
 def test_what_does_not_fill_the_network_is_refused_by_name(
-    change: Callable[[Tensors], None], message: str, r18: Encoder, tmp_path: Path
+    change: Callable[[Tensors], None], message: str, r10: Encoder, tmp_path: Path
 ) -> None:
-    file = saved(changed(r18, change), tmp_path / "theirs.pth")
+    file = saved(changed(r10, change), tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match=message):
         import_weights(file, tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["theirs.pth"]
 
 
-def test_another_layout_than_the_one_asked_for(r18: Encoder, tmp_path: Path) -> None:
-    file = saved(moco_v1(r18), tmp_path / "theirs.pth")
+def test_another_layout_than_the_one_asked_for(r10: Encoder, tmp_path: Path) -> None:
+    file = saved(moco(r10), tmp_path / "theirs.pth")
     with pytest.raises(
         CheckpointError, match=r"are in no layout of a ResNet that is known: fastmoco"
     ):
@@ -287,12 +282,12 @@ class Payload:
         return Path.touch, (self.target,)
 
 
-def test_a_pickle_with_a_payload_is_refused_and_not_executed(r18: Encoder, tmp_path: Path) -> None:
+def test_a_pickle_with_a_payload_is_refused_and_not_executed(r10: Encoder, tmp_path: Path) -> None:
     trap = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(trap)))
     assert trap.exists(), "the payload works"
     trap.unlink()
-    file = saved(moco_v1(r18) | {"args": Payload(trap)}, tmp_path / "theirs.pth")
+    file = saved(moco(r10) | {"args": Payload(trap)}, tmp_path / "theirs.pth")
     with pytest.raises(
         CheckpointError, match=r"more than tensors \(\S+\).*refused\.\n.*weights_only=False"
     ):
@@ -308,8 +303,8 @@ def test_a_safetensors_name_does_not_lead_to_the_unpickler(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep", [0, 100, 50_000])
-def test_damaged_files(keep: int, r18: Encoder, tmp_path: Path) -> None:
-    file = saved(moco_v1(r18), tmp_path / "theirs.pth")
+def test_damaged_files(keep: int, r10: Encoder, tmp_path: Path) -> None:
+    file = saved(moco(r10), tmp_path / "theirs.pth")
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"theirs.pth is damaged, or no checkpoint of torch"):
         import_weights(file, tmp_path / "run")
@@ -324,8 +319,8 @@ def test_files_without_weights(tmp_path: Path) -> None:
         import_weights(tmp_path / "none.pth", tmp_path / "run")
 
 
-def test_the_origin_is_written_down(r18: Encoder, tmp_path: Path) -> None:
-    file = saved(plain(r18), tmp_path / "theirs.pth")
+def test_the_origin_is_written_down(r10: Encoder, tmp_path: Path) -> None:
+    file = saved(plain(r10), tmp_path / "theirs.pth")
     found = import_weights(file, tmp_path / "run")
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
     assert (origin["file"], origin["layout"]) == ("theirs.pth", "torchvision")
@@ -361,14 +356,14 @@ def test_knn_probe_and_embed_work_on_an_imported_run(
     assert code == 0 and "top-1" in out, err
 
 
-def test_refusals_end_in_their_exit_codes(run: Run, r18: Encoder, tmp_path: Path) -> None:
-    file = saved(changed(r18, rename), tmp_path / "theirs.pth")
+def test_refusals_end_in_their_exit_codes(run: Run, r10: Encoder, tmp_path: Path) -> None:
+    file = saved(changed(r10, rename), tmp_path / "theirs.pth")
     code, _, err = run("import", file, tmp_path / "run")
     assert code == 4 and err.startswith(f"error: {file}: 1 tensors keep") and "Traceback" not in err
     assert run("import", tmp_path / "none.pth", tmp_path / "run")[0] == 2
 
 
-def test_an_imported_run_is_not_trained_on_by_accident(r18: Encoder, tmp_path: Path) -> None:
-    import_weights(saved(plain(r18), tmp_path / "a.pth"), tmp_path / "run")
+def test_an_imported_run_is_not_trained_on_by_accident(r10: Encoder, tmp_path: Path) -> None:
+    import_weights(saved(plain(r10), tmp_path / "a.pth"), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"is of another run: seed was None"):
         RunFolder(tmp_path / "run").latest({"seed": 0})
