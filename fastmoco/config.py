@@ -229,7 +229,7 @@ class Recipe(Strict):
 
     arch: str = "resnet50"
     stem: Literal["imagenet", "small", "small-stride2"] = "imagenet"
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp", "none"] = "linear"
     dim: Count = 128
 
     image_size: Annotated[int, Field(ge=8)] = 224

@@ -43,6 +43,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """Yield a path that becomes `final` if the block succeeds, and is removed if not.
+
+    For what a library writes by itself. The suffix stays as it is: libraries go by it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".partial.{final.name}")
+    try:
+        yield aside
+        sync(aside)
+        aside.replace(final)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `final` if the block succeeds, and is removed if not.
 

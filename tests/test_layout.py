@@ -18,7 +18,7 @@ ORDER = [
     {"preview"},
     {"pretrain"},
     {"display", "figures", "outlook", "trackers"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "exchange"},
     {"load", "pack"},
     {"models"},
     {"run"},

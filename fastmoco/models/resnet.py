@@ -75,7 +75,8 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone: a torchvision ResNet without its classifier; (n, 3, H, W) to (n, features).
-        head: (n, features) to (n, dim), not normalised.
+        head: (n, features) to (n, dim), not normalised; "none" hands the features on, and `dim`
+            is their number.
         features, dim: widths of the two outputs.
     """
 
@@ -131,7 +132,11 @@ def _backbone(arch: str, stem: str) -> Any:
 
 
 def _head(kind: str, features: int, dim: int) -> nn.Module:
-    """Return the head of MoCo v1 ("linear") or of MoCo v2 ("mlp", Chen et al. 2020)."""
+    """Return the head of MoCo v1 ("linear"), of MoCo v2 ("mlp", Chen et al. 2020), or none."""
+    if kind == "none":
+        if dim != features:
+            raise UsageError(f"head none hands on {features} features: set dim={features}.")
+        return nn.Identity()
     if kind == "linear":
         return nn.Linear(features, dim)
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))

@@ -1,0 +1,124 @@
+"""Encoders whose statistics have moved, files of others made from them, and a way to call."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco import cli
+from fastmoco.config import Recipe, validate
+from fastmoco.models.resnet import Encoder
+from fastmoco.run import RunFolder
+
+Tensors = dict[str, torch.Tensor]
+Run = Callable[..., tuple[int, str, str]]
+
+
+def build(arch: str, stem: str, head: str, dim: int) -> Encoder:
+    """An encoder in which every tensor counts, in evaluation mode: nothing is 0, 1 or a constant.
+
+    Draws instead of training: the activations keep their size, whatever the depth.
+    """
+    torch.manual_seed(7)
+    encoder = Encoder(arch, stem, head, dim)
+    with torch.no_grad():
+        for name, tensor in encoder.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(41)
+            elif name.endswith("running_var") or (".bn" in name and name.endswith("weight")):
+                tensor.uniform_(0.5, 1.0)
+            elif tensor.dim() == 1:
+                tensor.uniform_(-0.1, 0.1)
+    return encoder.eval()
+
+
+def recipe_for(encoder: Encoder, arch: str, stem: str, head: str, size: int = 32) -> Recipe:
+    values = {
+        "name": "made",
+        "data": ["nowhere"],
+        "out": "nowhere",
+        "arch": arch,
+        "stem": stem,
+        "head": head,
+        "dim": encoder.dim,
+        "image_size": size,
+        "views": [{}, {}],
+        "optimizer": {"lr": 0.1},
+        "schedule": {"epochs": 1},
+        "precision": "fp32",
+    }
+    return validate(values, "test")
+
+
+@pytest.fixture(scope="session")
+def r50() -> Encoder:
+    return build("resnet50", "imagenet", "mlp", 128)
+
+
+@pytest.fixture(scope="session")
+def r18() -> Encoder:
+    return build("resnet18", "imagenet", "linear", 16)
+
+
+@pytest.fixture(scope="session")
+def r10() -> Encoder:
+    return build("resnet10", "imagenet", "linear", 16)
+
+
+@pytest.fixture(scope="session")
+def r10_mlp() -> Encoder:
+    return build("resnet10", "imagenet", "mlp", 16)
+
+
+@pytest.fixture(scope="session")
+def small() -> Encoder:
+    return build("resnet18", "small", "linear", 16)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Encoder:
+    return build("resnet10", "small-stride2", "linear", 8)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, trained: Encoder) -> Callable[[], RunFolder]:
+    """A run folder with one checkpoint, of `trained` at step 12."""
+
+    def make() -> RunFolder:
+        folder = RunFolder(tmp_path / "run")
+        folder.root.mkdir()
+        recipe = recipe_for(trained, "resnet10", "small-stride2", "linear", size=16)
+        folder.describe(recipe, {})
+        folder.save({"encoder_q": trained.state_dict()}, 12, {}, keep=2)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("import", ...)` as on the command line: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastmoco", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        found = capsys.readouterr()
+        return int(end.value.code or 0), found.out, found.err
+
+    return call
+
+
+def same(found: Tensors, wanted: Tensors) -> None:
+    """Hold two state dicts to the same names, shapes, dtypes and bits."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def saved(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    return path
