@@ -14,6 +14,7 @@ PACKAGE = Path(fastmoco.__file__).parent
 ORDER = [
     {"cli"},
     {"bench", "demo"},
+    {"report"},
     {"preview"},
     {"figures"},
     {"pretrain"},
