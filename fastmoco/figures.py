@@ -157,7 +157,7 @@ def _panel(axes: Any, metrics: Metrics, curve: Curve, queue: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
     if curve.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(y) or 1)
     if curve.key == "loss":
         _mark_chance(axes, math.log(queue + 1))
 

@@ -1,9 +1,9 @@
 """The report of a run: one HTML page that needs nothing beside it, and the PNG files on it."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,19 +102,23 @@ def report(
     _check_installed()
     run, out = RunFolder(root), out or root / "report"
     facts = gather(run)
+    # A set that the user named must serve, and at once; one that the recipe names may be gone.
+    named = Evaluation.open(root, train, test, device) if train or test else None
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as aside:
         folder = Path(aside)
         content = {
             "curves": _curves(folder, facts),
             "views": _or_why(lambda: _views(folder, facts, device)),
             "network": _or_why(lambda: _network(folder, run, device)),
+            "labelled": _or_why(
+                lambda: _labelled(folder, named or Evaluation.open(root, device=device), samples)
+            ),
         }
-        open_sets = partial(Evaluation.open, root, train, test, device)
-        labelled = partial(_labelled, folder, open_sets, samples)
-        # A set that the user named must serve; one that the recipe names may be gone.
-        content["labelled"] = labelled() if train or test else _or_why(labelled)
         html = _render(folder, run, facts, content)
-        _publish(folder, out, html)
+        with _writing(out):
+            _publish(folder, out, html)
     return out / PAGE
 
 
@@ -132,18 +136,22 @@ def _or_why(make: Callable[[], Found]) -> Found | str:
         return str(error)
 
 
-def _publish(folder: Path, out: Path, html: str) -> None:
-    """Write the images, then the page; each file is whole or as before."""
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("*.png")):
-            write_bytes(out / file.name, file.read_bytes())
-        # A file's name may hold bytes that are no text.
-        write_bytes(out / PAGE, html.encode("utf-8", "replace"))
+        yield
     except OSError as error:
         raise UsageError(
             f"Cannot write to {out} ({error.strerror}): choose another by --out."
         ) from error
+
+
+def _publish(folder: Path, out: Path, html: str) -> None:
+    """Write the images, then the page; each file is whole or as before."""
+    for file in sorted(folder.glob("*.png")):
+        write_bytes(out / file.name, file.read_bytes())
+    # A file's name may hold bytes that are no text.
+    write_bytes(out / PAGE, html.encode("utf-8", "replace"))
 
 
 def _render(folder: Path, run: RunFolder, facts: Facts, content: dict[str, Any]) -> str:
@@ -201,9 +209,9 @@ def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
     return {"step": step, "filters": "filters.png", "shape": shape, "maps": _or_why(maps)}
 
 
-def _labelled(folder: Path, open_sets: Callable[[], Evaluation], samples: int) -> dict[str, Any]:
+def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, Any]:
     """Draw what needs labels."""
-    study = Study.of(open_sets(), samples)
+    study = Study.of(evaluation, samples)
     found, names = study.predictions(), study.evaluation.train.classes
     confusion = found.confusion(len(names))
     draw_confusion(folder / "confusion.png", confusion, names)

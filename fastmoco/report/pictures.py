@@ -50,7 +50,7 @@ def _size(found: torch.Tensor) -> str:
 def _coloured(found: torch.Tensor, side: int) -> Images:
     from matplotlib import colormaps
 
-    order = found.flatten(1).std(dim=1).argsort(descending=True, stable=True)
+    order = found.flatten(1).std(dim=1, correction=0).argsort(descending=True, stable=True)
     chosen = torch.nn.functional.interpolate(found[order[:_CHANNELS], None], size=side)[:, 0]
     low, high = chosen.amin(dim=(1, 2), keepdim=True), chosen.amax(dim=(1, 2), keepdim=True)
     shares = ((chosen - low) / (high - low).clamp_min(1e-12)).numpy()
@@ -72,10 +72,10 @@ def draw_confusion(path: Path, confusion: Ids, names: Sequence[str]) -> None:
         _name_both(axes, [_shortened(name) for name in names])
     if count <= _COUNTED:
         _count_cells(axes, confusion, shares)
-    figure.tight_layout()
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; the table on the page has its letters.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.tight_layout()
         figure.savefig(path, dpi=_DPI)
 
 
