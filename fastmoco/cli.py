@@ -354,7 +354,8 @@ def report(
     """Draw a run on one HTML page: curves, neighbours, errors, filters, all its numbers."""
     from fastmoco.report.page import report as write
 
-    print("looking at the run's images: minutes on a CPU, less with fewer --samples")
+    words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
+    print(words, file=sys.stderr)
     print(write(run, out, train, test, samples, device))
 
 

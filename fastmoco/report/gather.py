@@ -35,15 +35,15 @@ class Number:
     @classmethod
     def of(cls, row: Row) -> "Number":
         """Return a row in words, whatever keys it has."""
-        best = row.get("best", {})
-        protocol = ({"lr": best["lr"]} if "lr" in best else {}) | row.get("protocol", {})
+        best = row.get("best") or {}
+        protocol = ({"lr": best["lr"]} if "lr" in best else {}) | (row.get("protocol") or {})
         return cls(
             str(row.get("kind", "")),
             str(row.get("step", "")),
             _percent(row.get("top1", best.get("top1"))),
             _percent(row.get("top5", best.get("top5"))),
             ", ".join(f"{key}={_in_words(value)}" for key, value in protocol.items()),
-            [f"{name}: {_described(one)}" for name, one in row.get("sets", {}).items()],
+            [f"{name}: {_described(one)}" for name, one in (row.get("sets") or {}).items()],
         )
 
 

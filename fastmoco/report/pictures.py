@@ -32,7 +32,7 @@ def draw_filters(path: Path, weight: torch.Tensor) -> None:
     filters = weight.float().cpu().permute(0, 2, 3, 1).numpy()
     low, high = (bound(filters, axis=(1, 2, 3), keepdims=True) for bound in (np.min, np.max))
     levels = (255 * (filters - low) / np.maximum(high - low, 1e-12)).round().astype(np.uint8)
-    columns = math.gcd(len(levels), 16)
+    columns = math.gcd(len(levels), 8)
     Image.fromarray(grid_of(list(levels.reshape(-1, columns, *levels.shape[1:])))).save(path)
 
 
@@ -44,7 +44,7 @@ def draw_maps(path: Path, maps: Mapping[str, torch.Tensor]) -> None:
 
 
 def _size(found: torch.Tensor) -> str:
-    return " × ".join(map(str, found.shape))
+    return "×".join(map(str, found.shape))  # without spaces: there is room for ten letters
 
 
 def _coloured(found: torch.Tensor, side: int) -> Images:
@@ -102,7 +102,7 @@ def draw_plane(path: Path, places: npt.NDArray[np.float64], labels: Ids, classes
     figure = figure_of(6.4, 6.4)
     axes = figure.add_axes((0, 0, 1, 1))
     colours = np.array(colours_of(classes))[labels]
-    axes.scatter(places[:, 0], places[:, 1], c=colours, s=14, alpha=0.75, linewidths=0)
+    axes.scatter(places[:, 0], places[:, 1], c=colours, s=18, alpha=0.75, linewidths=0)
     axes.set_axis_off()
     axes.margins(0.03)
     figure.savefig(path, dpi=_DPI)

@@ -278,7 +278,7 @@ def test_the_command(
         cli.main()
     assert not end.value.code
     page = tmp_path / "out" / "report.html"
-    assert capsys.readouterr().out.endswith(f"{page}\n") and page.is_file()
+    assert capsys.readouterr().out == f"{page}\n" and page.is_file()
     shutil.rmtree(run.root)
     with pytest.raises(SystemExit) as end:
         cli.main()
