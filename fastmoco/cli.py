@@ -344,6 +344,25 @@ def probe(
 
 
 @app.command()
+def report(
+    run: _Run,
+    out: Annotated[Path | None, typer.Option(help="A folder. [default: RUN/report]")] = None,
+    train: _Train = None,
+    test: _Test = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images of each set to look at, at the most.")
+    ] = 10_000,
+    device: _Device = "auto",
+) -> None:
+    """Draw a run on one HTML page: curves, neighbours, errors, filters, all its numbers."""
+    from fastmoco.report.page import report as write
+
+    words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
+    print(words, file=sys.stderr)
+    print(write(run, out, train, test, samples, device))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,

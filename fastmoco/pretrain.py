@@ -114,7 +114,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     try:
         draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
     except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[plots]')")
+        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
     last_step = recipe.last_step(plan.steps_per_epoch)
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.figures import GAP, LEFT, TOP, draw_curves, draw_views, zoom_of
+from fastmoco.figures import GAP, LEFT, TOP, curves_in, draw_curves, draw_views, zoom_of
 
 SIDE = 16
 ZOOM = zoom_of(SIDE)
@@ -93,3 +93,19 @@ def test_curves_draw_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_without_monitor_has_curves_too(tmp_path: Path) -> None:
     draw_curves(tmp_path / "curves.png", [r for r in METRICS if r["kind"] == "step"], 64, "title")
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_more_numbers_make_more_panels_and_none_make_none(tmp_path: Path) -> None:
+    more = [row | {"pretext_top1": 0.25, "data_wait_percent": 3.0} for row in METRICS]
+    titles = [curve.title for curve in curves_in(more)]
+    assert len(titles) == 6 and len(curves_in(METRICS)) == 4
+    (pretext,) = [curve for curve in curves_in(more) if curve.key == "pretext_top1"]
+    assert pretext.points(more) == ([0.5, 1.0], [25.0, 25.0]), "a share, drawn in percent"
+    draw_curves(tmp_path / "curves.png", more, 1024, "title")
+    with Image.open(tmp_path / "curves.png") as plot:
+        assert plot.size == (1000, 960)
+    odd = [{"kind": "step", "epoch": 1, "loss": float("nan"), "lr": 0.0}, {"kind": "bad"}]
+    assert [curve.key for curve in curves_in(odd)] == ["lr"]
+    for rows in (odd, []):
+        draw_curves(tmp_path / "few.png", rows, 1024, "title")
+        assert (tmp_path / "few.png").is_file()

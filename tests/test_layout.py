@@ -14,7 +14,7 @@ PACKAGE = Path(fastmoco.__file__).parent
 ORDER = [
     {"cli"},
     {"bench"},
-    {"demo"},
+    {"demo", "report"},
     {"preview"},
     {"pretrain"},
     {"display", "figures", "outlook", "trackers"},

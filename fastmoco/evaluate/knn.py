@@ -27,6 +27,12 @@ class Neighbours:
     k: int = 200
     t: float = 0.1
 
+    def nearest(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (M, count) cosine similarities and rows of the bank, the nearest one first."""
+        similarity = normalize(queries, dim=1) @ normalize(self.features, dim=1).T
+        best, rows = similarity.topk(min(count, len(self.features)), dim=1)
+        return best, rows
+
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the (chunk, classes) votes for (M, dim) queries, chunk by chunk."""
         bank = normalize(self.features, dim=1).T
