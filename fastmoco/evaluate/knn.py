@@ -35,7 +35,7 @@ class Neighbours:
     t: float = 0.1
 
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the (chunk, classes) votes for (M, dim) queries, the nearest neighbour's being 1."""
+        """Yield (chunk, classes) votes for (M, dim) queries; that of the nearest neighbour is 1."""
         for chunk in torch.split(normalize(queries, dim=1), _CHUNK):
             similarity, index = self._nearest(chunk)
             # A factor that all votes share changes nothing, and large ones would overflow.

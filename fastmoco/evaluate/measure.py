@@ -1,5 +1,6 @@
-"""What a classifier got right: top-1, top-5, each class, confusion; the same for every evaluation."""
+"""What a classifier got right: top-1, top-5, each class, confusion; the same for all of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +43,26 @@ class Predictions:
         """Return what (n, classes) logits say."""
         return cls.of(logits, labels, logits.softmax(dim=1).amax(dim=1))
 
+    @classmethod
+    def cat(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Return the predictions of all parts, in order."""
+        return cls(
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.predicted for part in parts]),
+            torch.cat([part.place for part in parts]),
+            torch.cat([part.confidence for part in parts]),
+            parts[0].classes,
+        )
+
     def gathered(self, ranks: Ranks, labels: torch.Tensor) -> "Predictions":
-        """Return the predictions of all ranks, each of which holds its `Ranks.share` of `labels`."""
+        """Return the predictions of all ranks; each holds those of its share of `labels`."""
         if ranks.size == 1:
             return self
         own = torch.stack([self.predicted, self.place, self.confidence], dim=1).double()
         rows = own.new_zeros(-(-len(labels) // ranks.size), 3)  # equal shares, as a gather needs
         rows[: len(own)] = own
         predicted, place, confidence = ranks.gather(rows)[: len(labels)].T
-        return Predictions(
-            labels, predicted.long(), place.long(), confidence.float(), self.classes
-        )
+        return Predictions(labels, predicted.long(), place.long(), confidence.float(), self.classes)
 
     def top(self, k: int) -> float:
         """Return the percentage of samples whose class is among the first k."""

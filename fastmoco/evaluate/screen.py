@@ -71,7 +71,8 @@ class Screen:
         reached = wider.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
         bound = error * (1 + self._error) + self._error + _ROUNDING
         low = torch.tensor(-torch.inf, dtype=best.dtype)
-        return torch.nextafter((reached - 2 * bound).bfloat16(), low)[:, None]
+        cut: torch.Tensor = torch.nextafter((reached - 2 * bound).bfloat16(), low)
+        return cut[:, None]
 
     def _exact(
         self, queries: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, k: int
@@ -90,7 +91,8 @@ class Screen:
 
 def _rounding(exact: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
     """Return (n,) lengths of what rounding took from each row."""
-    return (exact - coarse.float()).norm(dim=1)
+    lengths: torch.Tensor = torch.linalg.vector_norm(exact - coarse.float(), dim=1)
+    return lengths
 
 
 def _products(
@@ -103,4 +105,6 @@ def _products(
         warnings.filterwarnings("ignore", "Sparse CSR")  # torch calls it a beta
         # Columns of a row do not ascend: products do not mind, the check would.
         wanted = torch.sparse_csr_tensor(starts, columns, nothing, size, check_invariants=False)
-        return torch.sparse.sampled_addmm(wanted, queries, bank.T, beta=0.0).values()
+        products: torch.Tensor = torch.sparse.sampled_addmm(wanted, queries, bank.T, beta=0.0)
+        found: torch.Tensor = products.values()
+    return found
