@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastmoco.bench.commands import app as bench_app
-from fastmoco.errors import FastmocoError
+from fastmoco.errors import FastmocoError, UsageError
 
 if TYPE_CHECKING:
+    from fastmoco.evaluate.evaluation import Evaluation
     from fastmoco.shardset import Manifest
 
 INTERRUPTED = 130
@@ -40,7 +41,8 @@ def main() -> None:
     try:
         app()
     except FastmocoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _end_interrupted()
@@ -281,6 +283,9 @@ _Labels = Annotated[
 _Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 _Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Precision = Annotated[
+    Literal["bf16", "fp32"] | None, typer.Option(help="Of the network. [default: the run's]")
+]
 
 
 @app.command()
@@ -294,14 +299,13 @@ def knn(
     ] = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
     t: Annotated[float, typer.Option(help="Temperature of their weights.")] = 0.1,
+    precision: _Precision = None,
     device: _Device = "auto",
 ) -> None:
     """Classify a test set by its nearest neighbours among the features of a run."""
-    from fastmoco.evaluate.evaluation import Evaluation
-
-    found = Evaluation.open(run, train, test, device, labels).knn(feature, k, t)
-    print(f"kNN top-1 {found['top1']:.2f} %  ({feature} features, k {k}, t {t:g})")
-    print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        found = opened.knn(feature, k, t)
+        _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
 
 
 @app.command()
@@ -312,17 +316,21 @@ def probe(
     labels: _Labels = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Repeatable. [default: 0.1 0.3 1 3 10 30]")
+        list[float] | None, typer.Option(help="Repeatable. [default: ten, 0.003 to 100]")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
+    schedule: Annotated[
+        Literal["step", "cosine"], typer.Option(help="Of the rates; the paper's are steps.")
+    ] = "step",
+    warmup: Annotated[float, typer.Option(min=0, help="Epochs of a linear rise.")] = 0,
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    precision: _Precision = None,
     device: _Device = "auto",
 ) -> None:
     """Train linear classifiers on the frozen backbone of a run: the linear-probe number."""
-    from fastmoco.evaluate.evaluation import Evaluation
     from fastmoco.evaluate.probe import Protocol
 
     protocol = Protocol(
@@ -331,16 +339,110 @@ def probe(
         batch=batch,
         seed=seed,
         features="cached" if cached else "augmented",
+        schedule=schedule,
+        warmup=warmup,
     )
-    evaluation = Evaluation.open(run, train, test, device, labels)
-    with _progress("probe") as on_progress:
-        found = evaluation.probe(protocol, lambda done: on_progress(done, epochs))
-    print(f"linear probe, {protocol.features} features, {epochs} epochs")
-    for score in found["learning_rates"]:
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        with _progress("probe") as on_progress:
+            found = opened.probe(protocol, lambda done: on_progress(done, epochs))
+        _tell(opened, found, f"linear probe, {protocol.features} features, {epochs} epochs")
+
+
+@app.command()
+def finetune(
+    run: _Run,
+    train: _Train = None,
+    test: _Test = None,
+    labels: _Labels = None,
+    fraction: Annotated[float, typer.Option(help="Of the labels of each class, 0..1.")] = 1,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Random weights: the supervised baseline.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="[default: 30, and at least 1000 steps]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Of the backbone. [default: 0.02; from scratch 0.1]")
+    ] = None,
+    head_lr: Annotated[
+        float | None,
+        typer.Option(help="Of the classifier. [default: 10 x lr; from scratch lr]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of all weights.")] = 1e-4,
+    normalize: Annotated[
+        Literal["run", "imagenet", "set"], typer.Option(help="Whose mean and deviation.")
+    ] = "run",
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of labels, order and random weights.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
+    precision: _Precision = None,
+    device: _Device = "auto",
+) -> None:
+    """Train backbone and classifier on labels, all or a fraction, and test them."""
+    from fastmoco.evaluate.finetune import Tuning
+    from fastmoco.evaluate.finetune import finetune as tune
+
+    if not 0 < fraction <= 1:
+        raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
+    tuning = Tuning(
+        fraction=fraction,
+        from_scratch=from_scratch,
+        epochs=epochs,
+        steps=steps,
+        lr=lr,
+        head_lr=head_lr,
+        batch=batch,
+        weight_decay=weight_decay,
+        seed=seed,
+        normalize=normalize,
+        size=size,
+    )
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        with _progress("finetune") as on_progress:
+            found = tune(opened, tuning, on_progress, save)
+        start = "from scratch" if from_scratch else "from the run's backbone"
+        images, steps_done = found["labels"]["images"], found["budget"]["steps"]
+        _tell(opened, found, f"fine-tuned {start} on {images} labels, {steps_done} steps")
+
+
+@contextmanager
+def _evaluation(
+    run: Path,
+    train: Path | None,
+    test: Path | None,
+    device: str,
+    labels: str | None,
+    precision: str | None,
+) -> Iterator["Evaluation"]:
+    """Open a run and its labelled sets, on the ranks that torchrun started."""
+    from fastmoco.distributed import joined
+    from fastmoco.evaluate.evaluation import Evaluation
+
+    with joined(device) as (ranks, _):
+        opened = Evaluation.open(run, train, test, device, labels, precision, ranks)
+        if ranks.leads:
+            for caution in opened.cautions:
+                print(f"warning: {caution}", file=sys.stderr)
+        yield opened
+
+
+def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
+    """Print a result on the first rank."""
+    if not opened.ranks.leads:
+        return
+    print(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
         accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
         print(f"  lr {score['lr']:<5g} {accuracies}{mark}")
-    print(f"  step {found['step']}, recorded in {run / 'evaluations.jsonl'}")
+    shares = zip(found["per_class"], opened.test.classes, strict=True)
+    lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
+    print("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
+    print(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")
 
 
 @app.command()

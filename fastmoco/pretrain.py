@@ -14,6 +14,7 @@ from fastmoco.config import Monitor, Recipe, load_recipe
 from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import DataError, FastmocoError, UsageError
+from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
@@ -162,6 +163,9 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
 
 def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
+    if ranks.leads:
+        for caution in cautions(bank, queries):
+            print(f"warning: {caution}", file=sys.stderr)
     bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
     def knn(encoder: Encoder) -> dict[str, float]:
@@ -170,7 +174,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
             for one in (bank, queries)
         )
         neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
-        return {"knn_top1": neighbours.accuracy(asked, query_labels)}
+        return {"knn_top1": neighbours.accuracy(asked, query_labels, ranks)}
 
     return knn
 

@@ -393,14 +393,15 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
             that name if it has one, else to the labels that it was packed with.
 
     Raises:
-        DataError: one has no labels, one class only, or other classes than the other.
+        DataError: one has no labels, images of one class only, labels without a class, or other
+            classes than the other.
     """
     first = Labelled.of(ShardSet(bank), table)
     asked = ShardSet(queries)
     has_table = table is not None and label_path(asked, table).with_suffix(".json").exists()
     second = Labelled.of(asked, table if has_table else None)
     for one in (first, second):
-        _refuse_unlabelled(one)
+        _refuse_unfit(one)
     if first.classes != second.classes:
         odd = sorted(set(first.classes) ^ set(second.classes))[:5]
         what = ", ".join(odd) or "the same names in another order"
@@ -411,7 +412,7 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
     return first, second
 
 
-def _refuse_unlabelled(one: Labelled) -> None:
+def _refuse_unfit(one: Labelled) -> None:
     if len(one.classes) < 2:
         raise DataError(
             f"{one.set.root} has {len(one.classes)} classes; an accuracy needs two or more: pack "
@@ -419,3 +420,14 @@ def _refuse_unlabelled(one: Labelled) -> None:
         )
     if not len(one.ids):
         raise DataError(f"{one.set.root} has classes, but no sample has a label.")
+    if one.labels.max() >= len(one.classes):
+        raise DataError(
+            f"{one.set.root} has a label {one.labels.max()}, but only {len(one.classes)} classes: "
+            "name every class, or leave those samples unlabelled."
+        )
+    if len(one.ids) > 1 and one.labels.min() == one.labels.max():
+        raise DataError(
+            f"All labelled images of {one.set.root} are of one class "
+            f"({one.classes[one.labels[0]]!r}): any guess of it would be 100 % right. Look at how "
+            "its folders were packed, by `fastmoco inspect`."
+        )

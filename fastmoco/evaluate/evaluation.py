@@ -1,41 +1,37 @@
 """From a run folder to a number: opens what an evaluation needs, and writes down what it found."""
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastmoco.config import Recipe, View
+from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import UsageError
+from fastmoco.evaluate.cautions import cautions
+from fastmoco.evaluate.crops import Crops
 from fastmoco.evaluate.embed import Feature, Sight, embed, sight_of
 from fastmoco.evaluate.frozen import load_encoder, unchanged
 from fastmoco.evaluate.knn import Neighbours
+from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.probe import (
     Heads,
     Pair,
     Protocol,
-    Score,
-    probe_cached,
+    judge,
     record,
     scores,
+    train_cached,
     train_heads,
 )
-from fastmoco.load.loader import Loader
-from fastmoco.load.order import Chosen, Ids, Shuffled
-from fastmoco.load.plan import Plan
+from fastmoco.evaluate.record import append
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Collection, Labelled, labelled_pair
-
-# As in the paper's probe: RandomResizedCrop and flip, no colour change.
-_PROBE_VIEW = View(scale=(0.08, 1.0), flip=0.5)
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,8 @@ class Evaluation:
         step: of the checkpoint.
         sight: how images are shown.
         train, test: labelled samples with equal class lists.
+        ranks: the first one writes; all of them get every number.
+        cautions: what makes the numbers say less than it seems, in words.
     """
 
     run: RunFolder
@@ -58,6 +56,8 @@ class Evaluation:
     sight: Sight
     train: Labelled
     test: Labelled
+    ranks: Ranks = field(default_factory=Ranks)
+    cautions: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -67,6 +67,8 @@ class Evaluation:
         test: Path | None = None,
         device: str = "auto",
         labels: str | None = None,
+        precision: str | None = None,
+        ranks: Ranks = Ranks(),
     ) -> "Evaluation":
         """Open a run and two labelled sets, by default those of its monitor.
 
@@ -76,6 +78,8 @@ class Evaluation:
             device: "auto", "cpu" or "cuda".
             labels: a side table of the training set, see `shardset.labelled_pair`; None: that of
                 the monitor if both sets are the monitor's, else the packed labels.
+            precision: of the encoder's forward pass, "bf16" or "fp32"; None: the run's.
+            ranks: of this evaluation.
 
         Raises:
             UsageError: no run there, or no sets named.
@@ -83,7 +87,7 @@ class Evaluation:
             DataError: the sets do not fit together.
         """
         run = RunFolder(root)
-        where = device_of(device, 0)
+        where = device_of(device, ranks.local_rank)
         encoder, recipe, step = load_encoder(run, where)
         if recipe.monitor:
             if train is None and test is None:
@@ -91,8 +95,10 @@ class Evaluation:
             train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
-        sight = sight_of(recipe, settings_of(recipe, Ranks(), where))
-        return cls(run, recipe, encoder, step, sight, *labelled_pair(train, test, labels))
+        sight = sight_of(recipe, settings_of(recipe, ranks, where))
+        sight = replace(sight, precision=precision or _frozen_precision(recipe))
+        pair = labelled_pair(train, test, labels)
+        return cls(run, recipe, encoder, step, sight, *pair, ranks, tuple(cautions(*pair, step)))
 
     @property
     def classes(self) -> int:
@@ -102,77 +108,80 @@ class Evaluation:
     def features(self, one: Labelled, feature: Feature) -> Pair:
         """Return the (n, width) fp32 features and (n,) int64 labels of the labelled samples."""
         data = Collection([one.set])
-        found = embed(self.encoder, data, feature, self.sight, ids=one.ids)
+        found = embed(self.encoder, data, feature, self.sight, self.ranks, one.ids)
         return found, torch.from_numpy(one.labels)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
         """Classify the test set by its nearest neighbours in the training set, and record it."""
         bank = Neighbours(*self.features(self.train, feature), self.classes, k, t)
-        top1 = bank.accuracy(*self.features(self.test, feature))
-        protocol = {"feature": feature, "k": k, "t": t}
-        return self._record({"kind": "knn", "top1": top1, "protocol": protocol})
+        found = bank.predict(*self.features(self.test, feature), self.ranks)
+        protocol = {"feature": feature, "k": k, "t": t, "precision": self.sight.precision}
+        return self.record({"kind": "knn", "protocol": protocol}, found)
 
-    def probe(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> dict[str, Any]:
+    def probe(
+        self, protocol: Protocol, on_epoch: Callable[[int], None] = lambda done: None
+    ) -> dict[str, Any]:
         """Train linear classifiers on the frozen backbone, and record their scores.
 
         Args:
             protocol: how.
             on_epoch: called with the epochs done, for a progress bar.
+
+        Raises:
+            UsageError: the ranks cannot share a batch evenly.
         """
         with unchanged(self.encoder):
             test = self.features(self.test, "backbone")
             if protocol.features == "cached":
                 train = self.features(self.train, "backbone")
-                found = probe_cached(train, test, self.classes, protocol, on_epoch)
+                heads = train_cached(train, self.classes, protocol, on_epoch)
             else:
-                found = self._probe_augmented(test, protocol, on_epoch)
-        return self._record(record(found, protocol))
+                heads = self._train_augmented(protocol, on_epoch)
+        found = judge(heads, *test)
+        best = max(found, key=lambda one: one.top(1))
+        result = record(scores(heads, found), protocol)
+        result["protocol"]["precision"] = self.sight.precision
+        return self.record(result, best)
 
-    def _probe_augmented(
-        self, test: Pair, protocol: Protocol, on_epoch: Callable[[int], None]
-    ) -> list[Score]:
+    def _train_augmented(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
         heads = Heads(self.encoder.features, self.classes, protocol.lrs)
         heads.to(self.sight.settings.device)
-        train_heads(heads, self._augmented_epochs(protocol), protocol, on_epoch)
-        return scores(heads.cpu(), *test)
+        crops = self._crops(protocol)
+        epochs = self._augmented_epochs(crops, protocol.epochs)
+        per_epoch = crops.plan.steps_per_epoch
+        train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.ranks)
+        return heads.cpu()
 
-    def _augmented_epochs(self, protocol: Protocol) -> Iterator[Iterator[Pair]]:
+    def _crops(self, protocol: Protocol) -> Crops:
+        return Crops(
+            self.train, self.train.ids, protocol.batch, protocol.seed, self.sight, self.ranks
+        )
+
+    def _augmented_epochs(self, crops: Crops, epochs: int) -> Iterator[Iterator[Pair]]:
         """Yield the epochs of features of freshly cropped and flipped images."""
-        order = Chosen(self.train.ids, Shuffled(len(self.train.ids), protocol.seed))
-        plan = Plan(len(order), min(protocol.batch, len(order)), protocol.seed, order)
-        loader = Loader(
-            Collection([self.train.set]),
-            plan,
-            [_PROBE_VIEW],
-            size=self.sight.size,
-            mean=self.sight.mean,
-            std=self.sight.std,
-            settings=self.sight.settings,
-        )
-        device = self.sight.settings.device
-        pairs = (
-            (self._backbone(batch.views[0]), self._labels_of(batch.ids).to(device))
-            for batch in loader.batches()
-        )
-        for _ in range(protocol.epochs):
-            yield islice(pairs, plan.steps_per_epoch)
-
-    def _labels_of(self, ids: Ids) -> torch.Tensor:
-        return torch.from_numpy(self.train.labels[np.searchsorted(self.train.ids, ids)])
+        pairs = ((self._backbone(images), labels) for images, labels in crops.batches())
+        for _ in range(epochs):
+            yield islice(pairs, crops.plan.steps_per_epoch)
 
     @torch.no_grad()
     def _backbone(self, images: torch.Tensor) -> torch.Tensor:
         with self.sight.autocast():
-            features: torch.Tensor = self.encoder.backbone(self.sight.cast(images))
+            features: torch.Tensor = self.encoder.backbone(images)
         return features.float()
 
-    def _record(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Add what the number was measured on, and append it to the run's evaluations."""
+    def record(self, result: dict[str, Any], found: Predictions) -> dict[str, Any]:
+        """Add what the numbers were measured on, and append them to the run's evaluations."""
         sets = {name: _described(one) for name, one in (("train", self.train), ("test", self.test))}
         result |= {"run": self.recipe.name, "step": self.step, "sets": sets}
-        with (self.run.root / "evaluations.jsonl").open("a") as stream:
-            stream.write(json.dumps(result) + "\n")
-        return result
+        result |= {"cautions": list(self.cautions)}
+        if not self.ranks.leads:
+            return result | found.summary()
+        return append(self.run, result, found, self.test)
+
+
+def _frozen_precision(recipe: Recipe) -> str:
+    """Return the precision to evaluate in: fp64 is a matter of the training's own exactness."""
+    return "bf16" if recipe.precision == "bf16" else "fp32"
 
 
 def _described(one: Labelled) -> dict[str, Any]:

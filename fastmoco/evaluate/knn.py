@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import normalize
 
-_CHUNK = 512  # queries at a time: the similarities never fill more than (512, N)
+from fastmoco.distributed import Ranks
+from fastmoco.evaluate.measure import Predictions
+from fastmoco.evaluate.screen import Nearest, Screen, pays
+
+_CHUNK = 256  # queries at a time: the similarities never fill more than (256, N)
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """A labelled bank of features to look queries up in.
+
+    Which of several neighbours that are equally near at place k votes is not defined.
 
     Attributes:
         features: (N, dim) fp32; normalised here.
@@ -34,14 +41,39 @@ class Neighbours:
         return best, rows
 
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the (chunk, classes) votes for (M, dim) queries, chunk by chunk."""
-        bank = normalize(self.features, dim=1).T
+        """Yield (chunk, classes) votes for (M, dim) queries; that of the nearest neighbour is 1."""
         for chunk in torch.split(normalize(queries, dim=1), _CHUNK):
-            similarity, index = (chunk @ bank).topk(min(self.k, len(self.features)), dim=1)
+            similarity, index = self._nearest(chunk)
+            # A factor that all votes share changes nothing, and large ones would overflow.
+            weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / self.t).exp()
             votes = torch.zeros(len(chunk), self.classes)
-            yield votes.scatter_add_(1, self.labels[index], (similarity / self.t).exp())
+            yield votes.scatter_add_(1, self.labels[index], weights)
 
-    def accuracy(self, queries: torch.Tensor, labels: torch.Tensor) -> float:
+    def predict(
+        self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()
+    ) -> Predictions:
+        """Return what the neighbours say of all (M, dim) queries; each rank asks for its share."""
+        own = ranks.share(len(queries))
+        none = torch.zeros(0, self.classes)  # a rank may have no share
+        votes = torch.cat([none, *self.scores(queries[own])])
+        confidence = votes.amax(dim=1) / votes.sum(dim=1)
+        return Predictions.of(votes, labels[own], confidence).gathered(ranks, labels)
+
+    def accuracy(
+        self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()
+    ) -> float:
         """Return the percentage of (M, dim) queries whose top vote is their label."""
-        found = torch.cat([votes.argmax(dim=1) for votes in self.scores(queries)])
-        return 100 * (found == labels).float().mean().item()
+        return self.predict(queries, labels, ranks).top(1)
+
+    def _nearest(self, queries: torch.Tensor) -> Nearest:
+        found = self._screen.nearest(queries, self.k) if self._screen else None
+        # Too small a bank for the screen, or one in which nearly all is equally near.
+        return found or (queries @ self._bank.T).topk(min(self.k, len(self._bank)), dim=1)
+
+    @cached_property
+    def _bank(self) -> torch.Tensor:
+        return normalize(self.features, dim=1)
+
+    @cached_property
+    def _screen(self) -> Screen | None:
+        return Screen(self._bank, _CHUNK) if pays(self._bank, self.k) else None

@@ -6,10 +6,16 @@ weight decay, batch 256, 100 epochs, rate times 0.1 after 60 % and 80 % of them.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from fastmoco.distributed import Ranks
+from fastmoco.evaluate.measure import Predictions
+from fastmoco.evaluate.schedule import cosine
+
+_CHUNK = 1024  # samples scored at a time: their logits are of all heads and classes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -21,20 +27,28 @@ class Protocol:
     Attributes:
         epochs: of training; the milestones scale with them.
         lrs: one head each.
-        batch: images a step.
+        batch: images a step over all ranks.
         seed: of the order.
         features: "cached" (one central view, embedded once) or "augmented" (crop and flip anew
             each epoch, as in the paper).
+        schedule: "step" (the paper's) or "cosine", which falls each step.
+        warmup: epochs of a linear rise before either.
     """
 
     epochs: int = 100
-    lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     batch: int = 256
     seed: int = 0
     features: str = "augmented"
+    schedule: Literal["step", "cosine"] = "step"
+    warmup: float = 0.0
 
-    def rate(self, epoch: int) -> float:
-        """Return what the learning rates are multiplied by in an epoch, counted from 0."""
+    def rate(self, step: int, per_epoch: int) -> float:
+        """Return what the learning rates are multiplied by in a step, counted from 0."""
+        rise = self.warmup * per_epoch
+        if self.schedule == "cosine" or step < rise:
+            return cosine(step, self.epochs * per_epoch, rise)
+        epoch = step // per_epoch
         return 0.1 ** sum(epoch >= milestone * self.epochs for milestone in (0.6, 0.8))
 
 
@@ -85,23 +99,30 @@ class Heads(nn.Module):
 def train_heads(
     heads: Heads,
     epochs: Iterable[Iterable[Pair]],
+    per_epoch: int,
     protocol: Protocol,
-    on_epoch: Callable[[int], None],
+    on_epoch: Callable[[int], None] = lambda done: None,
+    ranks: Ranks = Ranks(),
 ) -> None:
     """Train the heads in place.
 
     Args:
         heads: to train.
         epochs: for each epoch its batches of (n, features) fp32 and (n,) int64 labels.
+        per_epoch: number of batches in each.
         protocol: see `Protocol`.
         on_epoch: called with the epochs done.
+        ranks: each has an equal share of every batch.
     """
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
     for epoch, batches in enumerate(epochs):
-        optimizer.param_groups[0]["lr"] = protocol.rate(epoch)
-        for features, labels in batches:
+        for step, (features, labels) in enumerate(batches, epoch * per_epoch):
+            optimizer.param_groups[0]["lr"] = protocol.rate(step, per_epoch)
             optimizer.zero_grad()
             heads.loss(features, labels).backward()  # type: ignore[no-untyped-call]
+            for parameter in heads.parameters():
+                if parameter.grad is not None:
+                    ranks.mean_(parameter.grad)
             optimizer.step()
         on_epoch(epoch + 1)
 
@@ -117,38 +138,47 @@ def cached_epochs(
 
 
 @torch.no_grad()
-def scores(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Score]:
-    """Return each head's top-1 and top-5 accuracy on (N, features) and (N,) labels."""
-    logits = heads(features)
-    best = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None, None]
-    top1 = 100 * best[:, :, 0].float().mean(dim=0)
-    top5 = 100 * best.any(dim=2).float().mean(dim=0)
-    table = zip(heads.rates, top1.tolist(), top5.tolist(), strict=True)
-    return [Score(*row) for row in table]
+def judge(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Predictions]:
+    """Return what each head says of (N, features) fp32 features with (N,) int64 labels."""
+    parts: list[list[Predictions]] = [[] for _ in heads.rates]
+    for some, wanted in zip(
+        torch.split(features, _CHUNK), torch.split(labels, _CHUNK), strict=True
+    ):
+        for logits, own in zip(heads(some).unbind(dim=1), parts, strict=True):
+            own.append(Predictions.of_logits(logits, wanted))
+    return [Predictions.cat(own) for own in parts]
 
 
-def probe_cached(
+def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
+    """Return each head's top-1 and top-5 accuracy."""
+    pairs = zip(heads.rates, found, strict=True)
+    return [Score(lr, one.top(1), one.top(5)) for lr, one in pairs]
+
+
+def train_cached(
     train: Pair,
-    test: Pair,
     classes: int,
     protocol: Protocol,
     on_epoch: Callable[[int], None] = lambda done: None,
-) -> list[Score]:
-    """Train the heads on cached features and score them.
+) -> Heads:
+    """Return heads trained on cached features.
 
     Args:
         train: (N, features) fp32 features and (N,) int64 labels.
-        test: the same of the test set.
         classes: number of labels.
         protocol: see `Protocol`.
         on_epoch: called with the epochs done.
-
-    Returns:
-        One score a learning rate.
     """
     heads = Heads(train[0].shape[1], classes, protocol.lrs)
-    train_heads(heads, cached_epochs(*train, protocol), protocol, on_epoch)
-    return scores(heads, *test)
+    per_epoch = -(-len(train[0]) // protocol.batch)
+    train_heads(heads, cached_epochs(*train, protocol), per_epoch, protocol, on_epoch)
+    return heads
+
+
+def probe_cached(train: Pair, test: Pair, classes: int, protocol: Protocol) -> list[Score]:
+    """Train the heads on cached features and score them on those of a test set."""
+    heads = train_cached(train, classes, protocol)
+    return scores(heads, judge(heads, *test))
 
 
 def best_of(found: Sequence[Score]) -> Score:

@@ -51,7 +51,12 @@ def test_a_result_is_recorded_with_its_protocol_and_its_sets(
     first = evaluation.knn("head", k=3, t=0.2)
     second = evaluation.knn("head", k=5, t=0.2)
     assert rows(evaluation) == [first, second]
-    assert first["kind"] == "knn" and first["protocol"] == {"feature": "head", "k": 3, "t": 0.2}
+    assert first["kind"] == "knn" and first["protocol"] == {
+        "feature": "head",
+        "k": 3,
+        "t": 0.2,
+        "precision": "fp32",
+    }
     assert (first["run"], first["step"]) == ("tiny", 12)
     for name, one in (("train", small_set), ("test", unseen_set)):
         assert first["sets"][name] == {
@@ -90,12 +95,15 @@ def test_a_probe_learns_its_own_training_set(make_run: Make, small_set: ShardSet
 def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
     protocol = Protocol(epochs=2, lrs=(0.05,), batch=10, features="augmented")
     first, second = (evaluation.probe(protocol, lambda done: None) for _ in range(2))
+    assert first.pop("predictions") != second.pop("predictions")
     assert first == second
 
 
 def test_the_augmented_probe_sees_new_crops_each_epoch(evaluation: Evaluation) -> None:
     protocol = Protocol(epochs=2, batch=24)
-    epochs = [list(batches) for batches in evaluation._augmented_epochs(protocol)]
+    epochs = [
+        list(batches) for batches in evaluation._augmented_epochs(evaluation._crops(protocol), 2)
+    ]
     assert [len(batches) for batches in epochs] == [1, 1]
     central = evaluation.features(evaluation.train, "backbone")
     firsts = []
@@ -201,7 +209,7 @@ def test_the_augmented_probe_draws_labelled_samples_only(
     train, test = tables
     some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
     protocol = Protocol(epochs=2, lrs=(0.1,), batch=3)
-    epochs = [list(batches) for batches in some._augmented_epochs(protocol)]
+    epochs = [list(batches) for batches in some._augmented_epochs(some._crops(protocol), 2)]
     assert [len(batches) for batches in epochs] == [2, 2]  # of 7 samples, one is dropped
     assert {label for batches in epochs for _, found in batches for label in found.tolist()} == {
         0,

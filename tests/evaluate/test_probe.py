@@ -11,9 +11,11 @@ from fastmoco.evaluate.probe import (
     Score,
     best_of,
     cached_epochs,
+    judge,
     probe_cached,
     record,
     scores,
+    train_cached,
     train_heads,
 )
 
@@ -64,7 +66,7 @@ def test_each_head_trains_as_if_alone(train: Pair) -> None:
     heads = Heads(DIM, CLASSES, RATES).double()
     data = train[0].double(), train[1]
     alone = [plain_loop(heads, number, data, protocol) for number in range(3)]
-    train_heads(heads, cached_epochs(*data, protocol), protocol, lambda done: None)
+    train_heads(heads, cached_epochs(*data, protocol), 5, protocol)
     weights, biases = heads.weight.view(3, CLASSES, DIM), heads.bias.view(3, CLASSES)
     for number, head in enumerate(alone):
         torch.testing.assert_close(weights[number], head.weight, rtol=1e-9, atol=1e-9)
@@ -74,10 +76,42 @@ def test_each_head_trains_as_if_alone(train: Pair) -> None:
 
 @pytest.mark.parametrize("epochs", [5, 10, 100])
 def test_the_rate_falls_at_60_and_80_percent(epochs: int) -> None:
-    rates = [Protocol(epochs=epochs).rate(epoch) for epoch in range(epochs)]
+    rates = [Protocol(epochs=epochs).rate(4 * epoch + 3, 4) for epoch in range(epochs)]
     first, second = 6 * epochs // 10, 8 * epochs // 10
     expected = [1.0] * first + [0.1] * (second - first) + [0.01] * (epochs - second)
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.5])
+def test_the_cosine_is_torchs_after_a_linear_rise(warmup: float) -> None:
+    per_epoch, rise = 4, int(4 * warmup)
+    protocol = Protocol(epochs=5, schedule="cosine", warmup=warmup)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20 - rise)
+    expected = [(step + 1) / rise for step in range(rise)]
+    for _ in range(20 - rise):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert [protocol.rate(step, per_epoch) for step in range(20)] == pytest.approx(expected)
+
+
+def test_steps_follow_a_warmup() -> None:
+    rates = [Protocol(epochs=10, warmup=2).rate(step, 3) for step in range(30)]
+    assert rates[:6] == pytest.approx([n / 6 for n in range(1, 7)])
+    assert rates[6:] == pytest.approx([1.0] * 12 + [0.1] * 6 + [0.01] * 6)
+
+
+def test_ten_rates_or_more_are_the_default_and_the_papers_is_among_them() -> None:
+    assert len(Protocol.lrs) >= 10 and 30.0 in Protocol.lrs
+
+
+def test_a_head_that_diverged_is_not_right() -> None:
+    heads = Heads(DIM, CLASSES, (0.1,))
+    with torch.no_grad():
+        heads.weight.fill_(torch.nan)
+    found = judge(heads, torch.randn(2000, DIM), torch.arange(2000) % CLASSES)
+    assert scores(heads, found)[0].top1 == pytest.approx(100 / CLASSES)
 
 
 def test_an_epoch_holds_every_sample_once_in_a_new_order(train: Pair) -> None:
@@ -95,8 +129,8 @@ def test_an_epoch_holds_every_sample_once_in_a_new_order(train: Pair) -> None:
 def test_scores_are_scikit_learns(train: Pair, held_out: Pair) -> None:
     protocol = Protocol(epochs=2, lrs=RATES, batch=50)
     heads = Heads(DIM, CLASSES, RATES)
-    train_heads(heads, cached_epochs(*train, protocol), protocol, lambda done: None)
-    for number, score in enumerate(scores(heads, *held_out)):
+    train_heads(heads, cached_epochs(*train, protocol), 5, protocol)
+    for number, score in enumerate(scores(heads, judge(heads, *held_out))):
         logits = heads(held_out[0])[:, number].detach().numpy()
         top5 = top_k_accuracy_score(held_out[1], logits, k=5, labels=range(CLASSES))
         assert score.lr == RATES[number]
@@ -107,7 +141,7 @@ def test_scores_are_scikit_learns(train: Pair, held_out: Pair) -> None:
 
 def test_two_classes_have_a_top5() -> None:
     heads = Heads(DIM, 2, (0.1,))
-    (score,) = scores(heads, torch.randn(6, DIM), torch.tensor([0, 1] * 3))
+    (score,) = scores(heads, judge(heads, torch.randn(6, DIM), torch.tensor([0, 1] * 3)))
     assert score.top5 == 100
 
 
@@ -126,9 +160,9 @@ def test_features_that_know_the_label_beat_features_that_do_not(
     assert informed.top1 > 35
 
 
-def test_progress_is_told_after_each_epoch(train: Pair, held_out: Pair) -> None:
+def test_progress_is_told_after_each_epoch(train: Pair) -> None:
     told: list[int] = []
-    probe_cached(train, held_out, CLASSES, Protocol(epochs=3, lrs=(0.1,)), told.append)
+    train_cached(train, CLASSES, Protocol(epochs=3, lrs=(0.1,)), told.append)
     assert told == [1, 2, 3]
 
 

@@ -1,0 +1,225 @@
+"""Fine-tuning: backbone and a new linear classifier trained end to end, or the same from scratch.
+
+The protocol of semi-supervised evaluation where only a fraction of the labels is used (Chen et al.
+2020, "A Simple Framework ...", section 4.1), of transfer where the set is another one, and of the
+supervised baseline where the weights are random.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmoco.distributed import Ranks
+from fastmoco.errors import UsageError
+from fastmoco.evaluate.crops import Crops
+from fastmoco.evaluate.embed import Sight, embed
+from fastmoco.evaluate.evaluation import Evaluation
+from fastmoco.evaluate.measure import Predictions
+from fastmoco.evaluate.schedule import cosine
+from fastmoco.files import new_folder, write_json
+from fastmoco.load.loader import Triple
+from fastmoco.load.subset import stratified
+from fastmoco.models.resnet import Encoder
+from fastmoco.shardset import Collection
+
+Normalize = Literal["run", "imagenet", "set"]
+
+_EPOCHS, _LEAST_STEPS = 30, 1000
+_IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a network is trained on labels.
+
+    Attributes:
+        fraction: of the labels of each class, 0..1; at least one of each.
+        from_scratch: random weights, the supervised baseline, instead of the run's.
+        epochs: over the chosen images.
+        steps: instead of epochs; neither: 30 epochs, and at least 1000 steps.
+        lr: of the backbone; falls by a cosine. None: 0.02, and 0.1 from scratch.
+        head_lr: of the classifier. None: ten times `lr`, and `lr` from scratch.
+        batch: images a step over all ranks; BatchNorm averages over those of one rank.
+        weight_decay: of all weights.
+        seed: of the choice of labels, the order, the crops and the random weights.
+        normalize: by the mean and deviation of the run, of ImageNet or of the training set.
+        size: side of the images, pixels; small ones are enlarged. None: the run's.
+    """
+
+    fraction: float = 1.0
+    from_scratch: bool = False
+    epochs: int | None = None
+    steps: int | None = None
+    lr: float | None = None
+    head_lr: float | None = None
+    batch: int = 256
+    weight_decay: float = 1e-4
+    seed: int = 0
+    normalize: Normalize = "run"
+    size: int | None = None
+
+    def resolved(self, images: int, size: int) -> "Tuning":
+        """Return the protocol with nothing left open.
+
+        Args:
+            images: with a label.
+            size: of the run.
+        """
+        batch = min(self.batch, images)
+        lr = self.lr or (0.1 if self.from_scratch else 0.02)
+        return replace(
+            self,
+            batch=batch,
+            steps=self._steps(images // batch),
+            lr=lr,
+            head_lr=self.head_lr or (lr if self.from_scratch else 10 * lr),
+            size=self.size or size,
+        )
+
+    def _steps(self, per_epoch: int) -> int:
+        if self.steps or self.epochs:
+            return self.steps or (self.epochs or 0) * per_epoch
+        return max(_EPOCHS * per_epoch, _LEAST_STEPS)
+
+
+def finetune(
+    evaluation: Evaluation,
+    tuning: Tuning,
+    on_step: Callable[[int, int], None] = lambda done, steps: None,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Train a run's backbone with a new classifier on labels, test it, and record the accuracy.
+
+    Args:
+        evaluation: the run and the labelled sets.
+        tuning: how.
+        on_step: called with the steps done and their number.
+        save: a new folder for the weights.
+
+    Raises:
+        UsageError: `save` exists, or the ranks cannot share a batch evenly.
+    """
+    if save and save.exists():
+        raise UsageError(f"{save} exists: choose another folder by --save.")
+    train, ranks = evaluation.train, evaluation.ranks
+    places = stratified(train.labels.astype(np.int32), tuning.fraction, tuning.seed)
+    protocol = tuning.resolved(len(places), evaluation.sight.size)
+    sight = _sight(evaluation, protocol)
+    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, sight, ranks)
+    network = _network(evaluation, protocol)
+    _train(network, crops, protocol, on_step)
+    found = _tested(network, evaluation, sight)
+    if save and ranks.leads:
+        _save(save, network, evaluation, sight)
+    counts = np.bincount(train.labels[places], minlength=evaluation.classes)
+    row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), ranks)
+    return evaluation.record(row, found)
+
+
+def _sight(evaluation: Evaluation, protocol: Tuning) -> Sight:
+    assert protocol.size, "the protocol is not resolved"
+    sight, about = evaluation.sight, evaluation.train.set.manifest
+    mean, std = {
+        "run": (sight.mean, sight.std),
+        "imagenet": _IMAGENET,
+        "set": (_triple(about.mean), _triple(about.std)),
+    }[protocol.normalize]
+    return replace(sight, size=protocol.size, mean=mean, std=std)
+
+
+def _triple(values: Sequence[float]) -> Triple:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _network(evaluation: Evaluation, protocol: Tuning) -> Encoder:
+    """Return backbone and classifier on the device: an encoder whose head gives the logits."""
+    recipe = evaluation.recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(protocol.seed)
+        network = Encoder(recipe.arch, recipe.stem, "linear", evaluation.classes)
+        weight, bias = network.head.parameters()
+        nn.init.normal_(weight, std=0.01)
+        nn.init.zeros_(bias)
+    if not protocol.from_scratch:
+        network.backbone.load_state_dict(evaluation.encoder.backbone.state_dict())
+    return network.to(evaluation.sight.settings.device)
+
+
+def _train(
+    network: Encoder, crops: Crops, protocol: Tuning, on_step: Callable[[int, int], None]
+) -> None:
+    """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
+    assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
+    groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
+    optimizer = torch.optim.SGD(
+        [{"params": part.parameters(), "lr": lr} for part, lr in groups],
+        momentum=0.9,
+        weight_decay=protocol.weight_decay,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, protocol.steps or 1)
+    )
+    module = crops.ranks.wrap(network.train())
+    for done, (images, labels) in enumerate(islice(crops.batches(), protocol.steps), 1):
+        with crops.sight.autocast():
+            logits = module(images)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        on_step(done, protocol.steps)
+    for statistic in network.buffers():
+        if statistic.is_floating_point():
+            crops.ranks.mean_(statistic)
+
+
+def _tested(network: Encoder, evaluation: Evaluation, sight: Sight) -> Predictions:
+    test = evaluation.test
+    data = Collection([test.set])
+    logits = embed(network.eval(), data, "head", sight, evaluation.ranks, test.ids)
+    return Predictions.of_logits(logits, torch.from_numpy(test.labels))
+
+
+def _row(protocol: Tuning, sight: Sight, counts: dict[str, int], ranks: Ranks) -> dict[str, Any]:
+    """Return the result's row before its numbers: the whole protocol and what it cost."""
+    images = sum(counts.values())
+    seen = (protocol.steps or 0) * protocol.batch
+    return {
+        "kind": "finetune",
+        "protocol": {
+            **asdict(protocol),
+            "epochs": seen / images,
+            "optimizer": "sgd 0.9",
+            "schedule": "cosine",
+            "precision": sight.precision,
+            "mean": sight.mean,
+            "std": sight.std,
+            "bn_batch": protocol.batch // ranks.size,
+        },
+        "budget": {"steps": protocol.steps, "images_seen": seen},
+        "labels": {"images": images, "per_class": counts},
+    }
+
+
+def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Sight) -> None:
+    """Write `weights.pt`, keys `backbone.*` and `head.*`, and what it takes to use them."""
+    recipe = evaluation.recipe
+    about = {
+        "arch": recipe.arch,
+        "stem": recipe.stem,
+        "classes": evaluation.train.classes,
+        "size": sight.size,
+        "mean": sight.mean,
+        "std": sight.std,
+    }
+    with new_folder(out) as folder:
+        torch.save(network.state_dict(), folder / "weights.pt")
+        write_json(folder / "about.json", about)

@@ -1,0 +1,84 @@
+"""What a classifier got right: top-1, top-5, each class, confusion; the same for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastmoco.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier said of each sample.
+
+    Attributes:
+        labels: (n,) int64, the truth.
+        predicted: (n,) int64, the class with the highest score.
+        place: (n,) int64, classes that came before the true one; 0: it is right.
+        confidence: (n,) fp32, the share of the predicted class, 0..1.
+        classes: their number.
+    """
+
+    labels: torch.Tensor
+    predicted: torch.Tensor
+    place: torch.Tensor
+    confidence: torch.Tensor
+    classes: int
+
+    @classmethod
+    def of(
+        cls, scores: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor
+    ) -> "Predictions":
+        """Return what (n, classes) scores say; of equal scores the lower class comes first."""
+        scores = scores.nan_to_num(nan=-torch.inf)  # nothing compares with NaN: all would be right
+        own = scores.gather(1, labels[:, None])
+        earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+        place = ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
+        return cls(labels, scores.argmax(dim=1), place, confidence, scores.shape[1])
+
+    @classmethod
+    def of_logits(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Predictions":
+        """Return what (n, classes) logits say."""
+        return cls.of(logits, labels, logits.softmax(dim=1).amax(dim=1))
+
+    @classmethod
+    def cat(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Return the predictions of all parts, in order."""
+        return cls(
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.predicted for part in parts]),
+            torch.cat([part.place for part in parts]),
+            torch.cat([part.confidence for part in parts]),
+            parts[0].classes,
+        )
+
+    def gathered(self, ranks: Ranks, labels: torch.Tensor) -> "Predictions":
+        """Return the predictions of all ranks; each holds those of its share of `labels`."""
+        if ranks.size == 1:
+            return self
+        own = torch.stack([self.predicted, self.place, self.confidence], dim=1).double()
+        rows = own.new_zeros(-(-len(labels) // ranks.size), 3)  # equal shares, as a gather needs
+        rows[: len(own)] = own
+        predicted, place, confidence = ranks.gather(rows)[: len(labels)].T
+        return Predictions(labels, predicted.long(), place.long(), confidence.float(), self.classes)
+
+    def top(self, k: int) -> float:
+        """Return the percentage of samples whose class is among the first k."""
+        return 100 * (self.place < k).double().mean().item()
+
+    def confusion(self) -> torch.Tensor:
+        """Return (classes, classes) int64 counts: true class down, predicted class across."""
+        cells = self.labels * self.classes + self.predicted
+        return torch.bincount(cells, minlength=self.classes**2).view(self.classes, -1)
+
+    def per_class(self) -> list[float | None]:
+        """Return the percentage of each class that is found; None where there is no sample."""
+        counts = self.confusion()
+        pairs = zip(counts.diagonal().tolist(), counts.sum(dim=1).tolist(), strict=True)
+        return [100 * right / total if total else None for right, total in pairs]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers that every evaluation writes down."""
+        return {"top1": self.top(1), "top5": self.top(5), "per_class": self.per_class()}

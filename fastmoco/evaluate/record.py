@@ -1,0 +1,69 @@
+"""Where the numbers go: a row in the run's evaluations, and beside it what was said of each image.
+
+evaluations.jsonl            one row an evaluation: kind, protocol, sets, accuracies
+evaluations/0003-probe.npz   that of row 3:
+    id          (n,) int64       sample ids in the test set
+    label       (n,) int32       the truth
+    predicted   (n,) int32       the class with the highest score
+    confidence  (n,) float32     its share, 0..1
+    place       (n,) int32       classes that came before the true one; below 5: right in the top 5
+    confusion   (c, c) int64     counts; true class down, predicted class across
+    classes     (c,) str         names of the labels 0, 1, ...
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmoco.errors import UsageError
+from fastmoco.evaluate.measure import Predictions
+from fastmoco.files import sync
+from fastmoco.run import RunFolder
+from fastmoco.shardset import Labelled
+
+
+def append(
+    run: RunFolder, result: dict[str, Any], found: Predictions, test: Labelled
+) -> dict[str, Any]:
+    """Write down a result, and return it with the name of its predictions' file.
+
+    Args:
+        run: of the encoder.
+        result: its "kind", and all that the number depends on.
+        found: of the test samples, in the order of their ids.
+        test: the test set.
+
+    Raises:
+        UsageError: the run folder cannot be written.
+    """
+    rows = run.root / "evaluations.jsonl"
+    try:
+        number = 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
+        name = f"evaluations/{number:04d}-{result['kind']}.npz"
+        _save(run.root / name, found, test)
+        row = result | found.summary() | {"predictions": name}
+        with rows.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UsageError(f"Cannot write to {run.root} ({error.strerror}).") from error
+    return row
+
+
+def _save(path: Path, found: Predictions, test: Labelled) -> None:
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            id=test.ids,
+            label=found.labels.numpy().astype(np.int32),
+            predicted=found.predicted.numpy().astype(np.int32),
+            confidence=found.confidence.numpy(),
+            place=found.place.numpy().astype(np.int32),
+            confusion=found.confusion().numpy(),
+            classes=np.array(test.classes),
+        )
+    sync(aside)
+    aside.replace(path)
