@@ -28,7 +28,7 @@ from fastmoco.train.queue import KeyQueue
 
 LENGTHS = (4096, 16384, 65536)
 DIM, TEMPERATURE = 128, 0.2
-SMALL = ["arch=resnet18", "image_size=32", "batch=32", "bn_group=32", "queue=256", "device=cpu"]
+SMALL = ["arch=resnet18", "image_size=32", "batch=32", "bn_group=16", "queue=256", "device=cpu"]
 WRAPS = 5  # of the old queue before it is measured
 
 Work = Callable[[], object]

@@ -127,6 +127,12 @@ class Optimizer(Strict):
     trust: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
+    def options(self) -> dict[str, Any]:
+        """Return what the named optimizer takes beside its rate and weight decay."""
+        defaults = {"momentum": 0.9, "betas": (0.9, 0.999), "trust": 0.001}
+        given = {name: getattr(self, name) for name in sorted(OPTIMIZER_OPTIONS[self.name])}
+        return {n: defaults[n] if value is None else value for n, value in given.items()}
+
     @model_validator(mode="after")
     def _only_its_own(self) -> "Optimizer":
         for option in ("momentum", "betas", "trust"):

@@ -118,7 +118,7 @@ class OfficialMoCo:
         self.optimizer = torch.optim.SGD(
             self.model.encoder_q.parameters(),
             options.lr,
-            momentum=options.momentum,
+            **options.options(),
             weight_decay=options.weight_decay,
         )
 

@@ -74,6 +74,8 @@ class Settings:
             "arch": self.arch,
             "image_size": self.size,
             "batch": self.batch,
+            # The official code normalises what one process holds.
+            "bn": "whole" if self.ranks == 1 else "groups",
             "bn_group": self.batch // self.ranks,
             "queue": self.queue,
             "precision": self.precision,
@@ -190,6 +192,6 @@ def synthetic(batch: int, size: int, count: int, seed: int = 0) -> Iterator[View
 
 def _wait(ranks: Ranks, device: torch.device) -> None:
     """Wait until every rank has done all that it was given."""
+    ranks.mean_(torch.zeros(1, device=device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    ranks.any(False)

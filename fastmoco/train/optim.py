@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmoco.config import OPTIMIZER_OPTIONS, Optimizer, Recipe, Schedule
+from fastmoco.config import Recipe, Schedule
 from fastmoco.errors import UsageError
 from fastmoco.train.lars import LARS
 
 _APEX = {"apex_sgd": "FusedSGD", "apex_adam": "FusedAdam", "apex_lamb": "FusedLAMB"}
-_DEFAULTS: dict[str, Any] = {"momentum": 0.9, "betas": (0.9, 0.999), "trust": 0.001}
 
 
 def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -23,18 +22,12 @@ def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.opt
         UsageError: it is one of apex's, and apex is not installed.
     """
     wanted = recipe.optimizer
-    options = {name: _option(wanted, name) for name in sorted(OPTIMIZER_OPTIONS[wanted.name])}
     optimizer = _class_of(wanted.name)(
-        parameters, lr=recipe.lr, weight_decay=wanted.weight_decay, **options
+        parameters, lr=recipe.lr, weight_decay=wanted.weight_decay, **wanted.options()
     )
     if wanted.name == "sgd":
         _start_from_zeros(optimizer)
     return optimizer
-
-
-def _option(wanted: Optimizer, name: str) -> Any:
-    given = getattr(wanted, name)
-    return _DEFAULTS[name] if given is None else given
 
 
 def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:

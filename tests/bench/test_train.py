@@ -10,7 +10,7 @@ from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
 from fastmoco.errors import DataError
 
-SMALL = ["image_size=32", "batch=8", "bn_group=8", "queue=16", "device=cpu"]
+SMALL = ["image_size=32", "batch=8", "bn_group=4", "queue=16", "device=cpu"]
 
 
 @pytest.fixture

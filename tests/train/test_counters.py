@@ -89,10 +89,12 @@ def test_the_momentum_update_makes_no_temporaries(steps):
     assert numbers == 3 * sum(p.numel() for p in keys), "two products and a sum a parameter"
 
 
-@pytest.mark.parametrize("bn_group", [8, 16])
-def test_activations_stay_channels_last(bn_group):
+@pytest.mark.parametrize(
+    "options", [{}, {"bn": "whole"}, {"symmetric": True}, {"accumulate": 2}], ids=str
+)
+def test_activations_stay_channels_last(options):
     # At 64 pixels every stage has more than one: a 1 x 1 image has no layout to see.
-    recipe = counters.recipe_of(image_size=64, bn_group=bn_group)
+    recipe = counters.recipe_of(image_size=64, **options)
     _, step = counters.steps_of("ours", recipe)
     assert counters.counted(lambda: step(0)).conversions() == []
 
@@ -106,12 +108,12 @@ def test_the_layout_counter_sees_channels_first(calls):
     assert len(turned.conversions()) == 1
 
 
-def _collectives(run_ranks, engine: str) -> tuple[list, list[list[int]], int]:
+def _collectives(run_ranks, engine: str, **recipe: object) -> tuple[list, list[list[int]], int]:
     """Return names and bytes of a step's collectives, and of its all-reduces; bytes of gradients.
 
     Bytes are those of the tensors given: what is received, then what is sent.
     """
-    found = run_ranks(2, program=COUNTERS, engine=engine)
+    found = run_ranks(2, program=COUNTERS, engine=engine, recipe=recipe)
     reduced = [size for name, size in found["collectives"] if name == "c10d::allreduce_"]
     others = [(name, size) for name, size in found["collectives"] if name != "c10d::allreduce_"]
     return others, reduced, found["parameter_bytes"]
@@ -119,15 +121,20 @@ def _collectives(run_ranks, engine: str) -> tuple[list, list[list[int]], int]:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_ranks_exchange_images_and_keys_and_gradients_once(run_ranks):
-    others, reduced, parameters = _collectives(run_ranks, "ours")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("exchange", "times"), [("all_to_all", 1), ("all_gather", 2)])
+def test_two_ranks_exchange_images_and_keys_and_gradients_once(
+    run_ranks, symmetric, exchange, times
+):
+    options = {"symmetric": symmetric, "exchange": exchange}
+    others, reduced, parameters = _collectives(run_ranks, "ours", **options)
     side, rows = counters.OPTIONS["image_size"], counters.OPTIONS["batch"] // 2
-    images = rows * 3 * side**2 * 2  # bf16
-    keys = rows * counters.OPTIONS["dim"] * 4
+    images = (1 + symmetric) * rows * 3 * side**2 * 2  # bf16
+    keys = (1 + symmetric) * rows * counters.OPTIONS["dim"] * 4
     sent = [sizes[-1] for _, sizes in others]
     received = [sum(sizes[:-1]) for _, sizes in others]
     assert sent == [images, keys]
-    assert received == [2 * images, 2 * keys]
+    assert received == [times * images, 2 * keys]
     assert sum(sizes[0] for sizes in reduced) == parameters, "DDP's buckets and nothing else"
 
 
