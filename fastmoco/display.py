@@ -88,11 +88,13 @@ class LiveDisplay:
     def bad(self, row: dict[str, Any]) -> None:
         """Show damaged samples that the run goes on without."""
         for sample in row["samples"]:
-            self._console.print(f"goes on without {sample}: damaged", highlight=False)
+            self._console.print(
+                f"goes on without {sample}: damaged", highlight=False, soft_wrap=True
+            )
 
     def unsaved(self, row: dict[str, Any]) -> None:
         """Show that a checkpoint could not be written."""
-        self._console.print(f"[bold red]{escape(row['message'])}[/bold red]")
+        self._console.print(f"[bold red]{escape(row['message'])}[/bold red]", soft_wrap=True)
 
 
 def _for_ablations_only(recipe: Recipe) -> list[str]:

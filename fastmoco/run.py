@@ -30,6 +30,8 @@ from fastmoco.files import new_folder, sha256_of, sync, write_bytes, write_json
 
 CHECKPOINT_VERSION = 1
 
+_ADDED_KEYS = ("bn", "shuffle", "symmetric")
+
 Fingerprint = dict[str, Any]
 State = dict[str, Any]
 
@@ -247,9 +249,8 @@ def _verified(folder: Path) -> dict[str, Any] | None:
 
 
 def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    # A checkpoint older than a field was made with what has become its default.
-    new = {f: v.default for f, v in Recipe.model_fields.items() if f not in found and f in wanted}
-    found = found | new
+    # A checkpoint older than these keys was made with what has become their default.
+    found = {key: Recipe.model_fields[key].default for key in _ADDED_KEYS} | found
     for field in wanted:
         if found.get(field) != wanted[field]:
             raise CheckpointError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from fastmoco.pack.options import PackOptions
@@ -55,3 +56,38 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     source = write_images(root / "source", ("ape", "bee", "cow"), per_class=8)
     pack(source, root / "set", PackOptions())
     return ShardSet(root / "set")
+
+
+@pytest.fixture
+def recipe(small_set, tmp_path) -> Path:
+    """A recipe of 12 steps on 24 images, as a file."""
+    view = {"jitter": [0.4, 0.4, 0.4, 0.1], "grayscale": 0.2}
+    values = {
+        "name": "tiny",
+        "data": [str(small_set.root)],
+        "out": str(tmp_path / "run"),
+        "monitor": {
+            "bank": str(small_set.root),
+            "queries": str(small_set.root),
+            "k": 3,
+            "every": 2,
+        },
+        "arch": "resnet10",
+        "stem": "small-stride2",
+        "dim": 16,
+        "image_size": 16,
+        "views": [view, view],
+        "batch": 8,
+        "bn_group": 4,
+        "queue": 20,
+        "momentum": 0.9,
+        "optimizer": {"lr": 0.03},
+        "schedule": {"epochs": 4},
+        "log_every": 2,
+        "checkpoint_every": 2,
+        "threads": 1,
+        "device": "cpu",
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

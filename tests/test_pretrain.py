@@ -25,41 +25,6 @@ from fastmoco.train.moco import check_bn_group
 LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
 
 
-@pytest.fixture
-def recipe(small_set, tmp_path) -> Path:
-    """A recipe of 12 steps on 24 images, as a file."""
-    view = {"jitter": [0.4, 0.4, 0.4, 0.1], "grayscale": 0.2}
-    values = {
-        "name": "tiny",
-        "data": [str(small_set.root)],
-        "out": str(tmp_path / "run"),
-        "monitor": {
-            "bank": str(small_set.root),
-            "queries": str(small_set.root),
-            "k": 3,
-            "every": 2,
-        },
-        "arch": "resnet10",
-        "stem": "small-stride2",
-        "dim": 16,
-        "image_size": 16,
-        "views": [view, view],
-        "batch": 8,
-        "bn_group": 4,
-        "queue": 20,
-        "momentum": 0.9,
-        "optimizer": {"lr": 0.03},
-        "schedule": {"epochs": 4},
-        "log_every": 2,
-        "checkpoint_every": 2,
-        "threads": 1,
-        "device": "cpu",
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 def command(recipe: Path, *overrides: str, ranks: int = 1) -> list[str]:
     if ranks == 1:
         return [sys.executable, str(LAUNCHER), str(recipe), *overrides]

@@ -1,0 +1,162 @@
+"""Starts the ranks of a run as real processes that can be killed, with a fault if wanted.
+
+They come out of a server that has imported torch once: thirty starts would else be mostly imports.
+"""
+
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastmoco.pretrain"])
+
+
+def start(
+    log: Path, *arguments: str, ranks: int = 1, fault: str | None = None
+) -> list[BaseProcess]:
+    """Start `pretrain ARGUMENTS` on some ranks; each writes to `log` with its number added."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    started = [
+        CONTEXT.Process(target=_rank, args=(rank, ranks, port, arguments, log, fault))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(processes: list[BaseProcess], timeout_s: float = 120) -> list[int | None]:
+    """Wait for all and return their exit codes; one that does not end is killed (-9)."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def words(log: Path, rank: int = 0) -> str:
+    """Return what a rank printed."""
+    return Path(f"{log}.{rank}").read_text()
+
+
+def _rank(
+    rank: int, ranks: int, port: int, arguments: tuple[str, ...], log: Path, fault: str | None
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    if ranks > 1:
+        size = str(ranks)
+        os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    out = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if fault:
+        name, _, detail = fault.partition(":")
+        FAULTS[name](rank, detail)
+    from fastmoco.pretrain import main
+
+    sys.exit(main(arguments))
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_in_save(rank: int, where: str) -> None:
+    """SIGKILL in the second save: before the sync, before the rename, or while old ones go."""
+    import fastmoco.files
+    import fastmoco.run
+
+    patch, saves = pytest.MonkeyPatch(), []
+    commit, rmtree = fastmoco.files._commit, fastmoco.run.shutil.rmtree
+
+    def dying_commit(partial: Path, final: Path) -> None:
+        saves.append(final)
+        if len(saves) == 2 and where == "sync":
+            _kill()
+        if len(saves) == 2 and where == "rename":
+            patch.setattr(Path, "rename", lambda *_: _kill())
+        commit(partial, final)
+
+    def dying_rmtree(path: Path, *args: object, **options: object) -> None:
+        if where == "purge" and Path(path).name.startswith("step-") and Path(path).exists():
+            (Path(path) / "manifest.json").unlink()
+            _kill()
+        rmtree(path, *args, **options)
+
+    patch.setattr(fastmoco.files, "_commit", dying_commit)
+    patch.setattr(fastmoco.run.shutil, "rmtree", dying_rmtree)
+
+
+def _full_disk(rank: int, saves: str) -> None:
+    """No room for a checkpoint in the saves of these numbers, such as "2" or "2,3,4"."""
+    from fastmoco.run import RunFolder
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    full, count, save = {int(n) for n in saves.split(",")}, [0], RunFolder.save
+
+    def limited(self: RunFolder, *args: object) -> Path:
+        count[0] += 1
+        limit = 1_000_000 if count[0] in full else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return save(self, *args)
+        finally:
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    RunFolder.save = limited
+
+
+def _at_step(act: Callable[[], None]) -> Callable[[int, str], None]:
+    """Return a fault that does something on one rank before a step, given as "RANK,STEP"."""
+
+    def fault(rank: int, detail: str) -> None:
+        from fastmoco.train.moco import MoCo
+
+        where, step = (int(n) for n in detail.split(","))
+        take = MoCo.step
+
+        def faulty(self: MoCo, query_view: object, key_view: object, number: int) -> object:
+            if (rank, number) == (where, step):
+                act()
+            return take(self, query_view, key_view, number)
+
+        MoCo.step = faulty
+
+    return fault
+
+
+def _slow(rank: int, seconds: str) -> None:
+    """Every step takes so much longer: time for a test to do something in between."""
+    from fastmoco.train.moco import MoCo
+
+    take = MoCo.step
+
+    def slow(self: MoCo, *args: object) -> object:
+        time.sleep(float(seconds))
+        return take(self, *args)
+
+    MoCo.step = slow
+
+
+FAULTS = {
+    "kill_in_save": _kill_in_save,
+    "full_disk": _full_disk,
+    "stall": _at_step(lambda: time.sleep(3600)),
+    "die": _at_step(lambda: os._exit(9)),
+    "slow": _slow,
+}
