@@ -23,8 +23,10 @@ def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> d
     """
     last_step = recipe.last_step(plan.steps_per_epoch)
     encoder, activations = footprint(recipe, recipe.batch // ranks.size // recipe.accumulate)
-    all_to_all, all_gather = (shuffle_bytes(recipe, ranks.size, e) for e in ("to", "gather"))
+    among = ranks.size if ranks.size > 1 else 8  # alone nothing travels: say what would
+    sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
     return {
+        "run folder": str(recipe.out),
         "samples an epoch": f"{plan.samples:,}",
         "steps": f"{last_step:,} ({plan.steps_per_epoch:,} an epoch)",
         "images seen": f"{last_step * recipe.batch:,}",
@@ -37,8 +39,8 @@ def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> d
         "encoders and optimizer": _mb(4 * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
         "logits": _mb(2 * 4 * recipe.batch // ranks.size // recipe.accumulate * recipe.queue),
-        "shuffle, all_to_all": f"{_mb(all_to_all)} received by a rank each step",
-        "shuffle, all_gather": f"{_mb(all_gather)}",
+        f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
+        + " received by a rank each step",
     }
 
 
@@ -55,14 +57,14 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
     Args:
         recipe: of the run.
         ranks: that share the batch and shuffle among themselves.
-        exchange: "gather": the images of all other ranks; "to": the share of its own places that
-            they hold.
+        exchange: "all_gather": the images of all other ranks; "all_to_all": those of its own
+            places that they hold.
     """
     value = Precision(recipe.precision, "cpu").wire.itemsize
     views = 2 if recipe.symmetric else 1
     image = 3 * recipe.image_size**2 * value * views
     elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
-    return image * (elsewhere if exchange == "gather" else elsewhere // ranks)
+    return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
 
 
 def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
@@ -78,16 +80,18 @@ def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FakeTensorMode():
-        encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim).to(precision.weights)
-        weights = list(encoder.parameters())
+    encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim).to(precision.weights)
+    with FakeTensorMode() as fake:
+        state: dict[str, Any] = {
+            n: fake.from_tensor(t) for n, t in encoder.state_dict(keep_vars=True).items()
+        }
         images = torch.empty(rows, 3, recipe.image_size, recipe.image_size, dtype=precision.weights)
         hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, precision.autocast():
-            encoder(images)
-        for weight in weights:
-            kept.pop(weight.untyped_storage()._cdata, None)
-        return sum(w.nbytes for w in weights), sum(kept.values())
+            torch.func.functional_call(encoder, state, (images,))
+        for tensor in state.values():
+            kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(p.nbytes for p in encoder.parameters()), sum(kept.values())
 
 
 def _mb(count: int) -> str:

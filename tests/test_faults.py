@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,6 +98,25 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, numb
     assert ranked.finish(ranked.start(log, *command, ranks=2)) == [0, 0], ranked.words(log)
     assert RunFolder(out).latest()[1] == STEPS
     assert not (out / "stopped").exists()
+
+
+@pytest.mark.dist
+def test_torchrun_hands_a_signal_on_to_its_ranks(recipe, tmp_path):
+    """As a Slurm job meets it: the launcher is told, the ranks save and leave the marker."""
+    out = tmp_path / "run"
+    launcher = Path(__file__).parents[1] / "launch" / "pretrain.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    options = [f"out={out}", "schedule.epochs=1000", "monitor=null"]
+    process = subprocess.Popen(
+        [*torchrun, str(launcher), str(recipe), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(out / "checkpoints" / "step-000000002", timeout_s=120)
+    process.send_signal(signal.SIGTERM)
+    process.wait(40)
+    assert "of 3000: the same command goes on" in (out / "stopped").read_text()
+    assert status(out)["code"] == 0
 
 
 def test_a_second_signal_ends_the_run_at_once(recipe, tmp_path, log):
@@ -194,16 +215,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
 @pytest.mark.timeout(400)
 def test_thirty_kills_leave_one_lineage(recipe, tmp_path, log):
     """Two ranks, SIGKILLed at random moments: the end is that of the run in one go, bit by bit."""
-    options = ("schedule.epochs=40", "monitor=null", "checkpoint_every=3", "log_every=3")
+    options = ("schedule.epochs=150", "monitor=null", "checkpoint_every=3", "log_every=3")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     ranks = ranked.start(log, str(recipe), f"out={calm}", *options, ranks=2)
     assert ranked.finish(ranks) == [0, 0], ranked.words(log)
     moments, reached = random.Random(0), set()
     for kill in range(30):
         ranks = ranked.start(
-            log, str(recipe), f"out={killed}", *options, ranks=2, fault="slow:0.05"
+            log, str(recipe), f"out={killed}", *options, ranks=2, fault="slow:0.02"
         )
-        time.sleep(moments.uniform(0.5, 6))
+        time.sleep(moments.uniform(0.5, 5))
         assert any(rank.is_alive() for rank in ranks), f"over before kill {kill}"
         for rank in ranks:
             rank.kill()
