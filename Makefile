@@ -16,7 +16,7 @@ check: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/fastmoco bench train
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

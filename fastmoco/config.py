@@ -14,6 +14,7 @@ from fastmoco.errors import UsageError
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Triple = tuple[float, float, float]
 Model = TypeVar("Model", bound="Strict")
 RECIPES = resources.files("fastmoco") / "recipes"
@@ -123,7 +124,7 @@ class Optimizer(Strict):
     lr: Annotated[float, Field(gt=0)]
     lr_batch: Count | None = None
     momentum: Unit | None = None
-    betas: tuple[Unit, Unit] | None = None
+    betas: tuple[Beta, Beta] | None = None
     trust: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
@@ -169,6 +170,14 @@ class Schedule(Strict):
             raise ValueError("name either epochs or steps")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("name either warmup_epochs or warmup_steps")
+        if (self.epochs and self.warmup_epochs >= self.epochs) or (
+            self.steps and self.warmup_steps >= self.steps
+        ):
+            raise ValueError("the warm-up is as long as the schedule: shorten it")
+        if self.name == "cosine" and self.milestones:
+            raise ValueError("cosine has no milestones: leave them out, or choose name: step")
+        if self.first_epoch and self.update == "step":
+            raise ValueError("first_epoch counts only with update: epoch")
         return self
 
 
@@ -202,10 +211,12 @@ class Recipe(Strict):
             ranks together, by which query and key betray each other: for ablations.
         bn_group: samples normalised together by BatchNorm, whatever the number of ranks.
         shuffle: who changes places before the keys are made: "global": all samples of the batch;
-            "node": those of one machine, which spares the network; "off": none, for ablations.
+            "node": those of one machine, which spares the network (the groups then depend on the
+            number of machines); "off": none, for ablations.
         exchange: how shuffled images travel: "all_to_all": each to the rank that needs it, the
             fewest bytes; "all_gather": all to all, as published. The result is the same.
-        symmetric: each view is query and key in turn; the loss is the sum of both, as published.
+        symmetric: each view is query and key in turn; what is minimised is the sum of both
+            losses, as published, and what is logged their mean.
         queue: number of negative keys K.
         momentum: m of the key encoder.
         temperature: T of the loss.
@@ -218,7 +229,8 @@ class Recipe(Strict):
         log_every, checkpoint_every: in steps.
         keep: checkpoints kept, the newest ones.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
-        stall_s: seconds without a step after which the run ends with the stacks of its threads.
+        stall_s: seconds without a step after which the run ends with the stacks of its threads;
+            longer than the monitor takes.
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
@@ -278,6 +290,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         if self.bn == "whole":
+            if self.accumulate > 1:
+                raise ValueError("bn: whole cannot go in parts: set accumulate=1, or bn=groups")
             return self
         if self.batch % self.bn_group:
             raise ValueError(
@@ -298,6 +312,11 @@ class Recipe(Strict):
     def lr(self) -> float:
         """The learning rate at the height of the schedule, scaled to the batch."""
         return self.optimizer.lr * self.batch / (self.optimizer.lr_batch or self.batch)
+
+    @property
+    def keys_a_step(self) -> int:
+        """How many keys a step adds to the queue, and queries it has."""
+        return self.batch * (1 + self.symmetric)
 
     def last_step(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the whole run."""

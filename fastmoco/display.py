@@ -14,17 +14,16 @@ WIDE = 110  # columns
 
 
 class LiveDisplay:
-    """Shows the rows of a run on rank 0.
+    """Shows the rows of a run; on rank 0 alone.
 
     Args:
         recipe: of the run.
         start: steps done before.
         steps_per_epoch: of its data.
-        visible: False on the other ranks.
     """
 
-    def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int, visible: bool) -> None:
-        self._console = Console(quiet=not visible)
+    def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int) -> None:
+        self._console = Console()
         last_step = recipe.last_step(steps_per_epoch)
         self._epochs = math.ceil(last_step / steps_per_epoch)
         # On 80 columns the time left matters more than a bar.
@@ -36,7 +35,7 @@ class LiveDisplay:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not (visible and self._console.is_terminal),
+            disable=not self._console.is_terminal,
             speed_estimate_period=600,
         )
         self._task = self._progress.add_task(
@@ -45,7 +44,7 @@ class LiveDisplay:
         chance = math.log(recipe.queue + 1)
         self._console.print(
             f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
-            f"queue is full ({math.ceil(recipe.queue / recipe.batch)} steps): that is expected.",
+            f"queue is full ({math.ceil(recipe.queue / recipe.keys_a_step)} steps): that is expected.",
             highlight=False,
         )
         for warning in _for_ablations_only(recipe):
@@ -78,7 +77,7 @@ class LiveDisplay:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the end of an epoch, and what the monitor found."""
-        parts = [f"epoch {row['epoch']}/{self._epochs}" if row["epoch"] else "untrained"]
+        parts = [f"epoch {row['epoch']:g}/{self._epochs}" if row["epoch"] else "untrained"]
         if row["loss"] is not None:
             parts.append(f"mean loss {row['loss']:.3f}")
         if "knn_top1" in row:
@@ -89,7 +88,7 @@ class LiveDisplay:
         """Show damaged samples that the run goes on without."""
         for sample in row["samples"]:
             self._console.print(
-                f"goes on without {sample}: damaged", highlight=False, soft_wrap=True
+                f"goes on without {sample}: damaged", markup=False, highlight=False, soft_wrap=True
             )
 
     def unsaved(self, row: dict[str, Any]) -> None:

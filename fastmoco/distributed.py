@@ -26,6 +26,7 @@ class Ranks:
         local_rank: the rank on this machine, which is also its GPU.
         local_size: ranks on this machine.
         group: of torch, that the collectives run in; None: all ranks.
+        timeout: how long a collective waits for a rank.
     """
 
     rank: int = 0
@@ -33,13 +34,16 @@ class Ranks:
     local_rank: int = 0
     local_size: int = 1
     group: dist.ProcessGroup | None = None
+    timeout: timedelta = timedelta(minutes=30)
 
     @cached_property
     def node(self) -> "Ranks":
         """Those of this machine among themselves; the first use is a collective of all ranks."""
         if self.local_size == self.size:
             return self
-        group, _ = dist.new_subgroups(self.local_size)
+        if self.size % self.local_size:
+            raise UsageError("shuffle: node needs the same number of processes on every machine.")
+        group, _ = dist.new_subgroups(self.local_size, timeout=self.timeout)
         return replace(self, rank=self.local_rank, size=self.local_size, group=group)
 
     @property
@@ -95,7 +99,7 @@ class Ranks:
         if self.size == 1:
             return set(values)
         found: list[set[int]] = [set()] * self.size
-        dist.all_gather_object(found, values)
+        dist.all_gather_object(found, values, group=self.group)
         return set().union(*found)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -148,7 +152,8 @@ class Vote:
         # Between hosts even where tensors live on GPUs: reading a GPU's would wait for its work.
         self._group: dist.ProcessGroup | None = None
         if ranks.size > 1:
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            group = dist.new_group(backend="gloo", timeout=ranks.timeout)
+            self._group = cast(dist.ProcessGroup, group)
         self._cast: tuple[dist.Work, torch.Tensor] | None = None
 
     def __call__(self, flag: bool) -> bool:
@@ -170,8 +175,8 @@ class Vote:
         return bool(votes.item())
 
 
-def device_of(choice: str, local_rank: int) -> torch.device:
-    """Return the device that a recipe's `device` means on this machine.
+def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device:
+    """Return the device that a recipe's `device` means on this machine, for one of its ranks.
 
     Raises:
         UsageError: "cuda" without a GPU, or more ranks than GPUs.
@@ -179,9 +184,10 @@ def device_of(choice: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and not gpus):
         return torch.device("cpu")
-    if local_rank >= gpus:
+    needed = max(local_rank + 1, local_size)
+    if needed > gpus:  # asked of every rank, so that all meet it
         raise UsageError(
-            f"Rank {local_rank} of this machine has no GPU (found {gpus}): "
+            f"{needed} processes on this machine need as many GPUs (found {gpus}): "
             "start fewer processes, or set device=cpu."
         )
     return torch.device("cuda", local_rank)
@@ -197,21 +203,18 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = device_of(device_choice, local_rank)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    device = device_of(device_choice, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif size > 1:
         # torchrun allows each process one thread, however many cores there are.
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if size == 1:
         yield Ranks(), device
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
-    )
-    try:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        yield Ranks(dist.get_rank(), size, local_rank, local_size), device
-    finally:
-        dist.destroy_process_group()
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    yield Ranks(dist.get_rank(), size, local_rank, local_size, timeout=timeout), device
+    # Not after an error: the clean-up would wait for ranks that are still in a collective.
+    dist.destroy_process_group()

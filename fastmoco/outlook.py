@@ -22,7 +22,8 @@ def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> d
         device: of this one.
     """
     last_step = recipe.last_step(plan.steps_per_epoch)
-    encoder, activations = footprint(recipe, recipe.batch // ranks.size // recipe.accumulate)
+    rows = recipe.keys_a_step // ranks.size // recipe.accumulate
+    encoder, activations = footprint(recipe, rows)
     among = ranks.size if ranks.size > 1 else 8  # alone nothing travels: say what would
     sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
     return {
@@ -35,10 +36,10 @@ def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> d
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
         "precision": recipe.precision,
         "queue": f"{recipe.queue:,} x {recipe.dim}, {_mb(recipe.queue * recipe.dim * 4)}, "
-        f"{recipe.queue / recipe.batch:g} steps",
-        "encoders and optimizer": _mb(4 * encoder),
+        f"{recipe.queue / recipe.keys_a_step:g} steps",
+        "encoders and gradients": _mb(3 * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
-        "logits": _mb(2 * 4 * recipe.batch // ranks.size // recipe.accumulate * recipe.queue),
+        "logits": _mb(2 * 4 * rows * recipe.queue),
         f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
         + " received by a rank each step",
     }

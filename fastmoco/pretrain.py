@@ -3,8 +3,8 @@
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from fastmoco.config import Monitor, Recipe, load_recipe
 from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
-from fastmoco.errors import DataError, FastmocoError, UsageError
+from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.embed import Sight, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
@@ -23,7 +23,7 @@ from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
-from fastmoco.run import RunFolder, fingerprint
+from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, ShardSet, labelled_pair
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
@@ -88,70 +88,96 @@ def pretrain(recipe: Recipe) -> RunFolder:
         # Refuses what does not fit, before the run folder is made.
         recipe, loader = _prepared(recipe, ranks, device)
         run = RunFolder(recipe.out)
-        if not ranks.leads:
-            _train(recipe, loader, run, ranks, device)
-            return run
-        with run.locked():
-            try:
-                _finish(recipe, run, _train(recipe, loader, run, ranks, device), loader.plan)
-            except FastmocoError as error:
-                run.finish(error.exit_code, str(error))
-                raise
-            except Exception as error:
-                run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
-                raise
+        with run.locked() if ranks.leads else nullcontext(), _reported(run, ranks):
+            done = _train(recipe, loader, run, ranks, device)
+            if ranks.leads:
+                _finish(recipe, run, done, loader.plan)
     return run
 
 
+@contextmanager
+def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Write down why a run ended early, as far as the disk still can."""
+    try:
+        yield
+    except FastmocoError as error:
+        # A damaged image is met by one rank alone; the first sees only that one gone.
+        if ranks.leads or isinstance(error, DataError):
+            with suppress(OSError):
+                run.finish(error.exit_code, str(error))
+        raise
+    except KeyboardInterrupt:
+        if ranks.leads:
+            run.finish(130, "interrupted: the same command goes on")
+        raise
+    except Exception as error:
+        if ranks.leads and not run.ended():
+            with suppress(OSError):
+                run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
+        raise
+
+
 def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
-    check_bn_group(recipe, ranks.size)
+    check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
     data = Collection.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
     return recipe, Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
 
 
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
-    """Leave the curves behind, and word of how the run ended."""
-    try:
-        draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
-    except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
+    """Leave word of how the run ended, and the curves behind."""
     last_step = recipe.last_step(plan.steps_per_epoch)
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
         print(f"stopped at step {done} of {last_step}: the same command goes on")
     else:
         run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
+    try:
+        draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
+    except ImportError:
+        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
 
 def _train(
     recipe: Recipe, loader: Loader, run: RunFolder, ranks: Ranks, device: torch.device
 ) -> int:
     """Return the steps done at the end."""
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.deterministic)
     sight = sight_of(recipe, settings_of(recipe, ranks, device))
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
-    found = run.latest(marks)
-    start = found[1] if found else 0
+    state, start = _begin(run, marks, ranks)
     if ranks.leads:
         run.describe(recipe, versions(ranks, device))
-        run.rewind(start)
-        for name in run.damaged:
-            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
-        displays: list[loop.Display] = [
-            stack.enter_context(
-                LiveDisplay(recipe, start, loader.plan.steps_per_epoch, ranks.leads)
-            )
-        ]
+        displays: list[loop.Display] = []
         if ranks.leads:
+            live = LiveDisplay(recipe, start, loader.plan.steps_per_epoch)
+            displays.append(stack.enter_context(live))
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
         moco = MoCo(recipe, ranks, device)
         trainer = loop.Trainer(recipe, moco, loader, run, marks, displays, monitor)
-        if found:
-            trainer.load(found[0])
+        if state:
+            trainer.load(state)
+        state = None  # not to be held for the whole run
         return trainer.train(start)
+
+
+def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | None, int]:
+    """Return the state to go on from and its step, on all ranks the same."""
+    state, start = run.latest(marks) or (None, 0)
+    if len(starts := ranks.union({start})) > 1:
+        raise CheckpointError(
+            f"The ranks find different checkpoints in {run.root} (steps {sorted(starts)}): put "
+            "out= on a disk that all machines share."
+        )
+    if ranks.leads:
+        run.rewind(start if state else -1)
+        for name in run.damaged:
+            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
+    return state, start
 
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:

@@ -3,7 +3,8 @@
 config.yaml                      the resolved recipe
 versions.json                    what it ran on
 metrics.jsonl                    one row a logged step, epoch and monitor
-status.json                      how the last start ended, or who runs it: exit code and message
+status.json                      how the last start ended: exit code and message; code null: it
+                                 runs, or was killed
 stopped                          there if a signal stopped it before its end: to be started again
 checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
 """
@@ -12,8 +13,8 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
-import pickle
 import shutil
 import socket
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ from fastmoco.files import new_folder, sha256_of, sync, write_bytes, write_json
 
 CHECKPOINT_VERSION = 1
 
-_ADDED_KEYS = ("bn", "shuffle", "symmetric")
+# What a checkpoint older than these keys of the fingerprint was made with.
+_BEFORE = {"bn": "groups", "shuffle": "global", "symmetric": False, "optimizer": "sgd"}
 
 Fingerprint = dict[str, Any]
 State = dict[str, Any]
@@ -49,6 +51,7 @@ def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) ->
         "sets": set_ids,
         "samples": samples,
         "order": order,
+        "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
         **recipe.model_dump(
             mode="json",
             include={
@@ -140,22 +143,33 @@ class RunFolder:
         """Write down how the run ended: torchrun hides its workers' exit codes."""
         write_json(self.root / "status.json", {"code": code, "message": message})
 
+    def ended(self) -> bool:
+        """Return whether status.json says already how the run ended."""
+        try:
+            return json.loads((self.root / "status.json").read_text())["code"] is not None
+        except (OSError, ValueError, KeyError):
+            return False
+
     def stop(self, message: str) -> None:
         """Write down that a signal stopped the run: job scripts start it again by the marker."""
         write_bytes(self.root / "stopped", f"{message}\n".encode())
         self.finish(0, message)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to the metrics."""
+        """Append a row to the metrics; a number that is not finite becomes null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with self.metrics.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(finite) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics; a row cut short by a kill is left out."""
+        """Return the metrics; a row cut short by a kill or a full disk is left out."""
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row for line in lines if (row := _row(line)) is not None]
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again."""
@@ -186,9 +200,11 @@ class RunFolder:
                 "sha256": digest,
                 "fingerprint": marks,
             }
+            manifest["own"] = _digest(manifest)
             write_json(folder / "manifest.json", manifest)
-        for old in self._folders()[:-keep]:
-            shutil.rmtree(old)
+        # Newer ones are damaged, else the run had gone on from them: they do not count.
+        for old in [folder for folder in self._folders() if folder <= final][:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
         return final
 
     def last_good(self) -> str:
@@ -220,7 +236,9 @@ class RunFolder:
                 continue
             if marks is not None:
                 _compare(folder, manifest["fingerprint"], marks)
-            return torch.load(folder / "state.pt", weights_only=True), int(manifest["step"])
+            # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            return state, int(manifest["step"])
         if damaged:
             raise CheckpointError(
                 f"Every checkpoint of {self.root} is damaged ({', '.join(damaged)}): "
@@ -237,20 +255,34 @@ def _verified(folder: Path) -> dict[str, Any] | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        version, expected = int(manifest["format_version"]), manifest["sha256"]
-        if version > CHECKPOINT_VERSION:
+        if (version := int(manifest["format_version"])) > CHECKPOINT_VERSION:
             raise CheckpointError(
                 f"{folder} has checkpoint version {version}, this fastmoco reads up to "
                 f"{CHECKPOINT_VERSION}: upgrade fastmoco."
             )
-        return manifest if sha256_of(folder / "state.pt") == expected else None
-    except (OSError, ValueError, KeyError, pickle.UnpicklingError):
+        own = manifest.pop("own", None)  # checkpoints older than this key have none
+        whole = own in (None, _digest(manifest)) and "fingerprint" in manifest
+        whole = whole and sha256_of(folder / "state.pt") == manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return manifest if whole else None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the hash of what a manifest says, as it will be read back."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith("\n") else None
 
 
 def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    # A checkpoint older than these keys was made with what has become their default.
-    found = {key: Recipe.model_fields[key].default for key in _ADDED_KEYS} | found
+    found = _BEFORE | found
     for field in wanted:
         if found.get(field) != wanted[field]:
             raise CheckpointError(

@@ -1,5 +1,6 @@
 """Metrics on their way to TensorBoard and Weights & Biases, beside metrics.jsonl."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -88,5 +89,7 @@ def _wandb(recipe: Recipe, root: Path, start: int) -> Tracker:
         name=recipe.name,
         dir=root,
         config=recipe.model_dump(mode="json"),
+        id=hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16],  # of this folder
+        resume="allow",
     )
     return Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
     losses = {}
     for ranks in (1, 2, 4):
         out = tmp_path / f"on{ranks}"
-        os.system(f"cp -r {begun} {out}")
+        shutil.copytree(begun, out)
         started = ranked.start(log, str(recipe), f"out={out}", *options, ranks=ranks)
         assert ranked.finish(started) == [0] * ranks, ranked.words(log)
         rows = [row for row in RunFolder(out).rows() if row["kind"] == "step"]

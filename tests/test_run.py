@@ -146,3 +146,41 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_row_is_skipped(run):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         RunFolder(tmp_path).recipe()
+
+
+def test_a_step_in_the_manifest_that_was_changed_is_damage(run):
+    save(run, 1, 2)
+    path = run.checkpoints / "step-000000002" / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+    assert run.latest(MARKS)[1] == 1
+    assert run.damaged == ["step-000000002"]
+    path.write_text("[]")
+    assert run.latest(MARKS)[1] == 1
+
+
+def test_damaged_newer_ones_do_not_push_out_good_ones(run):
+    save(run, 8, 10, 12, keep=3)
+    for step in (10, 12):
+        (run.checkpoints / f"step-{step:09d}" / "state.pt").write_bytes(b"")
+    assert run.latest(MARKS)[1] == 8
+    save(run, 9, keep=2)
+    assert run.latest(MARKS)[1] == 9
+    (run.checkpoints / "step-000000009" / "state.pt").write_bytes(b"")
+    assert run.latest(MARKS)[1] == 8
+
+
+def test_a_checkpoint_that_reads_back_otherwise_is_no_checkpoint(run, monkeypatch):
+    save(run, 1, 2)
+    monkeypatch.setattr("fastmoco.run.sha256_of", lambda path: "another")
+    with pytest.raises(OSError, match="other bytes than were written"):
+        save(run, 3)
+    monkeypatch.undo()
+    assert run.latest(MARKS)[1] == 2
+    assert len(list(run.checkpoints.iterdir())) == 2  # none went, none half-written came
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(run):
+    run.log({"kind": "step", "step": 1, "loss": float("nan"), "lr": 0.1})
+    with run.metrics.open("a") as stream:
+        stream.write('{"kind": "st\n{"kind": "step", "step": 2}\n')  # a full disk, then room
+    assert [row.get("loss", "none") for row in run.rows()] == [None, "none"]

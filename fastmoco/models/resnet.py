@@ -48,13 +48,14 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def _across_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise by the statistics of all ranks (torch's SyncBatchNorm has no CPU path)."""
-        mean = self.together.mean_of(x.mean(dim=(0, 2, 3)))
-        centred = x - mean[:, None, None]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = self.together.mean_of(wide.mean(dim=(0, 2, 3)))
+        centred = wide - mean[:, None, None]
         var = self.together.mean_of(centred.square().mean(dim=(0, 2, 3)))
         count = x.numel() // x.shape[1] * self.together.size
         self._follow(mean, var * count / (count - 1))
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
     def _follow(self, mean: torch.Tensor, var: torch.Tensor) -> None:

@@ -50,7 +50,7 @@ class Guard(nn.Module):
         """Return the number of skipped steps of the run.
 
         Raises:
-            DivergedError: more than the limit in a row since the last check.
+            DivergedError: the limit or more in a row since the last check.
         """
         longest = int(self.longest)
         self.longest.zero_()

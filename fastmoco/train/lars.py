@@ -8,10 +8,10 @@ from torch import nn
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017), in the form of MoCo v3.
 
     The rate of a weight is `trust` |w| / |g + decay w| times the learning rate. Vectors (biases,
-    BatchNorm) are neither scaled nor decayed, as in SimCLR and MoCo v3. A step can be skipped by
+    BatchNorm) are neither scaled nor decayed, as in SimCLR. A step can be skipped by
     a flag on the device, `found_inf`, as in torch's fused optimizers.
 
     Args:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class Trainer:
         self._known_bad: set[int] = set()
         self._unsaved = 0
         self._vote = Vote(self.moco.ranks)
+        self._watchdog = Watchdog(self.recipe.stall_s)
         self.last_step = self.recipe.last_step(self._per_epoch)
 
     def train(self, start: int) -> int:
@@ -77,16 +79,16 @@ class Trainer:
             DivergedError: too many non-finite steps in a row.
             CheckpointError: the last checkpoint, or several in a row, could not be written.
         """
-        with Watchdog(self.recipe.stall_s) as watchdog, StopSignal() as signal:
+        with self._watchdog, StopSignal() as signal:
             if start == 0 and self.monitor:
                 self._end_epoch(0, loss=None)
             batches = self.loader.batches(start)
             for step in range(start, self.last_step):
-                watchdog.alive()
+                self._watchdog.alive()
                 self._step(step, *_timed(batches))
                 done = step + 1
                 if self._vote(signal.received) or done == self.last_step:
-                    self._save(done)
+                    self._save(done, final=True)
                     return done
                 if done % self.recipe.checkpoint_every == 0:
                     self._save(done)
@@ -104,25 +106,28 @@ class Trainer:
                 self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
             except DivergedError as error:
                 raise DivergedError(f"{error} {self.run.last_good()}") from None
-        if done % self._per_epoch == 0:
+        if done % self._per_epoch == 0 or done == self.last_step:
             self._end_epoch(done, self._meter.end_epoch())
 
     def _log(self, kind: str, done: int, numbers: dict[str, Any]) -> None:
         """Write a row down and show it."""
         if self.moco.ranks.leads:
             row = {"kind": kind, "step": done, "epoch": done / self._per_epoch, **numbers}
-            self.run.log(row)
+            with suppress(OSError):  # on a full disk a row is not worth the run
+                self.run.log(row)
             for display in self.displays:
                 getattr(display, kind)(row)
 
     def _end_epoch(self, done: int, loss: float | None) -> None:
-        numbers: dict[str, Any] = {"epoch": done // self._per_epoch, "loss": loss}
+        whole, part = divmod(done, self._per_epoch)
+        numbers: dict[str, Any] = {"epoch": done / self._per_epoch if part else whole, "loss": loss}
         every = self.recipe.monitor.every if self.recipe.monitor else 1
-        if self.monitor and (numbers["epoch"] % every == 0 or done == self.last_step):
+        if self.monitor and (whole % every == 0 or done == self.last_step):
             numbers |= self._evaluate(self.monitor)
         self._log("epoch", done, numbers)
 
     def _evaluate(self, monitor: Monitor) -> dict[str, float]:
+        self._watchdog.alive()
         self.moco.settle()
         self.moco.encoder_q.eval()
         numbers = monitor(self.moco.encoder_q)
@@ -130,7 +135,8 @@ class Trainer:
         self._meter.restart_clock()
         return numbers
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, final: bool = False) -> None:
+        self._watchdog.alive()
         self._share_bad(done)
         self.moco.settle()
         self._meter.settle()
@@ -140,13 +146,13 @@ class Trainer:
             self.run.save(self.state(), done, self.marks, self.recipe.keep)
             self._unsaved = 0
         except OSError as error:
-            self._go_on_unsaved(done, error)
+            self._go_on_unsaved(done, error, final)
 
-    def _go_on_unsaved(self, done: int, error: OSError) -> None:
+    def _go_on_unsaved(self, done: int, error: OSError, final: bool) -> None:
         """A full disk costs a checkpoint, not the run: whoever watches may make room in time."""
         self._unsaved += 1
         words = f"No checkpoint of step {done} ({error.strerror or error}): make room."
-        if done == self.last_step or self._unsaved == _MAX_UNSAVED:
+        if final or self._unsaved == _MAX_UNSAVED:
             raise CheckpointError(f"{words} {self.run.last_good()}") from error
         self._log("unsaved", done, {"message": f"{words} {self.run.last_good()}"})
 

@@ -58,7 +58,7 @@ class Meter:
             "grad_norm": float(outcome.grad_norm),
             "loss_scale": float(moco.scale.scale),
             "queue_filled": filled,
-            "queue_age_steps": filled / (self._recipe.batch * (1 + self._recipe.symmetric)),
+            "queue_age_steps": filled / self._recipe.keys_a_step,
             "skipped": moco.guard.check(),
             "images_per_s": self._recipe.batch * self._steps / elapsed,
             "data_wait_percent": 100 * self._waited_s / elapsed,

@@ -57,7 +57,7 @@ class MoCo:
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-        check_bn_group(recipe, ranks.size)
+        check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
         self.recipe, self.ranks, self.device = recipe, ranks, device
         self._precision = Precision(recipe.precision, device.type)
         weights = self._precision.weights
@@ -191,8 +191,12 @@ class MoCo:
         self.encoder_k.load_state_dict(state["encoder_k"])
         self.queue.load_state_dict(state["queue"])
         self.guard.load_state_dict(state["guard"])
-        self.scale.load_state_dict(state["scale"])
+        if self.scale.active and float(state["scale"]["scale"]) > 1:  # 1: another precision's
+            self.scale.load_state_dict(state["scale"])
+        options = [group | {"params": None} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, given in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(given | {"params": group["params"]})  # the recipe's, not the checkpoint's
 
 
 def build_encoder(recipe: Recipe, ranks: Ranks = Ranks()) -> Encoder:
@@ -207,15 +211,18 @@ def build_encoder(recipe: Recipe, ranks: Ranks = Ranks()) -> Encoder:
     return encoder
 
 
-def check_bn_group(recipe: Recipe, ranks: int) -> None:
+def check_bn_group(recipe: Recipe, ranks: int, machines: int = 1) -> None:
     """Check that a rank holds a whole number of BatchNorm groups in each part of a step.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not, or a shuffle on each machine would change no group's company.
     """
     group = recipe.bn_group if recipe.bn == "groups" else 1
-    if recipe.bn == "whole" and recipe.accumulate > 1:
-        raise UsageError("bn: whole cannot go in parts: set accumulate=1, or bn=groups.")
+    if recipe.shuffle == "node" and recipe.batch // machines == group:
+        raise UsageError(
+            "shuffle: node with one bn_group a machine hides nothing from the network: set "
+            "shuffle=global, or a smaller bn_group."
+        )
     if recipe.batch % (ranks * group):
         fitting = [n for n in range(1, ranks + 1) if recipe.batch % (n * group) == 0]
         raise UsageError(

@@ -9,7 +9,7 @@ def momentum_update(
 ) -> None:
     """Move the key parameters towards the query ones: k = m k + (1 - m) q (MoCo eq. 2).
 
-    One fused call without temporaries.
+    One call without temporaries, for all parameters.
 
     Args:
         keys, queries: parameters of both encoders, pairwise of one shape and dtype.

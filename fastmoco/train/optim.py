@@ -16,7 +16,7 @@ _APEX = {"apex_sgd": "FusedSGD", "apex_adam": "FusedAdam", "apex_lamb": "FusedLA
 
 
 def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of a recipe; see `step_unless` for those that can skip on the device.
+    """Return the optimizer of a recipe; see `step_if` for those that can skip on the device.
 
     Raises:
         UsageError: it is one of apex's, and apex is not installed.
@@ -53,8 +53,8 @@ def _apex(name: str) -> Callable[..., torch.optim.Optimizer]:
         found = getattr(importlib.import_module("apex.optimizers"), _APEX[name])
     except (ImportError, AttributeError):
         raise UsageError(
-            f"optimizer.name={name} needs NVIDIA apex, which is built from its source; "
-            f"{name.removeprefix('apex_').replace('lamb', 'lars')} is fused without it."
+            f"optimizer.name={name} needs NVIDIA apex, which is built from its source; torch's own "
+            "sgd, adam and adamw are fused without it."
         ) from None
     return found  # type: ignore[no-any-return]
 
@@ -101,7 +101,7 @@ def learning_rate(schedule: Schedule, base: float, step: int, steps_per_epoch: i
     if schedule.name == "step":
         return base * schedule.gamma ** sum(now >= m for m in schedule.milestones)
     length = (schedule.epochs or schedule.steps or 0) - warmup
-    return base * (1 + math.cos(math.pi * (now - warmup) / length)) / 2
+    return base * (1 + math.cos(math.pi * max(now - warmup, 0) / length)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

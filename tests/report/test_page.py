@@ -124,7 +124,11 @@ def test_names_cannot_break_out(parsed: Parsed, page: Path) -> None:
 def test_the_numbers_are_a_table_newest_first(parsed: Parsed) -> None:
     _, probe, knn = parsed.cells["numbers"]
     assert probe[:5] == ["probe", "12", "61.25", "99.50", "lr=0.3, epochs=3, lrs=0.3 1"]
-    assert knn[0] == "knn" and knn[3] == "" and knn[4] == "feature=backbone, k=5, t=0.1"
+    assert (
+        knn[0] == "knn"
+        and knn[3] == "100.00"
+        and knn[4] == "feature=backbone, k=5, t=0.1, precision=fp32"
+    )
     assert "train: " in knn[5] and "(40 samples, set " in knn[5]
 
 

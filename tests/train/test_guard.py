@@ -90,3 +90,33 @@ def test_too_many_in_a_row_is_an_error_and_scattered_ones_are_not():
     guard.count(torch.tensor(True))  # the streak is seen even if it ended before the check
     with pytest.raises(DivergedError, match="3 steps in a row"):
         guard.check()
+
+
+def test_options_come_from_the_recipe_and_not_from_the_checkpoint(worker):
+    """A run that goes on with another rate or decay has these, and the old momentum buffers."""
+    begun = MoCo(Recipe.model_validate(worker.DEFAULTS), Ranks(), torch.device("cpu"))
+    begun.step(*worker.images(16, 0), 0)
+    other = worker.DEFAULTS | {"optimizer": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.25}}
+    resumed = MoCo(Recipe.model_validate(other), Ranks(), torch.device("cpu"))
+    resumed.load(begun.state())
+    (group,) = resumed.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+    buffers = [
+        [moco.optimizer.state[p]["momentum_buffer"] for p in moco.encoder_q.parameters()]
+        for moco in (begun, resumed)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+
+
+def test_a_loss_scale_does_not_cross_precisions(worker):
+    half, whole = (
+        MoCo(
+            Recipe.model_validate(worker.DEFAULTS | {"precision": p}), Ranks(), torch.device("cpu")
+        )
+        for p in ("fp16", "bf16")
+    )
+    half.load(whole.state())
+    assert float(half.scale.scale) == 2**16
+    half.scale.scale.fill_(8)
+    whole.load(half.state())
+    assert float(whole.scale.scale) == 1

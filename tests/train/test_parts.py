@@ -102,3 +102,26 @@ def test_cosine_by_steps_starts_high_and_ends_low():
     assert rates[10] == pytest.approx(2.0)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.02
+
+
+def test_a_warmup_that_ends_inside_an_epoch_is_followed_by_the_full_rate():
+    schedule = Schedule(epochs=4, warmup_epochs=1.5)
+    rates = [learning_rate(schedule, 1.0, step, 4) for step in range(16)]
+    assert rates[5] == pytest.approx(1.0) and rates[6:8] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 4, "steps": 4},
+        {},
+        {"epochs": 4, "warmup_epochs": 4},
+        {"steps": 10, "warmup_steps": 50},
+        {"epochs": 4, "milestones": [2]},
+        {"epochs": 4, "update": "step", "first_epoch": 1},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_contradicts_itself_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Schedule(**wrong)

@@ -1,0 +1,55 @@
+"""The same step on a GPU: what the CPU gives, and never a wait for the device."""
+
+import pytest
+import torch
+
+from fastmoco.config import Recipe
+from fastmoco.distributed import Ranks
+from fastmoco.train.moco import MoCo
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda")
+
+
+def engine(worker, device: torch.device, **options: object) -> MoCo:
+    values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
+    return MoCo(Recipe.model_validate(values), Ranks(), device)
+
+
+def test_a_step_equals_that_of_the_cpu(worker):
+    ours, theirs = (engine(worker, d, precision="fp32") for d in (GPU, torch.device("cpu")))
+    for step in range(3):
+        views = [view.float() for view in worker.images(32, step, size=16)]
+        there = theirs.step(*views, step)
+        here = ours.step(*(view.to(GPU) for view in views), step)
+        assert torch.allclose(here.loss.cpu(), there.loss, rtol=0, atol=1e-2)
+    assert int(ours.queue.pointer) == int(theirs.queue.pointer)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adam", "adamw"])
+@pytest.mark.parametrize("more", [{}, {"symmetric": True, "accumulate": 2, "clip": 1.0}], ids=str)
+def test_a_step_never_waits(worker, precision, name, more):
+    optimizer = {"lr": 0.01, "name": name}
+    moco = engine(worker, GPU, precision=precision, optimizer=optimizer, **more)
+    views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
+    moco.step(*views, 0)  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moco.step(*views, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_step_leaves_all_as_it_was(worker):
+    moco = engine(worker, GPU, precision="bf16")
+    views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
+    moco.step(*views, 0)
+    before = [p.clone() for p in (*moco.encoder_q.parameters(), moco.queue.keys)]
+    views[1][0] = torch.nan
+    assert not moco.step(*views, 1).ok
+    after = (*moco.encoder_q.parameters(), moco.queue.keys)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
