@@ -41,10 +41,10 @@ class LiveDisplay:
         self._task = self._progress.add_task(
             "", total=last_step, completed=start, epoch="-", numbers="first step ..."
         )
-        chance = math.log(recipe.queue + 1)
+        chance, full = math.log(recipe.queue + 1), math.ceil(recipe.queue / recipe.keys_a_step)
         self._console.print(
             f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
-            f"queue is full ({math.ceil(recipe.queue / recipe.keys_a_step)} steps): that is expected.",
+            f"queue is full ({full} steps): that is expected.",
             highlight=False,
         )
         for warning in _for_ablations_only(recipe):
