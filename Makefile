@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/fastmoco demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/ready
 	$(BIN)/ruff check .
