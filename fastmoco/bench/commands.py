@@ -65,8 +65,8 @@ def loader(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="imagefolder, webdataset, lightly, dali-operators; may be given several times. "
-            "[default: imagefolder]"
+            help="imagefolder, webdataset, lightly, dali-operators, ffcv, ffcv-raw (pixels instead "
+            "of JPEGs); may be given several times. [default: imagefolder]"
         ),
     ] = None,
     workers: Annotated[

@@ -32,7 +32,11 @@ RIVALS = {
     "webdataset": "webdataset",
     "lightly": "lightly",
     "dali-operators": "nvidia.dali",
+    "ffcv": "ffcv",
+    "ffcv-raw": "ffcv",
 }
+NEEDS = {"ffcv": ", which compiles against libopencv-dev and libturbojpeg0-dev (and pkg-config)"}
+_CONVERTED = {"webdataset", "ffcv", "ffcv-raw"}
 
 Views = tuple[torch.Tensor, ...]
 
@@ -84,8 +88,7 @@ def bench_loader(
         root = repeated(source, names, settings.repeat, scratch)
         warm(root)
         _pack(root, scratch / "set", settings.short_side)
-        if "webdataset" in settings.rivals:
-            _pack(root, scratch / "same", None)
+        _convert(root, scratch, settings.rivals)
         settings = replace(settings, workers=settings.workers or _best_workers(root, settings))
         subject = {**subject_of(source, names, settings.repeat), **asdict(settings)}
         arms = _arms(root, scratch, settings)
@@ -104,7 +107,8 @@ def _require(wanted: tuple[str, ...]) -> None:
         if name not in RIVALS:
             raise UsageError(f"There is no rival {name!r}; there are {', '.join(RIVALS)}.")
         if find_spec(RIVALS[name].partition(".")[0]) is None:
-            raise UsageError(f"{name} needs `pip install {RIVALS[name]}`.")
+            needs = NEEDS.get(name.removesuffix("-raw"), "")
+            raise UsageError(f"{name} needs `pip install {RIVALS[name]}`{needs}.")
 
 
 def _pack(root: Path, out: Path, short_side: int | None) -> None:
@@ -112,6 +116,18 @@ def _pack(root: Path, out: Path, short_side: int | None) -> None:
     from fastmoco.pack.writer import pack
 
     pack(root, out, PackOptions(short_side=short_side))
+
+
+def _convert(root: Path, scratch: Path, rivals: tuple[str, ...]) -> None:
+    """Write what rivals read instead of the folder, each as `scratch / NAME`."""
+    if not _CONVERTED.intersection(rivals):
+        return
+    same = scratch / "webdataset"
+    _pack(root, same, None)
+    for name in {"ffcv", "ffcv-raw"}.intersection(rivals):
+        from fastmoco.bench import beton
+
+        beton.write(same, scratch / name, raw=name == "ffcv-raw")
 
 
 def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
@@ -123,7 +139,7 @@ def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
         arms["fastmoco, crops alone"] = replace(crops, bound=True)
     for name in settings.rivals:
         function = f"fastmoco.bench.rivals:{name.replace('-', '_')}"
-        data = scratch / "same" if name == "webdataset" else root
+        data = scratch / name if name in _CONVERTED else root
         arms[name] = Arm.of(function, root=str(data), **work, workers=settings.workers)
     return arms
 

@@ -184,3 +184,18 @@ def dali_operators(
             yield tuple(torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs)
 
     return measured(section, open_batches, batches)
+
+
+def ffcv(
+    section: Section, root: str, size: int, batch: int, batches: int, workers: int
+) -> dict[str, Any]:
+    """Draw with FFCV, from a file of JPEGs. It has no workers, but a thread for each core."""
+    from fastmoco.bench import beton
+
+    def open_batches() -> Generator[Views]:
+        return beton.views(root, size, batch, WARM_UP + batches)
+
+    return measured(section, open_batches, batches)
+
+
+ffcv_raw = ffcv  # from a file of pixels

@@ -1,6 +1,7 @@
 """`fastmoco bench loader`: every arm draws the same kind of views, and as many."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastmoco.bench.commands import app
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
+from fastmoco.shardset import ShardSet
 
 WORK = {"size": 24, "batch": 8, "batches": 6}
 
@@ -97,5 +99,37 @@ def test_the_fastest_number_of_workers_is_tried(photos, monkeypatch):
 
 
 def test_an_unknown_rival_is_refused(photos):
-    with pytest.raises(UsageError, match="no rival 'ffcv'; there are imagefolder, webdataset"):
-        bench.bench_loader(photos, bench.Settings(rivals=("ffcv",)), 1)
+    with pytest.raises(UsageError, match="no rival 'other'; there are imagefolder, webdataset"):
+        bench.bench_loader(photos, bench.Settings(rivals=("other",)), 1)
+
+
+@pytest.mark.parametrize("name", ["ffcv", "ffcv-raw"])
+def test_a_rival_that_is_not_installed_is_refused(name, photos, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"{name} needs `pip install ffcv`.*libturbojpeg0-dev"):
+        bench.bench_loader(photos, bench.Settings(rivals=(name,)), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
+@pytest.mark.filterwarnings("ignore")  # its own: it imports distutils
+@pytest.mark.parametrize("raw", [False, True])
+def test_ffcv_draws_what_we_draw(raw, packed, ours, tmp_path):
+    from ffcv.fields import RGBImageField
+    from ffcv.reader import Reader
+
+    from fastmoco.bench import beton
+
+    path = tmp_path / "images"
+    beton.write(packed, path, raw)
+    stored = Reader(str(path), {"image": RGBImageField})
+    assert stored.num_samples == 40
+    assert set(stored.metadata["f0"]["mode"]) == {1 if raw else 0}
+    if not raw:  # the same bytes
+        kept = ShardSet(packed).samples["size"]
+        assert sorted(stored.alloc_table["size"]) == sorted(kept)
+    found = rivals.ffcv(Section(), root=str(path), **WORK, workers=1)
+    assert found["images"] == 48
+    for key in ("shape", "dtype", "views"):
+        assert proof(found)[key] == proof(ours)[key]
+    assert distance(found, ours) < 25
