@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
 from fastmoco.pack.parallel import mapped
+from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
@@ -258,25 +259,15 @@ class _Tables:
         """
         counts = np.zeros(int(labels.max(initial=-1)) + 1, dtype=np.int64)
         final = np.append(labels, np.int32(-1))  # code -1, the last one, stays -1
-        with _growing(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
+        with growing(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
             for rows in _stored(self.folder / ".rows", SAMPLE_DTYPE):
                 rows["label"] = final[rows["label"]]
                 counts += np.bincount(rows["label"][rows["label"] >= 0], minlength=len(counts))
                 stream.write(rows.tobytes())
-        ends = np.dtype("<u8")
-        with _growing(self.folder / "names.idx.npy", ends, self.samples + 1) as stream:
-            for part in _stored(self.folder / ".ends", ends):
+        with growing(self.folder / "names.idx.npy", OFFSET_DTYPE, self.samples + 1) as stream:
+            for part in _stored(self.folder / ".ends", OFFSET_DTYPE):
                 stream.write(part.tobytes())
         return counts
-
-
-@contextmanager
-def _growing(path: Path, dtype: np.dtype[Any], rows: int) -> Iterator[BinaryIO]:
-    """Yield a `.npy` file of so many rows that waits for their bytes."""
-    with path.open("wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (rows,)})
-        yield stream
 
 
 def _stored(path: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -1,9 +1,9 @@
 """The finished shards of a set in the making: what an interrupted pack goes on from."""
 
 import hashlib
-import io
 import json
 import os
+from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.files import sha256_of, write_bytes
+from fastmoco.files import new_file, sha256_of
 from fastmoco.pack.fragment import TAR_BLOCK, Fragment, Totals, key_of
 from fastmoco.pack.schedule import TAR_RECORD
 from fastmoco.shardset import SAMPLE_DTYPE, Shard
@@ -61,32 +61,29 @@ class Journal:
     def write(self, number: int, fragments: Iterable[Fragment]) -> None:
         """Write a shard from its fragments; the record comes last and makes it count."""
         path = self.folder / f"{_stem(number)}.tar"
-        table, parts, index, digest, at = [], [], [], hashlib.sha256(), 0
+        parts, digest, at = _Parts(), hashlib.sha256(), 0
         with path.open("wb") as tar:
             for fragment in fragments:
                 members = Path(fragment.tar).read_bytes()
                 os.unlink(fragment.tar)
                 tar.write(members)
                 digest.update(members)
-                rows = np.array(fragment.rows, dtype=SAMPLE_DTYPE)
-                rows["offset"] += at
-                index += _index_lines(fragment, rows)
+                parts.add(fragment, at)
                 at += len(members)
-                parts.append(fragment)
-                table.append(rows)
             end = bytes(-(at + 2 * TAR_BLOCK) % TAR_RECORD + 2 * TAR_BLOCK)
             tar.write(end)
             digest.update(end)
             # Has the kernel begin to write, so that the sync at the end finds little left.
             tar.flush()
             os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        lines = "\n".join([f"v1.2 {len(index)}", *index, ""]).encode()
-        path.with_suffix(".idx").write_bytes(lines)
         shard = Shard(
-            name=path.name, samples=len(index), bytes=at + len(end), sha256=digest.hexdigest()
+            name=path.name,
+            samples=len(parts.positions),
+            bytes=at + len(end),
+            sha256=digest.hexdigest(),
         )
-        packed = _packed(shard, hashlib.sha256(lines).hexdigest(), np.concatenate(table), parts)
-        write_bytes(self._record(number), packed)
+        index_sha256 = parts.write_index(path.with_suffix(".idx"))
+        parts.write_record(self._record(number), shard, index_sha256)
 
     def read(self, number: int) -> ShardRecord:
         """Return the record of a finished shard.
@@ -117,27 +114,46 @@ def _stem(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def _packed(
-    shard: Shard, index_sha256: str, rows: npt.NDArray[np.void], fragments: list[Fragment]
-) -> bytes:
-    totals = Totals()
-    for fragment in fragments:
-        totals.add(fragment.totals)
-    rejects = [reject for fragment in fragments for reject in fragment.rejects]
-    about = {
-        "shard": shard.model_dump(),
-        "index_sha256": index_sha256,
-        "rejects": rejects,
-        "totals": asdict(totals),
-    }
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        rows=rows,
-        positions=np.array([p for part in fragments for p in part.positions], dtype=np.int64),
-        about=np.array(json.dumps(about)),
-    )
-    return buffer.getvalue()
+class _Parts:
+    """What the fragments of a shard say: as bytes, for it may be of a hundred thousand images."""
+
+    def __init__(self) -> None:
+        self.rows, self.positions, self.index = bytearray(), array("q"), bytearray()
+        self.rejects: list[tuple[int, str]] = []
+        self.totals = Totals()
+
+    def add(self, fragment: Fragment, at: int) -> None:
+        """Add a fragment whose members begin at a place of the tar."""
+        rows = np.array(fragment.rows, dtype=SAMPLE_DTYPE)
+        rows["offset"] += at
+        self.rows += rows.tobytes()
+        self.positions.extend(fragment.positions)
+        self.index += "".join(f"{line}\n" for line in _index_lines(fragment, rows)).encode()
+        self.rejects += fragment.rejects
+        self.totals.add(fragment.totals)
+
+    def write_index(self, path: Path) -> str:
+        """Write the index; return its SHA-256."""
+        with path.open("wb") as stream:
+            stream.write(b"v1.2 %d\n" % len(self.positions))
+            stream.write(self.index)
+        return sha256_of(path)
+
+    def write_record(self, path: Path, shard: Shard, index_sha256: str) -> None:
+        """Write what `Journal.read` reads."""
+        about = {
+            "shard": shard.model_dump(),
+            "index_sha256": index_sha256,
+            "rejects": self.rejects,
+            "totals": asdict(self.totals),
+        }
+        with new_file(path) as aside, aside.open("wb") as stream:
+            np.savez(
+                stream,
+                rows=np.frombuffer(self.rows, dtype=SAMPLE_DTYPE),
+                positions=np.frombuffer(self.positions, dtype=np.int64),
+                about=np.array(json.dumps(about)),
+            )
 
 
 def _index_lines(fragment: Fragment, rows: npt.NDArray[np.void]) -> list[str]:

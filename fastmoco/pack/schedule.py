@@ -40,7 +40,6 @@ class Schedule:
     def __init__(self, source: Source, seed: int, shard_bytes: int, rules: Rules) -> None:
         self.source, self.rules = source, rules
         self.order = shuffled(len(source), seed)
-        self._costs = self._tar_costs()
         self.bounds = self._cut(shard_bytes - TAR_RECORD - 2 * TAR_BLOCK)
         small = source.inputs.sizes.mean() < SMALL_IMAGE
         self._stride = 1 if small else max(1, len(source) // MEASURED)
@@ -62,26 +61,28 @@ class Schedule:
             yield self._run(shard, str(scratch), start, end)
             start = end
 
-    def _tar_costs(self) -> npt.NDArray[np.int64]:
-        """Return (N,) bytes that the members of each image take, in shuffled order."""
-        sizes = self.source.inputs.sizes
+    def _tar_costs(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the bytes that the members of each image take, for a range of positions."""
+        rows = self.order[start:stop]
+        sizes = self.source.inputs.sizes[rows]
         if self.rules.short_side:
             sizes = np.minimum(sizes, int(SHRUNK_BYTES * self.rules.short_side**2))
-        label = np.where(self.source.labels >= 0, 2 * TAR_BLOCK, 0)
-        costs = TAR_BLOCK + -(-sizes // TAR_BLOCK) * TAR_BLOCK + label
-        return costs.astype(np.int64)[self.order]
+        label = np.where(self.source.labels[rows] >= 0, 2 * TAR_BLOCK, 0)
+        costs: npt.NDArray[np.int64] = TAR_BLOCK + -(-sizes // TAR_BLOCK) * TAR_BLOCK + label
+        return costs
 
     def _cut(self, room: int) -> list[int]:
         # A cut falls behind the image that crosses it, so each shard may get one more.
-        largest = int(self._costs.max())
-        count = max(1, -(-int(self._costs.sum()) // max(room - largest, largest)))
-        ends = np.cumsum(self._costs)
+        costs = self._tar_costs(0, len(self.order))
+        largest = int(costs.max())
+        count = max(1, -(-int(costs.sum()) // max(room - largest, largest)))
+        ends = np.cumsum(costs)
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count) + 1
         return [0, *np.unique(cuts[cuts < len(ends)]).tolist(), len(ends)]
 
     def _run_end(self, start: int, stop: int) -> int:
         images = min(RUN_IMAGES, max(1, len(self.order) // RUNS))
-        taken = np.cumsum(self._costs[start : min(stop, start + images)])
+        taken = np.cumsum(self._tar_costs(start, min(stop, start + images)))
         return start + max(1, int(np.searchsorted(taken, RUN_BYTES, side="right")))
 
     def _run(self, shard: int, scratch: str, start: int, end: int) -> Run:

@@ -3,18 +3,18 @@
 import os
 import tarfile
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import DEFLATED, STORED, ArchiveInputs, Span, Zipped
-from fastmoco.pack.sources.base import Reject, Source, by_name
+from fastmoco.pack.sources.base import Names, Reject, Source, by_name
 from fastmoco.pack.sources.layout import SUFFIX, first_folder, sources_by_layout
-
-Members = list[tuple[str, list[int], int]]  # name, the fields of its input, bytes
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip -d",
@@ -27,14 +27,41 @@ MAX_INFLATION = 1032  # of deflate
 MAX_HEADER = 2**20  # bytes; real headers, long names included, take some thousand
 
 
+class Members:
+    """The images found in an archive, in any order: millions, hence no objects.
+
+    Args:
+        path: of the archive.
+        kind: of their inputs.
+    """
+
+    def __init__(self, path: Path, kind: type[Span] | type[Zipped]) -> None:
+        self.path, self.kind = path, kind
+        self.names, self.left_out = Names(), list[Reject]()
+        self._sizes, self._fields = array("q"), array("q")
+
+    def add(self, name: str, size: int, *fields: int) -> None:
+        """Add an image; `fields` are what `kind` takes after the path."""
+        self.names.add(name)
+        self._sizes.append(size)
+        self._fields.extend(fields)
+
+    def in_order(self) -> tuple[npt.NDArray[np.int64], Names, ArchiveInputs]:
+        """Return the rows in the order of the names' bytes, the names and the inputs so sorted."""
+        order = np.array(self.names.sorted_rows(), dtype=np.int64)
+        fields = len(self._fields) // max(1, len(order))
+        table = np.array(self._fields, dtype=np.int64).reshape(len(order), fields)[order]
+        sizes = np.array(self._sizes, dtype=np.int64)[order]
+        return order, self.names.pick(order), ArchiveInputs(self.path, self.kind, table, sizes)
+
+
 def open_zip(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     """List the images of a zip; see `open_folder`. One folder around all of them does not count.
 
     Raises:
         DataError: not a sound zip, no images, or a layout that does not give sound labels.
     """
-    members: Members = []
-    left_out: list[Reject] = []
+    members = Members(path, Zipped)
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -42,19 +69,20 @@ def open_zip(path: Path, unlabelled: bool = False) -> dict[str, Source]:
                     continue
                 reason = _why_not_zipped(info, path.stat().st_size)
                 if reason:
-                    left_out.append(Reject(info.filename, reason))
+                    members.left_out.append(Reject(info.filename, reason))
                     continue
-                fields = [
+                members.add(
+                    info.filename,
+                    info.file_size,
                     info.header_offset,
                     info.compress_size,
                     info.file_size,
                     info.compress_type,
                     info.CRC,
-                ]
-                members.append((info.filename, fields, info.file_size))
+                )
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a zip: {error}.") from error
-    return _sources(path, Zipped, members, left_out, unlabelled)
+    return _sources(members, unlabelled)
 
 
 def open_tar(path: Path, unlabelled: bool = False) -> dict[str, Source]:
@@ -64,20 +92,19 @@ def open_tar(path: Path, unlabelled: bool = False) -> dict[str, Source]:
         DataError: a compressed or damaged tar, no images, or a layout without sound labels.
     """
     refuse_compressed(path)
-    members: Members = []
-    left_out: list[Reject] = []
+    members = Members(path, Span)
     try:
         for info in tar_members(path):
             if info.isdir() or is_hidden(info.name):
                 continue
             reason = why_not_tarred(info)
             if reason:
-                left_out.append(Reject(info.name, reason))
+                members.left_out.append(Reject(info.name, reason))
             else:
-                members.append((info.name, [info.offset_data, info.size], info.size))
+                members.add(info.name, info.size, info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path} cannot be read as a tar: {error}.") from error
-    return _sources(path, Span, members, left_out, unlabelled)
+    return _sources(members, unlabelled)
 
 
 class Window:
@@ -163,23 +190,14 @@ def refuse_compressed(path: Path) -> None:
             )
 
 
-def _sources(
-    path: Path,
-    kind: type[Span] | type[Zipped],
-    members: Members,
-    left_out: list[Reject],
-    unlabelled: bool,
-) -> dict[str, Source]:
-    members.sort(key=lambda member: member[0].encode("utf-8", "surrogateescape"))
-    left_out.sort(key=by_name)
-    names = [name for name, _, _ in members]
-    table = np.array([fields for _, fields, _ in members], dtype=np.int64)
-    sizes = np.array([size for _, _, size in members], dtype=np.int64)
-    inputs = ArchiveInputs(path, kind, table, sizes)
-    return sources_by_layout(names, inputs, left_out, str(path), unlabelled, _wrapping(names))
+def _sources(members: Members, unlabelled: bool) -> dict[str, Source]:
+    left_out = sorted(members.left_out, key=by_name)
+    _, names, inputs = members.in_order()
+    where = str(members.path)
+    return sources_by_layout(names, inputs, left_out, where, unlabelled, _wrapping(names))
 
 
-def _wrapping(names: list[str]) -> int:
+def _wrapping(names: Names) -> int:
     """Return the length of the folder, with its slash, that all names share; 0 for none."""
     top = first_folder(names[0]) if names else ""
     if top and all(name.startswith(top + "/") for name in names):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -24,10 +25,26 @@ class Reject(NamedTuple):
 class Names(Sequence[str]):
     """Names in one stretch of bytes: a list of strings would take six times the memory."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.bytes = b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.bytes, self.ends = bytearray(), array("q", [0])
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Append a name."""
+        self.bytes += os.fsencode(name)
+        self.ends.append(len(self.bytes))
+
+    def pick(self, rows: npt.NDArray[np.int64]) -> "Names":
+        """Return some of the names, in the order given."""
+        return Names(self[row] for row in map(int, rows))
+
+    def sorted_rows(self) -> list[int]:
+        """Return the rows in the order of the bytes of their names."""
+        return sorted(range(len(self)), key=self._encoded)
+
+    def _encoded(self, row: int) -> bytes:
+        return bytes(self.bytes[self.ends[row] : self.ends[row + 1]])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -39,7 +56,7 @@ class Names(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | Sequence[str]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        return os.fsdecode(self.bytes[self.ends[row] : self.ends[row + 1]])
+        return os.fsdecode(self._encoded(row))
 
     def __iter__(self) -> Iterator[str]:
         return (self[row] for row in range(len(self)))
@@ -73,7 +90,7 @@ class Source:
     def pick(self, rows: npt.NDArray[np.int64], left_out: Sequence[Reject] = ()) -> "Source":
         """Return the source of some of the images, in the order given."""
         return Source(
-            Names(self.names[row] for row in rows.tolist()),
+            self.names.pick(rows),
             self.labels[rows],
             self.classes,
             Picked(self.inputs, rows),
@@ -82,15 +99,11 @@ class Source:
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the source does, by names, labels, sizes and times."""
-        about = json.dumps([self.classes, self.left_out, self.names.ends.tolist()[-1:]])
-        parts = (
-            os.fsencode(about),
-            self.names.bytes,
-            self.names.ends.tobytes(),
-            self.labels.tobytes(),
-            self.inputs.state(),
-        )
-        return hashlib.sha256(b"\n".join(parts)).hexdigest()
+        about = json.dumps([self.classes, self.left_out, len(self), self.names.ends[-1]])
+        digest = hashlib.sha256(os.fsencode(about))
+        for part in (self.names.bytes, self.names.ends, self.labels.tobytes(), self.inputs.state()):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def by_name(reject: Reject) -> bytes:
@@ -103,15 +116,17 @@ def no_labels(count: int) -> npt.NDArray[np.int32]:
     return np.full(count, -1, dtype=np.int32)
 
 
-def numbered(names: Sequence[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
+def numbered(names: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Return the class number of each image, and the class names, sorted by their bytes.
 
     Args:
         names: the class name of each image.
     """
-    classes = sorted(set(names), key=os.fsencode)
+    codes: dict[str, int] = {}  # in the order of their first image
+    each = np.fromiter((codes.setdefault(name, len(codes)) for name in names), dtype=np.int32)
+    classes = sorted(codes, key=os.fsencode)
     numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in names], dtype=np.int32), classes
+    return np.array([numbers[name] for name in codes], dtype=np.int32)[each], classes
 
 
 def check_labels(labels: npt.NDArray[np.int32], classes: Sequence[str], where: str) -> None:

@@ -1,11 +1,12 @@
 """A folder of image files: by class, by split and class, or flat."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name
+from fastmoco.pack.sources.base import Names, Reject, Source
 from fastmoco.pack.sources.layout import SUFFIX, first_folder, sources_by_layout
 
 
@@ -19,39 +20,50 @@ def open_folder(root: Path, unlabelled: bool = False) -> dict[str, Source]:
         DataError: no images, or a layout that does not give sound labels.
     """
     names, left_out = _list_files(root)
-    inputs = FileInputs(root, Names(names))
+    inputs = FileInputs(root, names)
     sources = sources_by_layout(names, inputs, left_out, str(root), unlabelled)
     if any(source.classes for source in sources.values()):
         _refuse_empty_folders(root, names)
     return sources
 
 
-def _list_files(root: Path) -> tuple[list[str], list[Reject]]:
-    names: list[str] = []
+def _list_files(root: Path) -> tuple[Names, list[Reject]]:
+    names = Names()
     left_out: list[Reject] = []
     real_root = os.path.realpath(root)
-    for path in _visible_files(root):
-        name = Path(os.path.relpath(path, root)).as_posix()
-        reason = _why_not(path, real_root)
+    for name in _visible_files(os.fsencode(root)):
+        reason = _why_not(os.path.join(root, name), real_root)
         if reason:
             left_out.append(Reject(name, reason))
         else:
-            names.append(name)
-    return sorted(names, key=os.fsencode), sorted(left_out, key=by_name)
+            names.add(name)
+    return names, left_out
 
 
-def _visible_files(root: Path) -> list[str]:
-    """Return all paths that are not folders; a link to a folder is one of them."""
-    found: list[str] = []
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
-        found += [os.path.join(folder, name) for name in files + links if name[0] != "."]
-    return found
+def _visible_files(root: bytes) -> Iterator[str]:
+    """Yield the path below the root of all that is no folder, in the order of their bytes.
+
+    A link to a folder is no folder. One folder at a time is sorted: there may be millions of files.
+    """
+    waiting = [b""]  # the next one last; folders end in a slash, which sorts them among the files
+    while waiting:
+        name = waiting.pop()
+        if name and not name.endswith(b"/"):
+            yield os.fsdecode(name)
+        else:
+            waiting += sorted((name + entry for entry in _entries(root, name)), reverse=True)
 
 
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be listed: {error.strerror}.")
+def _entries(root: bytes, folder: bytes) -> Iterator[bytes]:
+    """Yield the names in a folder that are not hidden, those of folders with a slash behind."""
+    try:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                if not entry.name.startswith(b"."):
+                    yield entry.name + b"/" * entry.is_dir(follow_symlinks=False)
+    except OSError as error:
+        where = os.fsdecode(error.filename)
+        raise DataError(f"{where} cannot be listed: {error.strerror}.") from error
 
 
 def _why_not(path: str, real_root: str) -> str | None:
@@ -66,7 +78,7 @@ def _why_not(path: str, real_root: str) -> str | None:
     return None
 
 
-def _refuse_empty_folders(root: Path, names: list[str]) -> None:
+def _refuse_empty_folders(root: Path, names: Names) -> None:
     """A class folder without images would shift the numbers of the classes behind it."""
     with os.scandir(root) as entries:
         folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}

@@ -5,7 +5,6 @@
 Class numbers are those of the WordNet ids, sorted, as everyone has them; the devkit's own are not.
 """
 
-import os
 import re
 import tarfile
 from array import array
@@ -18,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import ArchiveInputs, Span
+from fastmoco.pack.inputs import Span
 from fastmoco.pack.sources.archive import (
+    Members,
     file_window,
     is_hidden,
     tar_members,
@@ -27,7 +27,6 @@ from fastmoco.pack.sources.archive import (
     window_members,
 )
 from fastmoco.pack.sources.base import (
-    Names,
     Reject,
     Source,
     by_name,
@@ -43,36 +42,6 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 VAL_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
-
-
-class _Members:
-    """The images found in a tar: millions, hence no objects."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: list[str] = []
-        self.offsets, self.sizes = array("q"), array("q")
-        self.left_out: list[Reject] = []
-
-    def add(self, name: str, offset: int, size: int) -> None:
-        self.names.append(name)
-        self.offsets.append(offset)
-        self.sizes.append(size)
-
-    def source(self, labels: npt.NDArray[np.int32] | None, classes: list[str]) -> Source:
-        """Return the source of all, sorted by name, whatever the order in the tar."""
-        if not self.names:
-            first = "".join(f" ({reject.name}: {reject.reason})" for reject in self.left_out[:1])
-            raise DataError(f"{self.path} holds no images of ImageNet{first}.")
-        if labels is None:
-            labels, classes = no_labels(len(self.names)), []
-        check_labels(labels, classes, str(self.path))
-        order = sorted(range(len(self.names)), key=lambda row: os.fsencode(self.names[row]))
-        sizes = np.frombuffer(self.sizes, dtype=np.int64)
-        table = np.stack([np.frombuffer(self.offsets, dtype=np.int64), sizes], axis=1)
-        inputs = ArchiveInputs(self.path, Span, table[order], sizes[order])
-        names = Names(self.names[row] for row in order)
-        return Source(names, labels[order], classes, inputs, sorted(self.left_out, key=by_name))
 
 
 def is_imagenet(path: Path) -> bool:
@@ -116,7 +85,7 @@ def open_imagenet(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 
 
 def _train(path: Path, unlabelled: bool) -> Source:
-    found = _Members(path)
+    found = Members(path, Span)
     wnids: list[str] = []
     seen: set[str] = set()
     with path.open("rb") as stream:
@@ -135,11 +104,23 @@ def _train(path: Path, unlabelled: bool) -> Source:
             seen.add(match[1])
             wnids += [match[1]] * added
     if unlabelled:
-        return found.source(None, [])
-    return found.source(*numbered(wnids))
+        return _source(found, None, [])
+    return _source(found, *numbered(wnids))
 
 
-def _add_class(found: _Members, stream: IO[bytes], outer: tarfile.TarInfo, wnid: str) -> None:
+def _source(found: Members, labels: npt.NDArray[np.int32] | None, classes: list[str]) -> Source:
+    """Return the source of all, sorted by name, whatever the order in the tar."""
+    if not found.names:
+        first = "".join(f" ({reject.name}: {reject.reason})" for reject in found.left_out[:1])
+        raise DataError(f"{found.path} holds no images of ImageNet{first}.")
+    if labels is None:
+        labels, classes = no_labels(len(found.names)), []
+    check_labels(labels, classes, str(found.path))
+    order, names, inputs = found.in_order()
+    return Source(names, labels[order], classes, inputs, sorted(found.left_out, key=by_name))
+
+
+def _add_class(found: Members, stream: IO[bytes], outer: tarfile.TarInfo, wnid: str) -> None:
     window = file_window(stream, outer.offset_data, outer.size)
     where = f"{found.path}: {outer.name}"
     for info in _sound(window_members(window), where, outer.size):
@@ -147,7 +128,8 @@ def _add_class(found: _Members, stream: IO[bytes], outer: tarfile.TarInfo, wnid:
         if reason:
             found.left_out.append(Reject(f"{wnid}/{info.name}", reason))
         else:
-            found.add(f"{wnid}/{info.name}", outer.offset_data + info.offset_data, info.size)
+            at = outer.offset_data + info.offset_data
+            found.add(f"{wnid}/{info.name}", info.size, at, info.size)
 
 
 def _sound_members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -167,7 +149,7 @@ def _sound(infos: Iterator[tarfile.TarInfo], where: str, size: int) -> Iterator[
 
 
 def _val(path: Path, folder: Path, unlabelled: bool) -> Source:
-    found = _Members(path)
+    found = Members(path, Span)
     numbers = array("q")
     for info in _sound_members(path):
         match = VAL_NAME.fullmatch(info.name)
@@ -175,19 +157,19 @@ def _val(path: Path, folder: Path, unlabelled: bool) -> Source:
             "" if match else "is not named ILSVRC2012_val_NUMBER.JPEG"
         )
         if match and not reason:
-            found.add(info.name, info.offset_data, info.size)
+            found.add(info.name, info.size, info.offset_data, info.size)
             numbers.append(int(match[1]))
         else:
             found.left_out.append(Reject(info.name, reason))
     if len(set(numbers)) != len(numbers):
         raise DataError(f"{path} holds an image twice: get it again.")
     if unlabelled:
-        return found.source(None, [])
+        return _source(found, None, [])
     wnids, truth = _devkit(folder, path)
     if not set(numbers) <= set(range(1, len(truth) + 1)):
         raise DataError(f"{path} holds image {max(numbers)}, the devkit has {len(truth)} labels.")
     labels = truth[np.frombuffer(numbers, dtype=np.int64) - 1] if numbers else truth[:0]
-    return found.source(labels, wnids)
+    return _source(found, labels, wnids)
 
 
 def _devkit(folder: Path, val: Path) -> tuple[list[str], npt.NDArray[np.int32]]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs, Picked
-from fastmoco.pack.sources.base import Names, Reject, Source, numbered
+from fastmoco.pack.sources.base import Names, Reject, Source, no_labels, numbered
 
 SPLIT = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|unlabell?ed", re.IGNORECASE)
 
@@ -32,7 +32,9 @@ class Part:
     classes: list[str]
 
 
-def split_by_layout(names: Sequence[str], where: str, unlabelled: bool) -> dict[str, Part]:
+def split_by_layout(
+    names: Sequence[str], where: str, unlabelled: bool, wrapping: int = 0
+) -> dict[str, Part]:
     """Return the parts that the folders of the names make, by split; "" where there are none.
 
     `train/cat/1.jpg` is of the split train and the class cat, `cat/1.jpg` of the class cat;
@@ -42,27 +44,29 @@ def split_by_layout(names: Sequence[str], where: str, unlabelled: bool) -> dict[
         names: posix paths.
         where: what holds them, for errors.
         unlabelled: take all as one part without labels.
+        wrapping: characters at the start of each name that do not belong to the layout.
 
     Raises:
         DataError: a layout that does not give sound labels.
     """
     rows = np.arange(len(names), dtype=np.int64)
-    tops = [first_folder(name) for name in names]
     if unlabelled:
-        return {"": _part(rows, [""] * len(rows), where)}
-    if not all(SPLIT.fullmatch(top) for top in tops):
-        return {"": _part(rows, tops, where)}
+        return {"": Part(rows, no_labels(len(rows)), [])}
+    numbers, tops = numbered(first_folder(name, wrapping) for name in names)
+    if not all(map(SPLIT.fullmatch, tops)):
+        return {"": _part(rows, numbers, tops, where)}
     parts = {}
-    for split in sorted(set(tops)):
-        chosen = [row for row, top in enumerate(tops) if top == split]
-        below = [first_folder(names[row][len(split) + 1 :]) for row in chosen]
-        parts[split] = _part(np.array(chosen, dtype=np.int64), below, f"{where}/{split}")
+    for number, split in enumerate(tops):
+        chosen = np.flatnonzero(numbers == number)
+        start = wrapping + len(split) + 1
+        below = numbered(first_folder(names[row], start) for row in map(int, chosen))
+        parts[split] = _part(chosen, *below, f"{where}/{split}")
     _refuse_other_classes(parts, where)
     return parts
 
 
 def sources_by_layout(
-    names: Sequence[str],
+    names: Names,
     inputs: Inputs,
     left_out: Sequence[Reject],
     where: str,
@@ -85,40 +89,40 @@ def sources_by_layout(
     if not names:
         first = "".join(f" ({reject.name}: {reject.reason})" for reject in left_out[:1])
         raise DataError(f"{where} holds no images{first}.")
-    parts = split_by_layout([name[wrapping:] for name in names], where, unlabelled)
-    return {
-        split: Source(
-            Names(names[row] for row in part.rows.tolist()),
-            part.labels,
-            part.classes,
-            Picked(inputs, part.rows),
-            [r for r in left_out if not split or first_folder(r.name[wrapping:]) == split],
-        )
-        for split, part in parts.items()
-    }
+    sources = {}
+    for split, part in split_by_layout(names, where, unlabelled, wrapping).items():
+        passed = [r for r in left_out if not split or first_folder(r.name, wrapping) == split]
+        sources[split] = _source(names, inputs, part, passed)
+    return sources
 
 
-def first_folder(name: str) -> str:
-    """Return the first folder of a posix path, "" if it has none."""
-    folder, slash, _ = name.partition("/")
-    return folder if slash else ""
+def first_folder(name: str, start: int = 0) -> str:
+    """Return the first folder of a posix path that begins at `start`, "" if it has none."""
+    return name[start : max(start, name.find("/", start))]
 
 
-def _part(rows: npt.NDArray[np.int64], folders: list[str], where: str) -> Part:
-    found = set(folders)
-    if found == {""}:
-        return Part(rows, np.full(len(rows), -1, dtype=np.int32), [])
-    if "" in found:
+def _source(names: Names, inputs: Inputs, part: Part, left_out: list[Reject]) -> Source:
+    if len(part.rows) < len(names):  # else a copy of all that there is
+        names, inputs = names.pick(part.rows), Picked(inputs, part.rows)
+    return Source(names, part.labels, part.classes, inputs, left_out)
+
+
+def _part(
+    rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int32], classes: list[str], where: str
+) -> Part:
+    if classes == [""]:
+        return Part(rows, no_labels(len(rows)), [])
+    if "" in classes:
         raise DataError(
             f"{where} holds images beside class folders: move them into a class, or pass "
             "--unlabelled."
         )
-    if len(found) == 1:
+    if len(classes) == 1:
         raise DataError(
-            f"{where} has a single class folder ({folders[0]}), and everything in one class gives "
+            f"{where} has a single class folder ({classes[0]}), and everything in one class gives "
             "100 % accuracy: pass --unlabelled to pack without labels."
         )
-    return Part(rows, *numbered(folders))
+    return Part(rows, numbers, classes)
 
 
 def _refuse_other_classes(parts: dict[str, Part], where: str) -> None:

@@ -37,6 +37,29 @@ def test_names_are_sorted_by_their_bytes(tmp_path, touch):
     assert [name[0] for name in open_folder(tmp_path)[""].names] == ["Z", "a", "é", "～", "😀"]
 
 
+def test_folders_sort_among_files_as_whole_paths_do(tmp_path, touch):
+    files = [
+        f"{top}/{name}" for top in ("a", "a.b", "a0") for name in ("x.png", "x/1.png", "x0.png")
+    ]
+    touch(tmp_path, *files, "a.png", "a-.png", "deep/x/y/z/1.png")
+    found = list(open_folder(tmp_path, unlabelled=True)[""].names)
+    assert found == sorted([*files, "a.png", "a-.png", "deep/x/y/z/1.png"], key=os.fsencode)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, touch, monkeypatch):
+    touch(tmp_path, "a/1.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fsdecode(path).rstrip("/").endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"/a/? cannot be listed: Permission denied"):
+        open_folder(tmp_path)
+
+
 def test_flat_folder_has_no_labels(tmp_path, touch):
     touch(tmp_path, "2.png", "1.tiff")
     (tmp_path / "empty").mkdir()
