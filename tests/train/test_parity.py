@@ -100,13 +100,14 @@ def test_running_statistics_of_two_ranks_settle_to_those_of_one(run_ranks):
 
 
 def test_one_fp32_step_equals_algorithm_1(worker):
-    # Groups of 16: BatchNorm over 4 values, as above, magnifies fp32 rounding tenfold.
+    # Groups of 16 and images of 48 pixels: BatchNorm over few values, as above, magnifies the
+    # rounding of fp32 tenfold.
     options = {"precision": "fp32", "batch": 32, "bn_group": 16}
     recipe = Recipe.model_validate(worker.DEFAULTS | options)
     moco = MoCo(recipe, Ranks(), torch.device("cpu"))
     theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
     set_learning_rate(moco.optimizer, recipe.optimizer.lr)
-    views = worker.images(recipe.batch, 0, size=16)
+    views = worker.images(recipe.batch, 0, size=48)
     ours = moco.step(*(view.float() for view in views), 0)
     loss = theirs.step(*views, 0)
     assert torch.allclose(ours.loss.double(), loss, rtol=0, atol=1e-5)
