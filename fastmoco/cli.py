@@ -31,11 +31,6 @@ app = typer.Typer(
 app.add_typer(bench_app)
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep the command names even while there is only one command."""
-
-
 def main() -> None:
     """Run the command line; a user error ends in plain lines and its exit code."""
     try:
@@ -282,10 +277,19 @@ _Labels = Annotated[
 ]
 _Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 _Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 _Precision = Annotated[
-    Literal["bf16", "fp32"] | None, typer.Option(help="Of the network. [default: the run's]")
+    Literal["bf16", "fp32"] | None,
+    typer.Option(help="Of the network. [default: bf16 if the run's, else fp32]"),
 ]
+
+
+def _positive(value: Any) -> Any:
+    """Refuse a rate or temperature that is not above 0."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not 0 < number < float("inf"):
+            raise typer.BadParameter(f"{number:g} is not above 0")
+    return value
 
 
 @app.command()
@@ -298,7 +302,9 @@ def knn(
         Literal["head", "backbone"], typer.Option(help="Which output to compare.")
     ] = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
-    t: Annotated[float, typer.Option(help="Temperature of their weights.")] = 0.1,
+    t: Annotated[
+        float, typer.Option(callback=_positive, help="Temperature of their weights.")
+    ] = 0.1,
     precision: _Precision = None,
     device: _Device = "auto",
 ) -> None:
@@ -316,7 +322,8 @@ def probe(
     labels: _Labels = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Repeatable. [default: ten, 0.003 to 100]")
+        list[float] | None,
+        typer.Option(callback=_positive, help="Repeatable. [default: ten, 0.003 to 100]"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
     schedule: Annotated[
@@ -363,11 +370,14 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Of the backbone. [default: 0.02; from scratch 0.1]")
+        float | None,
+        typer.Option(callback=_positive, help="Of the backbone. [default: 0.02; from scratch 0.1]"),
     ] = None,
     head_lr: Annotated[
         float | None,
-        typer.Option(help="Of the classifier. [default: 10 x lr; from scratch lr]"),
+        typer.Option(
+            callback=_positive, help="Of the classifier. [default: 10 x lr; from scratch lr]"
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of all weights.")] = 1e-4,
@@ -535,7 +545,7 @@ def embed(
 
     from fastmoco.distributed import Ranks, device_of
     from fastmoco.evaluate.embed import embed as features_of
-    from fastmoco.evaluate.embed import sight_of
+    from fastmoco.evaluate.embed import frozen_sight
     from fastmoco.evaluate.frozen import load_encoder
     from fastmoco.exchange.features import check_absent, write_features
     from fastmoco.load.work import settings_of
@@ -546,7 +556,7 @@ def embed(
     where = device_of(device, 0)
     encoder, recipe, step = load_encoder(RunFolder(run), where)
     data = Collection.open([set])
-    sight = sight_of(recipe, settings_of(recipe, Ranks(), where))
+    sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
     features = features_of(encoder, data, feature, sight).numpy()
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
     write_features(out, features, np.arange(len(features)), about)

@@ -28,7 +28,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any) -> Any:
-        """YAML reads `on` and `no` as booleans, and Python takes True for 1: refuse both."""
+        """Python takes True for 1: refuse it where a number is meant."""
         for key, item in value.items() if isinstance(value, Mapping) else ():
             field = cls.model_fields.get(key)
             if isinstance(item, bool) and field is not None and field.annotation is not bool:
@@ -338,6 +338,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# As in YAML 1.2: `on`, `off`, `yes` and `no` are words, and `off` is one of the recipe's.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),

@@ -42,13 +42,27 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+def make_parent(final: Path) -> None:
+    """Make the folder that `final` will lie in.
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {final} ({error.strerror}): choose another place."
+        ) from error
+
+
 @contextmanager
 def new_file(final: Path) -> Iterator[Path]:
     """Yield a path that becomes `final` if the block succeeds, and is removed if not.
 
     For what a library writes by itself. The suffix stays as it is: libraries go by it.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(final)
     aside = final.with_name(f".partial.{final.name}")
     try:
         yield aside
@@ -64,7 +78,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     A killed process leaves only `.NAME.partial`, which the next attempt replaces.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(final)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -3,6 +3,7 @@
 config.yaml                      the resolved recipe
 versions.json                    what it ran on
 metrics.jsonl                    one row a logged step, epoch and monitor
+evaluations.jsonl, evaluations/  numbers of its encoder, and what was said of each image
 status.json                      how the last start ended: exit code and message; code null: it
                                  runs, or was killed
 stopped                          there if a signal stopped it before its end: to be started again
@@ -30,6 +31,7 @@ from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.files import new_folder, sha256_of, sync, write_bytes, write_json
 
 CHECKPOINT_VERSION = 1
+ORIGIN = "origin.json"  # in the folder of a run whose weights another program trained
 
 # What a checkpoint older than these keys of the fingerprint was made with.
 _BEFORE = {"bn": "groups", "shuffle": "global", "symmetric": False, "optimizer": "sgd"}
@@ -123,6 +125,11 @@ class RunFolder:
         except (OSError, ValueError, KeyError):
             return "not known"
 
+    @property
+    def imported(self) -> bool:
+        """Whether the weights came from another program."""
+        return (self.root / ORIGIN).is_file()
+
     def recipe(self) -> Recipe:
         """Return the resolved recipe of the run.
 
@@ -169,7 +176,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [row for line in lines if (row := _row(line)) is not None]
+        return [row for line in lines if (row := row_of(line)) is not None]
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again."""
@@ -273,7 +280,8 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def row_of(line: str) -> dict[str, Any] | None:
+    """Return a line of a .jsonl; None: it was cut short by a kill or a full disk."""
     try:
         row: dict[str, Any] = json.loads(line)
     except ValueError:

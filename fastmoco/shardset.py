@@ -398,8 +398,7 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
     """
     first = Labelled.of(ShardSet(bank), table)
     asked = ShardSet(queries)
-    has_table = table is not None and label_path(asked, table).with_suffix(".json").exists()
-    second = Labelled.of(asked, table if has_table else None)
+    second = Labelled.of(asked, table if table and _has_table(asked, table) else None)
     for one in (first, second):
         _refuse_unfit(one)
     if first.classes != second.classes:
@@ -410,6 +409,17 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
         )
         raise DataError(f"{bank} and {queries} differ in their classes ({what}): {same}.")
     return first, second
+
+
+def _has_table(one: ShardSet, table: str) -> bool:
+    """Return whether a side table of that name is the set's; one outside of it has one owner."""
+    about = label_path(one, table).with_suffix(".json")
+    if not table.endswith(".npy"):
+        return about.exists()
+    try:
+        return bool(json.loads(about.read_text())["set_id"] == one.manifest.set_id)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _refuse_unfit(one: Labelled) -> None:

@@ -1,13 +1,14 @@
 """Metrics on their way to TensorBoard and Weights & Biases, beside metrics.jsonl."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from fastmoco.config import Recipe
 from fastmoco.errors import UsageError
+from fastmoco.files import write_bytes
 
 Write = Callable[[dict[str, float], int], None]
 
@@ -81,6 +82,14 @@ def _tensorboard(recipe: Recipe, root: Path, start: int) -> Tracker:
     return Tracker(write, writer.close)
 
 
+def _id_of(root: Path) -> str:
+    """Return the name that a run goes on under, for as long as its folder lives."""
+    path = root / "wandb_id"
+    if not path.exists():
+        write_bytes(path, uuid4().hex[:16].encode())
+    return path.read_text()
+
+
 def _wandb(recipe: Recipe, root: Path, start: int) -> Tracker:
     import wandb
 
@@ -89,7 +98,7 @@ def _wandb(recipe: Recipe, root: Path, start: int) -> Tracker:
         name=recipe.name,
         dir=root,
         config=recipe.model_dump(mode="json"),
-        id=hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16],  # of this folder
+        id=_id_of(root),
         resume="allow",
     )
     return Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)

@@ -46,6 +46,8 @@ def test_the_shuffles_bytes_are_those_of_its_permutations():
     orders = np.stack([permutation(0, step, 256, 1) for step in range(200)])
     strange = (orders[:, :32] // 32 != 0).sum(axis=1).mean()  # rows that rank 0 gets from others
     assert shuffle_bytes(recipe, 8, "all_to_all") == pytest.approx(strange * image, rel=0.02)
+    alone = load_recipe("moco_v2_imagenet_r50", ["shuffle=off"])
+    assert shuffle_bytes(alone, 8, "all_gather") == 0
     twice = load_recipe("moco_v2_imagenet_r50", ["symmetric=true"])
     assert shuffle_bytes(twice, 8, "all_gather") == 2 * 224 * image
 

@@ -117,7 +117,7 @@ class OfficialMoCo:
         options = recipe.optimizer
         self.optimizer = torch.optim.SGD(
             self.model.encoder_q.parameters(),
-            options.lr,
+            recipe.lr,
             **options.options(),
             weight_decay=options.weight_decay,
         )

@@ -36,7 +36,7 @@ def _overlap(train: Labelled, test: Labelled) -> str | None:
     names = ", ".join(test.set.name_of(int(row)) for row in both[:_NAMED])
     more = ", ..." if len(both) > _NAMED else ""
     return (
-        f"{len(both)} of {len(test.ids)} test images ({100 * len(both) / len(test.ids):.2g} %) "
+        f"{len(both)} of {len(test.ids)} test images ({100 * len(both) / len(test.ids):.3g} %) "
         f"are in the training set too, byte for byte: {names}{more}"
     )
 

@@ -1,7 +1,7 @@
 """Features of the samples of a set, in id order, on any number of ranks."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ class Sight:
     Attributes:
         size: side, pixels.
         mean, std: of the channels, in 0..1 units.
-        precision: of the encoder's forward pass, "bf16", "fp32" or "fp64".
+        precision: of the encoder's forward pass, "bf16", "fp32" (fp16 too) or "fp64".
         settings: how batches are made.
     """
 
@@ -97,3 +97,9 @@ def sight_of(recipe: Recipe, settings: Settings) -> Sight:
     """Return how the run of a resolved recipe shows images."""
     assert recipe.mean and recipe.std, "the recipe is not resolved"
     return Sight(recipe.image_size, recipe.mean, recipe.std, recipe.precision, settings)
+
+
+def frozen_sight(recipe: Recipe, settings: Settings) -> Sight:
+    """Return the same for frozen fp32 weights: bf16 stays, all else is fp32."""
+    name = "bf16" if recipe.precision == "bf16" else "fp32"
+    return replace(sight_of(recipe, settings), precision=name)

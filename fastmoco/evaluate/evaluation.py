@@ -13,7 +13,7 @@ from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.crops import Crops
-from fastmoco.evaluate.embed import Feature, Sight, embed, sight_of
+from fastmoco.evaluate.embed import Feature, Sight, embed, frozen_sight
 from fastmoco.evaluate.frozen import load_encoder, unchanged
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.measure import Predictions
@@ -78,7 +78,7 @@ class Evaluation:
             device: "auto", "cpu" or "cuda".
             labels: a side table of the training set, see `shardset.labelled_pair`; None: that of
                 the monitor if both sets are the monitor's, else the packed labels.
-            precision: of the encoder's forward pass, "bf16" or "fp32"; None: the run's.
+            precision: of the encoder's forward pass, "bf16" or "fp32"; None: see `frozen_sight`.
             ranks: of this evaluation.
 
         Raises:
@@ -95,10 +95,11 @@ class Evaluation:
             train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
-        sight = sight_of(recipe, settings_of(recipe, ranks, where))
-        sight = replace(sight, precision=precision or _frozen_precision(recipe))
+        sight = frozen_sight(recipe, settings_of(recipe, ranks, where))
+        sight = replace(sight, precision=precision or sight.precision)
         pair = labelled_pair(train, test, labels)
-        return cls(run, recipe, encoder, step, sight, *pair, ranks, tuple(cautions(*pair, step)))
+        told = tuple(cautions(*pair, None if run.imported else step))  # imported: no steps of ours
+        return cls(run, recipe, encoder, step, sight, *pair, ranks, told)
 
     @property
     def classes(self) -> int:
@@ -177,11 +178,6 @@ class Evaluation:
         if not self.ranks.leads:
             return result | found.summary()
         return append(self.run, result, found, self.test)
-
-
-def _frozen_precision(recipe: Recipe) -> str:
-    """Return the precision to evaluate in: fp64 is a matter of the training's own exactness."""
-    return "bf16" if recipe.precision == "bf16" else "fp32"
 
 
 def _described(one: Labelled) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fastmoco.evaluate.embed import Sight, embed
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.schedule import cosine
-from fastmoco.files import new_folder, write_json
+from fastmoco.files import make_parent, new_folder, write_json
 from fastmoco.load.loader import Triple
 from fastmoco.load.subset import stratified
 from fastmoco.models.resnet import Encoder
@@ -72,13 +72,14 @@ class Tuning:
             size: of the run.
         """
         batch = min(self.batch, images)
-        lr = self.lr or (0.1 if self.from_scratch else 0.02)
+        lr = (0.1 if self.from_scratch else 0.02) if self.lr is None else self.lr
+        head_lr = (lr if self.from_scratch else 10 * lr) if self.head_lr is None else self.head_lr
         return replace(
             self,
             batch=batch,
             steps=self._steps(images // batch),
             lr=lr,
-            head_lr=self.head_lr or (lr if self.from_scratch else 10 * lr),
+            head_lr=head_lr,
             size=self.size or size,
         )
 
@@ -107,19 +108,27 @@ def finetune(
     """
     if save and save.exists():
         raise UsageError(f"{save} exists: choose another folder by --save.")
+    if save:
+        make_parent(save)
     train, ranks = evaluation.train, evaluation.ranks
     places = stratified(train.labels.astype(np.int32), tuning.fraction, tuning.seed)
     protocol = tuning.resolved(len(places), evaluation.sight.size)
     sight = _sight(evaluation, protocol)
+    if protocol.batch < 2 * ranks.size:
+        raise UsageError(
+            f"{protocol.batch} images on {ranks.size} processes leave BatchNorm nothing to "
+            "average: start fewer, or use more labels."
+        )
     crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, sight, ranks)
     network = _network(evaluation, protocol)
     _train(network, crops, protocol, on_step)
     found = _tested(network, evaluation, sight)
-    if save and ranks.leads:
-        _save(save, network, evaluation, sight)
     counts = np.bincount(train.labels[places], minlength=evaluation.classes)
     row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), ranks)
-    return evaluation.record(row, found)
+    recorded = evaluation.record(row, found)  # first: the number is what the time went into
+    if save and ranks.leads:
+        _save(save, network, evaluation, sight)
+    return recorded
 
 
 def _sight(evaluation: Evaluation, protocol: Tuning) -> Sight:

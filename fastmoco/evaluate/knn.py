@@ -43,6 +43,8 @@ class Neighbours:
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield (chunk, classes) votes for (M, dim) queries; that of the nearest neighbour is 1."""
         for chunk in torch.split(normalize(queries, dim=1), _CHUNK):
+            if not len(chunk):
+                return  # a rank may have no share
             similarity, index = self._nearest(chunk)
             # A factor that all votes share changes nothing, and large ones would overflow.
             weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / self.t).exp()

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.measure import Predictions
-from fastmoco.files import sync
+from fastmoco.files import new_file
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Labelled
 
@@ -44,19 +44,18 @@ def append(
         name = f"evaluations/{number:04d}-{result['kind']}.npz"
         _save(run.root / name, found, test)
         row = result | found.summary() | {"predictions": name}
-        with rows.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        torn = rows.exists() and rows.read_bytes()[-1:] not in (b"", b"\n")
+        with rows.open("a") as stream:  # after a row cut short by a kill: on a line of its own
+            stream.write("\n" * torn + json.dumps(row) + "\n")
     except OSError as error:
         raise UsageError(f"Cannot write to {run.root} ({error.strerror}).") from error
     return row
 
 
 def _save(path: Path, found: Predictions, test: Labelled) -> None:
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as stream:
+    with new_file(path) as aside:
         np.savez_compressed(
-            stream,
+            aside,
             id=test.ids,
             label=found.labels.numpy().astype(np.int32),
             predicted=found.predicted.numpy().astype(np.int32),
@@ -65,5 +64,3 @@ def _save(path: Path, found: Predictions, test: Labelled) -> None:
             confusion=found.confusion().numpy(),
             classes=np.array(test.classes),
         )
-    sync(aside)
-    aside.replace(path)

@@ -45,6 +45,8 @@ def export(encoder: Encoder, recipe: Recipe, out: Path, to: str) -> Exported:
     target = TARGETS[to]
     if reason := target.refusal(recipe):
         raise UsageError(f"{reason}: export to torchvision or to safetensors.")
+    if target.suffix and out.suffix != target.suffix:
+        raise UsageError(f"{out} must end in {target.suffix}.")
     if out.exists():
         raise UsageError(f"{out} exists: choose another name.")
     if missing := [name for name in target.needs if not find_spec(name)]:

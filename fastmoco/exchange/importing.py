@@ -11,9 +11,7 @@ from fastmoco.exchange.layouts import layout_names
 from fastmoco.exchange.matching import Match, match
 from fastmoco.exchange.reading import read_weights
 from fastmoco.files import new_folder, sha256_of, write_json
-from fastmoco.run import RunFolder
-
-ORIGIN = "origin.json"
+from fastmoco.run import ORIGIN, RunFolder
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ class Target:
         library: the package that loads the result; None: no package of the index does.
         needs: the packages that write it.
         folder: the result is a folder.
+        suffix: that the result must have; None: any.
     """
 
     library: str | None = None
     needs: tuple[str, ...] = ()
     folder = False
+    suffix: str | None = None
 
     def refusal(self, recipe: Recipe) -> str | None:
         """Return why the program cannot hold such a network; None: it can."""
@@ -165,6 +167,7 @@ class Safetensors(Target):
     """Backbone and head by our names; `fastmoco import` reads it back to the same bits."""
 
     library = "safetensors"
+    suffix = ".safetensors"
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmoco.config import RECIPES, Recipe, recipe_names
 from fastmoco.figures import curves_in
-from fastmoco.run import RunFolder
+from fastmoco.run import ORIGIN, RunFolder, row_of
 
 Row = Mapping[str, Any]
 
@@ -23,6 +23,7 @@ class Number:
         top1, top5: percent.
         protocol: `key=value`, by commas.
         sets: which samples, `train: PATH (N samples, set ID)`.
+        cautions: what speaks against the number.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Number:
     top5: str
     protocol: str
     sets: list[str]
+    cautions: list[str]
 
     @classmethod
     def of(cls, row: Row) -> "Number":
@@ -44,6 +46,7 @@ class Number:
             _percent(row.get("top5", best.get("top5"))),
             ", ".join(f"{key}={_in_words(value)}" for key, value in protocol.items()),
             [f"{name}: {_described(one)}" for name, one in (row.get("sets") or {}).items()],
+            list(row.get("cautions") or []),
         )
 
 
@@ -60,6 +63,7 @@ class Facts:
         metrics: rows of metrics.jsonl.
         latest: the last value of each curve, in words, by its title.
         numbers: the evaluations, newest first.
+        origin: of weights that another program trained: file and layout; else empty.
     """
 
     recipe: Recipe
@@ -70,6 +74,7 @@ class Facts:
     metrics: list[dict[str, Any]]
     latest: dict[str, str]
     numbers: list[Number]
+    origin: dict[str, Any]
 
 
 def gather(run: RunFolder) -> Facts:
@@ -89,6 +94,7 @@ def gather(run: RunFolder) -> Facts:
         metrics,
         {curve.title: f"{curve.points(metrics)[1][-1]:.4g}" for curve in curves_in(metrics)},
         [Number.of(row) for row in reversed(_rows(run.root / "evaluations.jsonl"))],
+        _json(run.root / ORIGIN),
     )
 
 
@@ -104,6 +110,8 @@ def _claim(name: str) -> str:
 def _status(status: Row) -> str:
     if not status:
         return "no status.json: it is still running, or was killed"
+    if status.get("code") is None:
+        return f"not ended, or killed; {status.get('message', '')}"
     ended = "ended well" if status.get("code") == 0 else f"exit code {status.get('code')}"
     return f"{ended}: {status.get('message', '')}"
 
@@ -111,7 +119,10 @@ def _status(status: Row) -> str:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        return {}
     return found
 
 
@@ -120,7 +131,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for line in lines if (row := row_of(line)) is not None]
 
 
 def _percent(value: float | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import FastmocoError, UsageError
-from fastmoco.evaluate.embed import sight_of
+from fastmoco.evaluate.embed import frozen_sight
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.frozen import load_encoder
 from fastmoco.figures import Images, curves_in, draw_curve
@@ -201,7 +201,7 @@ def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
 
     def maps() -> dict[str, str]:
         data = Collection.open(recipe.data)
-        sight = sight_of(recipe, settings_of(recipe, Ranks(), where))
+        sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
         draw_maps(folder / "maps.png", feature_maps(encoder, sight, data, 0))
         save_tile(folder / "maps_input.png", shown(sight, data, np.array([0]))[0])
         return {"file": "maps.png", "input": "maps_input.png", "described": data.describe(0)}
