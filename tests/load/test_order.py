@@ -84,7 +84,7 @@ def data(small_set: ShardSet, second_set: ShardSet) -> Collection:
 def recipe_of(**keys: object) -> Recipe:
     """Return a recipe with these keys, as a user's YAML would give them."""
     values = {"name": "x", "data": ["x"], "out": "x", "views": [{}, {}], "optimizer": {"lr": 1}}
-    sizes = {"batch": 2, "bn_group": 2, "schedule": {"epochs": 1}}
+    sizes = {"batch": 2, "bn": "whole", "schedule": {"epochs": 1}}
     return validate(values | sizes | keys, "test")
 
 

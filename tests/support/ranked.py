@@ -5,10 +5,12 @@ They come out of a server that has imported torch once: thirty starts would else
 
 import os
 import resource
+import runpy
 import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -24,13 +26,33 @@ def start(
     log: Path, *arguments: str, ranks: int = 1, fault: str | None = None
 ) -> list[BaseProcess]:
     """Start `pretrain ARGUMENTS` on some ranks; each writes to `log` with its number added."""
+    return _start(_pretrain, (arguments, fault), log, ranks)
+
+
+def start_script(log: Path, command: list[str], ranks: int, nodes: int = 1) -> list[BaseProcess]:
+    """Start a script on some ranks, as if on so many machines; a warning of torch's is an error."""
+    return _start(_script, (command,), log, ranks, nodes)
+
+
+def _start(
+    target: Callable[..., None],
+    arguments: tuple[object, ...],
+    log: Path,
+    ranks: int,
+    nodes: int = 1,
+) -> list[BaseProcess]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    started = [
-        CONTEXT.Process(target=_rank, args=(rank, ranks, port, arguments, log, fault))
-        for rank in range(ranks)
-    ]
+    each = ranks // nodes
+    started = []
+    for rank in range(ranks):
+        places = {"RANK": rank, "LOCAL_RANK": rank % each, "OMP_NUM_THREADS": 1}
+        if ranks > 1:
+            places |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": each}
+            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in places.items()}
+        started.append(CONTEXT.Process(target=_rank, args=(environment, log, target, arguments)))
     for process in started:
         process.start()
     return started
@@ -53,22 +75,32 @@ def words(log: Path, rank: int = 0) -> str:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, arguments: tuple[str, ...], log: Path, fault: str | None
+    environment: dict[str, str],
+    log: Path,
+    target: Callable[..., None],
+    arguments: tuple[object, ...],
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    if ranks > 1:
-        size = str(ranks)
-        os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    out = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.environ.update(environment)
+    out = os.open(f"{log}.{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    target(*arguments)
+
+
+def _pretrain(arguments: tuple[str, ...], fault: str | None) -> None:
     if fault:
         name, _, detail = fault.partition(":")
-        FAULTS[name](rank, detail)
+        FAULTS[name](int(os.environ["RANK"]), detail)
     from fastmoco.pretrain import main
 
     sys.exit(main(arguments))
+
+
+def _script(command: list[str]) -> None:
+    warnings.simplefilter("error", UserWarning)
+    warnings.simplefilter("error", FutureWarning)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _kill() -> None:

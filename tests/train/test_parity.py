@@ -100,14 +100,14 @@ def test_running_statistics_of_two_ranks_settle_to_those_of_one(run_ranks):
 
 
 def test_one_fp32_step_equals_algorithm_1(worker):
-    # Groups of 16 and images of 48 pixels: BatchNorm over few values, as above, magnifies the
+    # Groups of 16 and images of 32 pixels: BatchNorm over few values, as above, magnifies the
     # rounding of fp32 tenfold.
-    options = {"precision": "fp32", "batch": 32, "bn_group": 16}
+    options = {"precision": "fp32", "batch": 32, "bn_group": 16, "optimizer": {"lr": 0.03}}
     recipe = Recipe.model_validate(worker.DEFAULTS | options)
     moco = MoCo(recipe, Ranks(), torch.device("cpu"))
     theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
     set_learning_rate(moco.optimizer, recipe.optimizer.lr)
-    views = worker.images(recipe.batch, 0, size=48)
+    views = worker.images(recipe.batch, 0, size=32)
     ours = moco.step(*(view.float() for view in views), 0)
     loss = theirs.step(*views, 0)
     assert torch.allclose(ours.loss.double(), loss, rtol=0, atol=1e-5)

@@ -57,10 +57,10 @@ def test_a_collapse_of_fp16_ends_the_run_in_words(worker):
     moco = engine(worker, precision="fp16", max_skipped=20)
     views = [view.float() for view in worker.images(16, 0)]
     views[0][:] = torch.inf
-    for step in range(200):
+    for step in range(30):
         moco.step(*views, step)
     assert float(moco.scale.scale) == LossScale.FLOOR
-    with pytest.raises(DivergedError, match=r"200 steps in a row.*precision=bf16 if it is fp16"):
+    with pytest.raises(DivergedError, match=r"30 steps in a row.*precision=bf16 if it is fp16"):
         moco.guard.check()
 
 
@@ -86,6 +86,6 @@ def test_parts_of_a_step_leave_the_running_statistics_of_the_whole(worker):
 def test_a_compiled_step_equals_a_plain_one(worker):
     plain, compiled = engine(worker, bn_group=8), engine(worker, bn_group=8, compile=True)
     assert plain.encoder_q.state_dict().keys() == compiled.encoder_q.state_dict().keys()
-    for step in range(2):
-        a, b = (moco.step(*worker.images(16, step), step) for moco in (plain, compiled))
-        assert torch.allclose(a.loss, b.loss, rtol=0, atol=1e-9)
+    a, b = (moco.step(*worker.images(16, 0), 0) for moco in (plain, compiled))
+    assert torch.allclose(a.loss, b.loss, rtol=0, atol=1e-9)
+    assert torch.allclose(a.grad_norm, b.grad_norm, rtol=1e-9)
