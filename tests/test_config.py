@@ -32,7 +32,7 @@ def test_the_recipes_of_the_issue_are_there():
         ("monitor.bankk=x", "unknown key 'monitor.bankk': did you mean 'bank'?"),
         ("views.0.jiter=1", "unknown key 'views.0.jiter': did you mean 'jitter'?"),
         ("schedule.epochs=many", "schedule.epochs: Input should be a valid integer"),
-        ("batch=on", "batch must not be a boolean"),
+        ("batch=true", "batch must not be a boolean"),
         ("batch=500", "batch 500 is not a whole number of bn_group 64"),
         ("temperature=0", "temperature: Input should be greater than 0"),
         ("momentum=1.5", "momentum: Input should be less than or equal to 1"),

@@ -54,7 +54,7 @@ def final_state(root: Path) -> dict[str, torch.Tensor]:
 
 def numbers(root: Path) -> list[dict]:
     """Return the metrics without what depends on the clock."""
-    clock = {"images_per_s", "data_wait_percent"}
+    clock = {"images_per_s", "data_wait_percent", "memory_mb"}
     return [{k: v for k, v in row.items() if k not in clock} for row in RunFolder(root).rows()]
 
 
