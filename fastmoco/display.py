@@ -1,7 +1,6 @@
 """What a person sees of a run: a live line on a terminal, plain lines in a log."""
 
 import math
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -54,12 +53,7 @@ class LiveDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def step(self, row: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ranked
 import torch
+from states import numbers, tensors
 
 from fastmoco.run import RunFolder
 
@@ -20,20 +21,10 @@ pytestmark = pytest.mark.slow
 STEPS = 12
 
 
-def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = [(k, v) for k, v in items if isinstance(v, dict | list | torch.Tensor)]
-    return {n: t for k, v in nested for n, t in tensors(v, f"{name}.{k}").items()}
-
-
 def end_of(root: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Return the last state of a run and its metrics without what depends on the clock."""
     state, step = RunFolder(root).latest()
-    clock = {"images_per_s", "data_wait_percent", "memory_mb"}
-    rows = [{k: v for k, v in row.items() if k not in clock} for row in RunFolder(root).rows()]
-    return {"step": torch.tensor(step), **tensors(state)}, rows
+    return {"step": torch.tensor(step), **tensors(state)}, numbers(root)
 
 
 def same_end(one: Path, other: Path) -> bool:

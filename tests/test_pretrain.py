@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from states import numbers, tensors
 
 from fastmoco.config import load_recipe
 from fastmoco.errors import UsageError
@@ -38,24 +39,10 @@ def run(recipe: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedPr
     )
 
 
-def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = [(k, v) for k, v in items if isinstance(v, dict | list | torch.Tensor)]
-    return {n: t for k, v in nested for n, t in tensors(v, f"{name}.{k}").items()}
-
-
 def final_state(root: Path) -> dict[str, torch.Tensor]:
     state, step = RunFolder(root).latest()
     assert step == 12
     return tensors(state)
-
-
-def numbers(root: Path) -> list[dict]:
-    """Return the metrics without what depends on the clock."""
-    clock = {"images_per_s", "data_wait_percent", "memory_mb"}
-    return [{k: v for k, v in row.items() if k not in clock} for row in RunFolder(root).rows()]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 _NAMES = ("SIGTERM", "SIGUSR1")  # Windows has only the first
 _ASKING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -28,12 +28,7 @@ class StopSignal:
             self._before = {number: signal.signal(number, self._take) for number in _ASKING}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,6 @@
 """A run that stands still must end, and say where it stood."""
 
 import faulthandler
-from types import TracebackType
 
 _STDERR = 2
 
@@ -26,10 +25,5 @@ class Watchdog:
         self.alive()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         faulthandler.cancel_dump_traceback_later()
