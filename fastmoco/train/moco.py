@@ -191,8 +191,9 @@ class MoCo:
         self.encoder_k.load_state_dict(state["encoder_k"])
         self.queue.load_state_dict(state["queue"])
         self.guard.load_state_dict(state["guard"])
-        if self.scale.active and float(state["scale"]["scale"]) > 1:  # 1: another precision's
-            self.scale.load_state_dict(state["scale"])
+        scale = state.get("scale")  # 1 in another precision, none in older checkpoints
+        if self.scale.active and scale and float(scale["scale"]) > 1:
+            self.scale.load_state_dict(scale)
         options = [group | {"params": None} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, given in zip(self.optimizer.param_groups, options, strict=True):
