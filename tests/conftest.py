@@ -1,5 +1,6 @@
 """Folders of images and packed sets that the tests share."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from fastmoco import cli
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
 from fastmoco.shardset import ShardSet
 
 MakeImages = Callable[..., Path]
+RunCommand = Callable[..., tuple[int, str, str]]
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -91,3 +94,18 @@ def recipe(small_set, tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    """`run("import", ...)` as on the command line: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastmoco", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        found = capsys.readouterr()
+        return int(end.value.code or 0), found.out, found.err
+
+    return call

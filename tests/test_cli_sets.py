@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,23 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmoco import cli
 from fastmoco.shardset import ShardSet
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastmoco", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        found = capsys.readouterr()
-        return int(end.value.code or 0), found.out, found.err
-
-    return call
 
 
 @pytest.fixture

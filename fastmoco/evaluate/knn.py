@@ -36,7 +36,7 @@ class Neighbours:
 
     def nearest(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (M, count) cosine similarities and rows of the bank, the nearest one first."""
-        similarity = normalize(queries, dim=1) @ normalize(self.features, dim=1).T
+        similarity = normalize(queries, dim=1) @ self._bank.T
         best, rows = similarity.topk(min(count, len(self.features)), dim=1)
         return best, rows
 

@@ -92,14 +92,13 @@ class Study:
 
     def predictions(self) -> Predictions:
         """Return what the neighbours of each test sample vote for."""
-        shares = torch.cat([v / v.sum(dim=1, keepdim=True) for v in self.bank.scores(self.queries)])
-        confidence, predicted = shares.max(dim=1)
         test, k = self.evaluation.test, min(self.bank.k, len(self.bank.features))
+        found = self.bank.predict(self.queries, torch.from_numpy(test.labels))
         return Predictions(
             test.ids,
             test.labels,
-            predicted.numpy(),
-            confidence.numpy(),
+            found.predicted.numpy(),
+            found.confidence.numpy(),
             f"votes of the {k} nearest neighbours (backbone features, T {self.bank.t:g}) among "
             f"{len(self.bank.features):,} training images",
         )

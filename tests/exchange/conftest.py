@@ -1,13 +1,11 @@
 """Encoders whose statistics have moved, files of others made from them, and a way to call."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastmoco import cli
 from fastmoco.config import Recipe, validate
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
@@ -95,21 +93,6 @@ def make_run(tmp_path: Path, trained: Encoder) -> Callable[[], RunFolder]:
         return folder
 
     return make
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("import", ...)` as on the command line: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastmoco", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        found = capsys.readouterr()
-        return int(end.value.code or 0), found.out, found.err
-
-    return call
 
 
 def same(found: Tensors, wanted: Tensors) -> None:
