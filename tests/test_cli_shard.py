@@ -20,6 +20,7 @@ STALLED = """
 import time
 from contextlib import contextmanager
 import fastmoco.cli as cli
+from fastmoco.cli import sets
 
 @contextmanager
 def stalled(what):
@@ -29,7 +30,7 @@ def stalled(what):
             time.sleep(120)
     yield on_progress
 
-cli._progress = stalled
+sets.progress = stalled
 cli.main()
 """
 

@@ -25,6 +25,7 @@ ORDER = [
     {"shardset"},
     {"distributed"},
     {"config"},
+    {"strict"},
     {"files"},
     {"errors"},
 ]

@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from fastmoco.config import near
 from fastmoco.errors import CheckpointError
 from fastmoco.exchange.layouts import LAYOUTS, Layout, layout_names
 from fastmoco.models.resnet import Encoder
+from fastmoco.strict import near
 
 Tensors = dict[str, torch.Tensor]
 Head = Literal["linear", "mlp", "none"]

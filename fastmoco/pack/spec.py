@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from fastmoco.config import Count, Strict, near, parse_yaml, validate_as
+from fastmoco.config import Count
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.sources import FORMATS
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.writer import pack_sources, sources_for
 from fastmoco.shardset import Manifest
+from fastmoco.strict import Strict, near, parse_yaml, validate_as
 
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
 Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]

@@ -1,0 +1,70 @@
+"""The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from fastmoco.bench.commands import app as bench_app
+from fastmoco.cli import exchange, runs, sets
+from fastmoco.errors import FastmocoError
+
+INTERRUPTED = 130
+
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Sets of images": {
+        "shard": sets.shard,
+        "verify": sets.verify,
+        "inspect": sets.inspect,
+        "index": sets.index,
+        "label": sets.label,
+        "views": sets.views,
+    },
+    "Runs": {
+        "pretrain": runs.pretrain,
+        "knn": runs.knn,
+        "probe": runs.probe,
+        "finetune": runs.finetune,
+        "report": runs.report,
+        "demo": runs.demo,
+    },
+    "Encoders": {
+        "import": exchange.import_,
+        "export": exchange.export,
+        "embed": exchange.embed,
+    },
+}
+
+app = typer.Typer(
+    name="fastmoco",
+    help="Momentum Contrast from a folder of images to a linear-probe number.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
+app.add_typer(bench_app, rich_help_panel="Benchmarks")
+
+
+def main() -> None:
+    """Run the command line; a user error ends in plain lines and its exit code."""
+    try:
+        app()
+    except FastmocoError as error:
+        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _end_interrupted()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # how typer hands on a Ctrl-C
+            _end_interrupted()
+        raise
+
+
+def _end_interrupted() -> None:
+    print("interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)

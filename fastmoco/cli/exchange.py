@@ -1,0 +1,81 @@
+"""The commands that bring encoders in, and take encoders and features out."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fastmoco.cli import options
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A checkpoint (.pth, .pth.tar, .safetensors).")],
+    out: Annotated[Path, typer.Argument(help="A new run folder.")],
+    layout: Annotated[
+        str, typer.Option(help="moco, solo, lightly, ...: whose names. [default: recognised]")
+    ] = "auto",
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels. [default: 224, or 32 after a 3x3 stem]")
+    ] = None,
+) -> None:
+    """Make a run folder of another program's ResNet, to probe or to export it."""
+    from fastmoco.exchange.importing import import_weights
+
+    found = import_weights(file, out, layout, image_size)
+    recipe = found.recipe
+    head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
+    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, in the layout of {found.layout}")
+    for note in found.notes:
+        print(f"  {note}")
+    print(f"next: fastmoco probe {out} --train SET --test SET")
+
+
+def export(
+    run: options.Run,
+    out: Annotated[Path, typer.Argument(help="A new file; for huggingface a new folder.")],
+    to: Annotated[
+        Literal["torchvision", "timm", "safetensors", "huggingface", "detectron2", "onnx"],
+        typer.Option(help="What shall load it."),
+    ],
+) -> None:
+    """Write the query encoder of a run for another program, and compare what that loads."""
+    import torch
+
+    from fastmoco.evaluate.frozen import load_encoder
+    from fastmoco.exchange.exporting import export as write
+    from fastmoco.run import RunFolder
+
+    encoder, recipe, step = load_encoder(RunFolder(run), torch.device("cpu"))
+    done = write(encoder, recipe, out, to)
+    print(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
+    print(done.note)
+
+
+def embed(
+    run: options.Run,
+    set: options.Set,
+    out: Annotated[Path, typer.Option(help="A new .npy; .ids.npy and .json go beside it.")],
+    feature: options.Feature = "backbone",
+    device: options.Device = "auto",
+) -> None:
+    """Write the features of a set's images, in id order, as fp32 numpy files."""
+    import numpy as np
+
+    from fastmoco.distributed import Ranks, device_of
+    from fastmoco.evaluate.embed import embed as features_of
+    from fastmoco.evaluate.embed import frozen_sight
+    from fastmoco.evaluate.frozen import load_encoder
+    from fastmoco.exchange.features import check_absent, write_features
+    from fastmoco.load.work import settings_of
+    from fastmoco.run import RunFolder
+    from fastmoco.shardset import Collection
+
+    check_absent(out)
+    where = device_of(device, 0)
+    encoder, recipe, step = load_encoder(RunFolder(run), where)
+    data = Collection.open([set])
+    sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
+    features = features_of(encoder, data, feature, sight).numpy()
+    about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
+    write_features(out, features, np.arange(len(features)), about)
+    print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

@@ -1,0 +1,26 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Set = Annotated[Path, typer.Argument(help="The set's folder.")]
+Classes = Annotated[
+    Path | None, typer.Option(help="Names of the labels 0, 1, ..., one a line of a text file.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
+]
+Run = Annotated[Path, typer.Argument(help="The run's folder.")]
+Labels = Annotated[
+    str | None, typer.Option(help="Those of `fastmoco label`. [default: the monitor's, or packed]")
+]
+Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
+Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
+Feature = Annotated[Literal["head", "backbone"], typer.Option(help="Which of the two outputs.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Precision = Annotated[
+    Literal["bf16", "fp32"] | None,
+    typer.Option(help="Of the network. [default: bf16 if the run's, else fp32]"),
+]

@@ -1,0 +1,225 @@
+"""The commands on runs: train one, ask what it has learnt, draw it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fastmoco.cli import options
+from fastmoco.cli.terminal import progress
+from fastmoco.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastmoco.evaluate.evaluation import Evaluation
+
+
+def _positive(value: Any) -> Any:
+    """Refuse a rate or temperature that is not above 0."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not 0 < number < float("inf"):
+            raise typer.BadParameter(f"{number:g} is not above 0")
+    return value
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to a .yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as optimizer.lr=0.03.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and need, and stop.")
+    ] = False,
+) -> None:
+    """Train a recipe in this process, from its last checkpoint if there is one."""
+    from fastmoco.pretrain import main as run
+
+    sys.exit(run([recipe, *(overrides or []), *["--dry-run"] * dry_run]))
+
+
+def knn(
+    run: options.Run,
+    train: options.Train = None,
+    test: options.Test = None,
+    labels: options.Labels = None,
+    feature: options.Feature = "backbone",
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
+    t: Annotated[
+        float, typer.Option(callback=_positive, help="Temperature of their weights.")
+    ] = 0.1,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+) -> None:
+    """Classify a test set by its nearest neighbours among the features of a run."""
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        found = opened.knn(feature, k, t)
+        _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
+
+
+def probe(
+    run: options.Run,
+    train: options.Train = None,
+    test: options.Test = None,
+    labels: options.Labels = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(callback=_positive, help="Repeatable. [default: ten, 0.003 to 100]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
+    schedule: Annotated[
+        Literal["step", "cosine"], typer.Option(help="Of the rates; the paper's are steps.")
+    ] = "step",
+    warmup: Annotated[float, typer.Option(min=0, help="Epochs of a linear rise.")] = 0,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+) -> None:
+    """Train linear classifiers on the frozen backbone of a run: the linear-probe number."""
+    from fastmoco.evaluate.probe import Protocol
+
+    protocol = Protocol(
+        epochs=epochs,
+        lrs=tuple(lr or Protocol.lrs),
+        batch=batch,
+        seed=seed,
+        features="cached" if cached else "augmented",
+        schedule=schedule,
+        warmup=warmup,
+    )
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        with progress("probe") as on_progress:
+            found = opened.probe(protocol, lambda done: on_progress(done, epochs))
+        _tell(opened, found, f"linear probe, {protocol.features} features, {epochs} epochs")
+
+
+def finetune(
+    run: options.Run,
+    train: options.Train = None,
+    test: options.Test = None,
+    labels: options.Labels = None,
+    fraction: Annotated[float, typer.Option(help="Of the labels of each class, 0..1.")] = 1,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Random weights: the supervised baseline.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="[default: 30, and at least 1000 steps]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(callback=_positive, help="Of the backbone. [default: 0.02; from scratch 0.1]"),
+    ] = None,
+    head_lr: Annotated[
+        float | None,
+        typer.Option(
+            callback=_positive, help="Of the classifier. [default: 10 x lr; from scratch lr]"
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of all weights.")] = 1e-4,
+    normalize: Annotated[
+        Literal["run", "imagenet", "set"], typer.Option(help="Whose mean and deviation.")
+    ] = "run",
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of labels, order and random weights.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+) -> None:
+    """Train backbone and classifier on labels, all or a fraction, and test them."""
+    from fastmoco.evaluate.finetune import Tuning
+    from fastmoco.evaluate.finetune import finetune as tune
+
+    if not 0 < fraction <= 1:
+        raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
+    tuning = Tuning(
+        fraction=fraction,
+        from_scratch=from_scratch,
+        epochs=epochs,
+        steps=steps,
+        lr=lr,
+        head_lr=head_lr,
+        batch=batch,
+        weight_decay=weight_decay,
+        seed=seed,
+        normalize=normalize,
+        size=size,
+    )
+    with _evaluation(run, train, test, device, labels, precision) as opened:
+        with progress("finetune") as on_progress:
+            found = tune(opened, tuning, on_progress, save)
+        start = "from scratch" if from_scratch else "from the run's backbone"
+        images, steps_done = found["labels"]["images"], found["budget"]["steps"]
+        _tell(opened, found, f"fine-tuned {start} on {images} labels, {steps_done} steps")
+
+
+def report(
+    run: options.Run,
+    out: Annotated[Path | None, typer.Option(help="A folder. [default: RUN/report]")] = None,
+    train: options.Train = None,
+    test: options.Test = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images of each set to look at, at the most.")
+    ] = 10_000,
+    device: options.Device = "auto",
+) -> None:
+    """Draw a run on one HTML page: curves, neighbours, errors, filters, all its numbers."""
+    from fastmoco.report.page import report as write
+
+    words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
+    print(words, file=sys.stderr)
+    print(write(run, out, train, test, samples, device))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+) -> None:
+    """Pack, pretrain and probe patches of photographs that come with the installation."""
+    from fastmoco.demo import demo as run
+
+    run(out, seed)
+
+
+@contextmanager
+def _evaluation(
+    run: Path,
+    train: Path | None,
+    test: Path | None,
+    device: str,
+    labels: str | None,
+    precision: str | None,
+) -> Iterator["Evaluation"]:
+    """Open a run and its labelled sets, on the ranks that torchrun started."""
+    from fastmoco.distributed import joined
+    from fastmoco.evaluate.evaluation import Evaluation
+
+    with joined(device) as (ranks, _):
+        opened = Evaluation.open(run, train, test, device, labels, precision, ranks)
+        if ranks.leads:
+            for caution in opened.cautions:
+                print(f"warning: {caution}", file=sys.stderr)
+        yield opened
+
+
+def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
+    """Print a result on the first rank."""
+    if not opened.ranks.leads:
+        return
+    print(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    for score in found.get("learning_rates", []):
+        mark = " <- best by test accuracy" if score == found["best"] else ""
+        accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
+        print(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+    shares = zip(found["per_class"], opened.test.classes, strict=True)
+    lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
+    print("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
+    print(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")

@@ -1,0 +1,227 @@
+"""The commands on sets of images."""
+
+import json
+import os
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastmoco.cli import options
+from fastmoco.cli.terminal import progress
+from fastmoco.errors import DataError
+
+if TYPE_CHECKING:
+    from fastmoco.shardset import Manifest
+
+
+def shard(
+    source: Annotated[
+        Path, typer.Argument(help="Images: a folder, an archive, ... or a shards/*.yaml.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The set's folder; must not exist.")],
+    within: Annotated[
+        Path | None, typer.Option("--source", help="Where the images of a shards/*.yaml lie.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
+    ] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="A set whose classes must be the same (train for val).")
+    ] = None,
+    splits: Annotated[
+        str | None,
+        typer.Option(help="Divide by class: train=0.9,val=0.1.", metavar="NAME=SHARE,.."),
+    ] = None,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe", help="Leave out images whose bytes came before.")
+    ] = False,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink larger images to this. [default: keep bytes]")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of shrunk JPEGs. [default: 90]")
+    ] = None,
+    shard_mb: Annotated[
+        int | None, typer.Option(min=1, help="Bound of a shard's size, in MB. [default: 128]")
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option(min=1, help="Smallest height and width, in pixels. [default: 1]")
+    ] = None,
+    max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
+    max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
+    workers: options.Workers = None,
+    max_rejects: Annotated[
+        int | None,
+        typer.Option(min=0, help="Unfit images to put up with. [default: 1 %, at least 10]"),
+    ] = None,
+) -> None:
+    """Check, shuffle and pack images into a shard set; after an interruption, go on."""
+    from fastmoco.pack.options import PackOptions, parse_splits
+    from fastmoco.pack.spec import pack_known
+    from fastmoco.pack.writer import pack
+
+    given: dict[str, Any] = {
+        "format": format,
+        "seed": seed,
+        "unlabelled": unlabelled,
+        "like": like,
+        "splits": parse_splits(splits),
+        "dedupe": dedupe,
+        "short_side": short_side,
+        "quality": quality,
+        "shard_mb": shard_mb,
+        "min_side": min_side,
+        "max_mpixels": max_mpixels,
+        "max_mb": max_mb,
+        "workers": _processes(workers),
+        "max_rejects": max_rejects,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    with progress(f"packing {within or source}") as on_progress:
+        if source.suffix == ".yaml":
+            manifests = pack_known(source, within, out, given, on_progress)
+        else:
+            manifests = pack(source, out, PackOptions(**given), on_progress)
+    for split, manifest in manifests.items():
+        _summarise(out / split, manifest)
+
+
+def views(
+    set: Annotated[Path, typer.Argument(help="A shard set.")],
+    recipe: Annotated[
+        str, typer.Option(help="Whose views: a shipped name, or a path to a .yaml.")
+    ] = "moco_v2_imagenet_r50",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as views.0.blur=0.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("views.png"),
+) -> None:
+    """Draw what a recipe makes of the first samples of a set, before GPU-days go into it."""
+    from fastmoco.config import load_recipe
+    from fastmoco.preview import preview
+
+    chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
+    title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
+    for shown in preview(chosen, out, count, title):
+        print(shown.described)
+        for number, view in enumerate(shown.views, 1):
+            print(f"  view {number}: {view}")
+    print(f"drawn in {out}")
+
+
+def verify(
+    root: options.Set,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte and decode every image.")
+    ] = False,
+    workers: options.Workers = None,
+) -> None:
+    """Check that a set is whole: sizes and counts, or with --full every image."""
+    from fastmoco.pack.verify import verify as run
+
+    with progress(f"verifying {root}") as on_progress:
+        findings = run(root, full, on_progress, _processes(workers))
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
+    print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+
+
+def inspect(
+    root: options.Set,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw random samples into this PNG.", metavar="PNG")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+) -> None:
+    """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
+    from fastmoco.pack.summary import contact_sheet, inspect_set, show
+
+    show(inspect_set(root), Console())
+    if sheet:
+        contact_sheet(root, sheet, count, seed)
+        print(f"\n{sheet}")
+
+
+def index(
+    folder: Annotated[Path, typer.Argument(help="Holds the *.tar of webdataset or img2dataset.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the set, with links. [default: FOLDER]")
+    ] = None,
+    label_key: Annotated[
+        str | None, typer.Option(help="Field of the .json members. [default: the .cls members]")
+    ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
+    ] = False,
+    classes: options.Classes = None,
+    workers: options.Workers = None,
+) -> None:
+    """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
+    from fastmoco.pack.adopt import AdoptOptions, adopt
+    from fastmoco.pack.classes import read_classes
+
+    options = AdoptOptions(
+        label_key=label_key,
+        unlabelled=unlabelled,
+        classes=tuple(read_classes(classes)) if classes else (),
+        workers=_processes(workers),
+    )
+    with progress(f"reading {folder}") as on_progress:
+        manifest = adopt(folder, out, options, on_progress)
+    _summarise(out or folder, manifest)
+    if manifest.options["rotated"]:
+        first = ", ".join(map(repr, manifest.options["rotated_first"]))
+        print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+
+
+def label(
+    root: options.Set,
+    table: Annotated[
+        Path, typer.Argument(help="CSV: `label`, and `id` or `name`; `weight` if wanted.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the labels; or a path that ends in .npy.")],
+    classes: options.Classes = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Labels of the same name.")] = False,
+) -> None:
+    """Add labels to a set, whose shards stay as they are; use them by --labels NAME."""
+    from fastmoco.pack.classes import read_classes
+    from fastmoco.pack.labels import label as run
+    from fastmoco.shardset import ShardSet, read_labels
+
+    path = run(root, table, name, read_classes(classes) if classes else None, replace)
+    rows, names = read_labels(ShardSet(root), path)
+    print(f"{path}: {len(rows)} labels, {len(names)} classes")
+
+
+def _processes(workers: int | None) -> int:
+    return workers or len(os.sched_getaffinity(0))
+
+
+def _summarise(out: Path, manifest: "Manifest") -> None:
+    size = sum(entry.bytes for entry in manifest.shards) / 1e6
+    labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
+    print(
+        f"{out}: {manifest.samples} images, {labels}, {len(manifest.shards)} shards, {size:.1f} MB"
+    )
+    for name, values in (("mean", manifest.mean), ("std", manifest.std)):
+        print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
+    print(f"  set  {manifest.set_id[:16]}")
+    if manifest.rejected:
+        print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
+        _print_rejects(out / "rejects.jsonl", 3)
+
+
+def _print_rejects(path: Path, count: int) -> None:
+    with path.open() as lines:
+        for line in islice(lines, count):
+            reject = json.loads(line)
+            print(f"    {reject['name']!r} {reject['reason']}")

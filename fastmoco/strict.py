@@ -1,0 +1,115 @@
+"""Strict YAML: an unknown key, a wrong type or a doubled key is an error with a suggestion."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from fastmoco.errors import UsageError
+
+Model = TypeVar("Model", bound="Strict")
+
+
+class Strict(BaseModel):
+    """A schema for YAML: unknown keys, infinite numbers and booleans for numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any) -> Any:
+        """Python takes True for 1: refuse it where a number is meant."""
+        for key, item in value.items() if isinstance(value, Mapping) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(item, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{key} must not be a boolean")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"The key {key!r} stands twice (line {line}): keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# As in YAML 1.2: `on`, `off`, `yes` and `no` are words, and `off` is one of the recipe's.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML strictly.
+
+    Raises:
+        UsageError: it is not YAML, holds a tag, or gives a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds no objects
+    except yaml.YAMLError as error:
+        raise UsageError(f"{origin} is not plain YAML: {' '.join(str(error).split())}") from error
+
+
+def validate_as(model: type[Model], values: Any, origin: str) -> Model:
+    """Build a schema from parsed YAML; every fault becomes one plain line.
+
+    Raises:
+        UsageError: listing each fault with its key and, for an unknown key, the nearest known.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_fault(dict(fault), model) for fault in error.errors()]
+        raise UsageError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def _fault(fault: dict[str, Any], model: type[Strict]) -> str:
+    where = [str(part) for part in fault["loc"]]
+    dotted = ".".join(where)
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {dotted!r}{near(where[-1], _keys_at(where[:-1], model))}"
+    if fault["type"] == "missing":
+        return f"the key {dotted!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if dotted else message
+
+
+def _keys_at(where: Sequence[str], model: type[BaseModel]) -> list[str]:
+    for part in where:
+        # The number of a list's item and the key of a mapping are no fields: they lead nowhere.
+        field = model.model_fields.get(part)
+        model = (_models_in(field.annotation) if field else [model])[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is None:
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return [annotation] if is_model else []
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """Return the suggestion that ends a sentence about an unknown word."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else "."
