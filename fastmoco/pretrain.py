@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +15,7 @@ from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
-from fastmoco.evaluate.embed import Sight, embed, sight_of
+from fastmoco.evaluate.embed import Sight, Stopped, embed, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
 from fastmoco.load.loader import Loader
@@ -194,11 +194,14 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
             print(f"warning: {caution}", file=sys.stderr)
     bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
-    def knn(encoder: Encoder) -> dict[str, float]:
-        features, asked = (
-            embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids)
-            for one in (bank, queries)
-        )
+    def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
+        try:
+            features, asked = (
+                embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids, stop)
+                for one in (bank, queries)
+            )
+        except Stopped:
+            return {}
         neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
         return {"knn_top1": neighbours.accuracy(asked, query_labels, ranks)}
 

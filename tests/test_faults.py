@@ -93,6 +93,22 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, numb
 
 
 @pytest.mark.dist
+def test_a_signal_during_the_monitor_is_not_kept_waiting(recipe, tmp_path, log):
+    """On one of two ranks, in the untrained kNN, which would take 24 s and more."""
+    out = tmp_path / "run"
+    ranks = ranked.start(log, str(recipe), f"out={out}", ranks=2, fault="slow_monitor:1")
+    wait_for(out / "config.yaml")
+    time.sleep(3)
+    assert not (out / "metrics.jsonl").exists()
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert ranked.finish(ranks) == [0, 0], ranked.words(log)
+    assert time.monotonic() - began < 10
+    assert "step 1 of 12" in (out / "stopped").read_text()
+    assert "knn_top1" not in RunFolder(out).rows()[0]
+
+
+@pytest.mark.dist
 def test_torchrun_hands_a_signal_on_to_its_ranks(recipe, tmp_path):
     """As a Slurm job meets it: the launcher is told, the ranks save and leave the marker."""
     out = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Features of the samples of a set, in id order, on any number of ranks."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,15 @@ from fastmoco.shardset import Collection
 Feature = Literal["head", "backbone"]
 
 _BATCH = 128  # stays in the cache of a CPU core at 32 px; a GPU does not care
+
+
+class Stopped(Exception):
+    """Whoever asked for features asked to stop before they were complete."""
+
+
+def never() -> bool:
+    """Return False: nobody asks to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ def embed(
     sight: Sight,
     ranks: Ranks = Ranks(),
     ids: Ids | None = None,
+    stop: Callable[[], bool] = never,
 ) -> torch.Tensor:
     """Return the (N, features) fp32 features of the samples, on the CPU, on every rank.
 
@@ -68,6 +79,11 @@ def embed(
         sight: how images are shown.
         ranks: each embeds a contiguous share.
         ids: (N,) int64 of the samples; None: all, in id order.
+        stop: whether to give up, the same on all ranks; asked before each batch, equally often
+            on every rank.
+
+    Raises:
+        Stopped: `stop` was true.
     """
     count = len(data) if ids is None else len(ids)
     own = ranks.share(count)
@@ -85,8 +101,12 @@ def embed(
         batch=_BATCH,
         settings=sight.settings,
     )
-    for batch in batches:
-        first = batch.step * _BATCH
+    for first in range(0, len(rows), _BATCH):
+        if stop():
+            raise Stopped
+        batch = next(batches, None)
+        if batch is None:
+            continue  # the share of a last rank may be shorter
         with torch.inference_mode(), sight.autocast():
             features = network(sight.cast(batch.views[0]))
         rows[first : first + len(batch.ids)] = features.float().cpu()

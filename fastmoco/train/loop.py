@@ -18,8 +18,11 @@ from fastmoco.train.optim import learning_rate, set_learning_rate
 from fastmoco.train.signals import StopSignal
 from fastmoco.train.watchdog import Watchdog
 
-Monitor = Callable[[Encoder], dict[str, float]]
-"""Takes the query encoder in evaluation mode, returns numbers by name; runs on every rank."""
+Monitor = Callable[[Encoder, Callable[[], bool]], dict[str, float]]
+"""Takes the query encoder in evaluation mode, returns numbers by name; runs on every rank.
+
+It asks the second argument every second or so whether to give up, equally often on all ranks, and
+then returns no numbers."""
 
 _MAX_UNSAVED = 3  # checkpoints in a row that a full disk may cost
 
@@ -69,6 +72,7 @@ class Trainer:
         self._unsaved = 0
         self._vote = Vote(self.moco.ranks)
         self._watchdog = Watchdog(self.recipe.stall_s)
+        self._signal = StopSignal()
         self.last_step = self.recipe.last_step(self._per_epoch)
 
     def train(self, start: int) -> int:
@@ -79,20 +83,24 @@ class Trainer:
             DivergedError: too many non-finite steps in a row.
             CheckpointError: the last checkpoint, or several in a row, could not be written.
         """
-        with self._watchdog, StopSignal() as signal:
+        with self._watchdog, self._signal:
             if start == 0 and self.monitor:
                 self._end_epoch(0, loss=None)
             batches = self.loader.batches(start)
             for step in range(start, self.last_step):
-                self._watchdog.alive()
                 self._step(step, *_timed(batches))
                 done = step + 1
-                if self._vote(signal.received) or done == self.last_step:
+                if self._asked_to_stop() or done == self.last_step:
                     self._save(done, final=True)
                     return done
                 if done % self.recipe.checkpoint_every == 0:
                     self._save(done)
         return start
+
+    def _asked_to_stop(self) -> bool:
+        """Return whether a signal has come to any rank; every rank must ask equally often."""
+        self._watchdog.alive()
+        return self._vote(self._signal.received)
 
     def _step(self, step: int, batch: Batch, waited_s: float) -> None:
         lr = learning_rate(self.recipe.schedule, self.recipe.lr, step, self._per_epoch)
@@ -127,10 +135,9 @@ class Trainer:
         self._log("epoch", done, numbers)
 
     def _evaluate(self, monitor: Monitor) -> dict[str, float]:
-        self._watchdog.alive()
         self.moco.settle()
         self.moco.encoder_q.eval()
-        numbers = monitor(self.moco.encoder_q)
+        numbers = monitor(self.moco.encoder_q, self._asked_to_stop)
         self.moco.train()
         self._meter.restart_clock()
         return numbers

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastmoco.pretrain"])
@@ -185,10 +186,25 @@ def _slow(rank: int, seconds: str) -> None:
     MoCo.step = slow
 
 
+def _slow_monitor(rank: int, seconds: str) -> None:
+    """The monitor takes so long for each image."""
+    from fastmoco.evaluate import embed
+
+    cast = embed.Sight.cast
+
+    def slow(self: embed.Sight, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(float(seconds))
+        return cast(self, images)
+
+    embed._BATCH = 1
+    embed.Sight.cast = slow
+
+
 FAULTS = {
     "kill_in_save": _kill_in_save,
     "full_disk": _full_disk,
     "stall": _at_step(lambda: time.sleep(3600)),
     "die": _at_step(lambda: os._exit(9)),
     "slow": _slow,
+    "slow_monitor": _slow_monitor,
 }
