@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.config import Recipe
+from fastmoco.config import Optimizer, Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.load.plan import Plan
 from fastmoco.models.resnet import Encoder
@@ -38,6 +38,7 @@ def outlook(recipe: Recipe, plan: Plan, ranks: Ranks, device: torch.device) -> d
         "queue": f"{recipe.queue:,} x {recipe.dim}, {_mb(recipe.queue * recipe.dim * 4)}, "
         f"{recipe.queue / recipe.keys_a_step:g} steps",
         "encoders and gradients": _mb(3 * encoder),
+        "state of the optimizer": _mb(state_copies(recipe.optimizer) * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
         "logits": _mb(2 * 4 * rows * recipe.queue),
         f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
@@ -50,6 +51,12 @@ def _batch_norm(recipe: Recipe, ranks: Ranks) -> str:
         return "over the whole batch (for ablations)"
     groups = recipe.batch // ranks.size // recipe.bn_group
     return f"groups of {recipe.bn_group}, {groups} a rank; shuffle {recipe.shuffle}"
+
+
+def state_copies(optimizer: Optimizer) -> int:
+    """Return how many numbers the optimizer keeps for each weight."""
+    averages = {"adam": 2, "adamw": 2, "apex_adam": 2, "apex_lamb": 2, "adagrad": 1, "rmsprop": 1}
+    return averages.get(optimizer.name, 0) + bool(optimizer.options().get("momentum"))
 
 
 def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:

@@ -1,14 +1,17 @@
 """What a run is said to need, against what it does need."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from fastmoco.config import load_recipe
 from fastmoco.models.resnet import Encoder
-from fastmoco.outlook import footprint, shuffle_bytes
+from fastmoco.outlook import footprint, shuffle_bytes, state_copies
 from fastmoco.pretrain import main
 from fastmoco.run import RunFolder
+from fastmoco.train.optim import build_optimizer
 from fastmoco.train.shuffle import permutation
 
 
@@ -37,6 +40,25 @@ def test_the_footprint_grows_with_the_batch():
     recipe = load_recipe("demo", ["precision=fp32"])  # bf16 keeps a copy of the weights too
     small, large = (footprint(recipe, rows)[1] for rows in (8, 16))
     assert large == pytest.approx(2 * small, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"name": name} for name in ("sgd", "lars", "adam", "adamw", "adagrad", "rmsprop")),
+        {"name": "sgd", "momentum": 0},
+        {"name": "rmsprop", "momentum": 0},
+    ],
+    ids=str,
+)
+def test_the_optimizers_state_is_what_it_keeps_after_a_step(options):
+    recipe = load_recipe("demo", [f"optimizer={json.dumps({'lr': 0.1, **options})}"])
+    weight = torch.nn.Parameter(torch.ones(1000, 10))
+    optimizer = build_optimizer(recipe, [weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(v.numel() for v in optimizer.state[weight].values() if torch.is_tensor(v))
+    assert state_copies(recipe.optimizer) == round(kept / weight.numel())
 
 
 def test_the_shuffles_bytes_are_those_of_its_permutations():

@@ -166,6 +166,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="A folder. [default: RUN/report]")] = None,
     train: options.Train = None,
     test: options.Test = None,
+    labels: options.Labels = None,
     samples: Annotated[
         int, typer.Option(min=1, help="Images of each set to look at, at the most.")
     ] = 10_000,
@@ -176,7 +177,7 @@ def report(
 
     words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
     print(words, file=sys.stderr)
-    print(write(run, out, train, test, samples, device))
+    print(write(run, out, train, test, samples, device, labels))
 
 
 def demo(

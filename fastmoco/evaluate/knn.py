@@ -59,7 +59,7 @@ class Neighbours:
         none = torch.zeros(0, self.classes)  # a rank may have no share
         votes = torch.cat([none, *self.scores(queries[own])])
         confidence = votes.amax(dim=1) / votes.sum(dim=1)
-        return Predictions.of(votes, labels[own], confidence).gathered(ranks, labels)
+        return Predictions.of_votes(votes, labels[own], confidence).gathered(ranks, labels)
 
     def accuracy(
         self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()

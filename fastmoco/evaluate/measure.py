@@ -1,7 +1,7 @@
 """What a classifier got right: top-1, top-5, each class, confusion; the same for all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ class Predictions:
         earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
         place = ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
         return cls(labels, scores.argmax(dim=1), place, confidence, scores.shape[1])
+
+    @classmethod
+    def of_votes(
+        cls, votes: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor
+    ) -> "Predictions":
+        """Return what (n, classes) votes say; a class without a vote is in no place."""
+        found = cls.of(votes, labels, confidence)
+        voted = votes.gather(1, labels[:, None])[:, 0] > 0
+        return replace(found, place=found.place.where(voted, torch.tensor(votes.shape[1])))
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Predictions":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.measure import Predictions
@@ -40,16 +41,23 @@ def append(
     """
     rows = run.root / "evaluations.jsonl"
     try:
-        number = 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
-        name = f"evaluations/{number:04d}-{result['kind']}.npz"
-        _save(run.root / name, found, test)
-        row = result | found.summary() | {"predictions": name}
-        torn = rows.exists() and rows.read_bytes()[-1:] not in (b"", b"\n")
-        with rows.open("a") as stream:  # after a row cut short by a kill: on a line of its own
-            stream.write("\n" * torn + json.dumps(row) + "\n")
+        # Two evaluations of one run may end at once: each gets a number of its own.
+        with FileLock(run.root / ".evaluations.lock"):
+            number = 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
+            name = f"evaluations/{number:04d}-{result['kind']}.npz"
+            _save(run.root / name, found, test)
+            row = result | found.summary() | {"predictions": name}
+            _add(rows, json.dumps(row))
     except OSError as error:
         raise UsageError(f"Cannot write to {run.root} ({error.strerror}).") from error
     return row
+
+
+def _add(rows: Path, row: str) -> None:
+    """Append a line; after one cut short by a kill, on a line of its own."""
+    torn = rows.exists() and rows.read_bytes()[-1:] not in (b"", b"\n")
+    with rows.open("a") as stream:
+        stream.write("\n" * torn + row + "\n")
 
 
 def _save(path: Path, found: Predictions, test: Labelled) -> None:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fastmoco.config import Recipe, validate
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.exchange.layouts import layout_names
 from fastmoco.exchange.matching import Match, match
-from fastmoco.exchange.reading import read_weights
+from fastmoco.exchange.reading import About, read_weights
 from fastmoco.files import new_folder, sha256_of, write_json
 from fastmoco.run import ORIGIN, RunFolder
 
@@ -51,7 +50,7 @@ def import_weights(
         raise UsageError(f"{out} exists: choose another folder.")
     weights = read_weights(file)
     try:
-        found = match(weights.tensors, layout, weights.about.get("stem"))
+        found = match(weights.tensors, layout, weights.about.stem)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     recipe = _recipe(found, out, weights.about, image_size)
@@ -71,7 +70,7 @@ def import_weights(
     return Imported(recipe, found.layout.name, notes)
 
 
-def _recipe(found: Match, out: Path, about: dict[str, Any], image_size: int | None) -> Recipe:
+def _recipe(found: Match, out: Path, about: About, image_size: int | None) -> Recipe:
     """Return a recipe that says what an evaluation asks; how it was trained is not in the file."""
     values = {
         "name": out.name,
@@ -81,16 +80,14 @@ def _recipe(found: Match, out: Path, about: dict[str, Any], image_size: int | No
         "stem": found.stem,
         "head": found.head,
         "dim": found.dim,
-        "image_size": image_size or (224 if found.stem == "imagenet" else 32),
+        "image_size": image_size or about.image_size or (224 if found.stem == "imagenet" else 32),
         "views": [{}, {}],
         "optimizer": {"lr": 1.0},
         "schedule": {"epochs": 1},
         "precision": "fp32",  # the numbers of the weights as they came
     }
-    sight = {name: about[name] for name in ("image_size", "mean", "std") if name in about}
-    if image_size:
-        sight.pop("image_size", None)
-    return validate(values | sight, str(out))
+    statistics = about.model_dump(include={"mean", "std"}, exclude_none=True)
+    return validate(values | statistics, str(out))
 
 
 def _notes(found: Match, recipe: Recipe) -> tuple[str, ...]:

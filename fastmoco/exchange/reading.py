@@ -1,21 +1,35 @@
 """Tensors out of a file that somebody else wrote: nothing in it is ever executed."""
 
-import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
+from fastmoco.config import Triple
 from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.strict import Strict
 
 # What training programs wrap a state dict in, beside their optimizers.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 METADATA = "fastmoco"
 """Key of a safetensors file's metadata under which our exports say what network they are of."""
+
+
+class About(Strict):
+    """What our own export says of a network; None is not known, as in the files of others."""
+
+    arch: str | None = None
+    stem: Literal["imagenet", "small", "small-stride2"] | None = None
+    head: str | None = None
+    dim: int | None = None
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
 
 
 @dataclass(frozen=True)
@@ -24,11 +38,11 @@ class Weights:
 
     Attributes:
         tensors: by dotted names, without wrappers.
-        about: what our own export says of the network; empty in files of others.
+        about: what its writer says of the network.
     """
 
     tensors: dict[str, torch.Tensor]
-    about: dict[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
 
 
 def read_weights(path: Path) -> Weights:
@@ -52,7 +66,7 @@ def _safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            about = json.loads((stream.metadata() or {}).get(METADATA, "{}"))
+            about = About.model_validate_json((stream.metadata() or {}).get(METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file: fetch it again.") from error
     return Weights(tensors, about)

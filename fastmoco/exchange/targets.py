@@ -13,7 +13,7 @@ from torch import nn
 from fastmoco.config import Recipe
 from fastmoco.exchange.layouts import DETECTRON2, HUGGINGFACE, Table, renamed
 from fastmoco.exchange.matching import match
-from fastmoco.exchange.reading import METADATA, read_weights
+from fastmoco.exchange.reading import METADATA, About, read_weights
 from fastmoco.files import write_json
 from fastmoco.models.resnet import Encoder
 
@@ -171,7 +171,7 @@ class Safetensors(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""
-        fields = {"arch", "stem", "head", "dim", "image_size", "mean", "std"}
+        fields = set(About.model_fields)
         about = json.dumps(recipe.model_dump(mode="json", include=fields), sort_keys=True)
         tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
         save_file(tensors, out, {"format": "pt", METADATA: about})
@@ -179,7 +179,7 @@ class Safetensors(Target):
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""
         weights = read_weights(out)
-        found = match(weights.tensors, "fastmoco", weights.about["stem"])
+        found = match(weights.tensors, "fastmoco", weights.about.stem)
         encoder = Encoder(found.arch, found.stem, found.head, found.dim)
         encoder.load_state_dict(found.weights)
         features: torch.Tensor = encoder.eval().backbone(images)

@@ -16,6 +16,7 @@ from fastmoco.errors import FastmocoError, UsageError
 from fastmoco.evaluate.embed import frozen_sight
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.frozen import load_encoder
+from fastmoco.evaluate.measure import Predictions
 from fastmoco.figures import Images, curves_in, draw_curve
 from fastmoco.files import write_bytes
 from fastmoco.load.order import Ids
@@ -32,12 +33,12 @@ from fastmoco.report.pictures import (
     save_tile,
 )
 from fastmoco.report.study import (
-    Predictions,
     Study,
     feature_maps,
     most_confused,
     projected,
     shown,
+    surest,
 )
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Collection, Labelled
@@ -82,6 +83,7 @@ def report(
     test: Path | None = None,
     samples: int = SAMPLES,
     device: str = "auto",
+    labels: str | None = None,
 ) -> Path:
     """Write the report of a run; the same run gives the same bytes.
 
@@ -91,6 +93,7 @@ def report(
         train, test: labelled sets; None: those of the run's monitor.
         samples: at most so many of each are looked at.
         device: "auto", "cpu" or "cuda".
+        labels: side table of the training set, see `Evaluation.open`.
 
     Returns:
         The page. What it cannot show, for want of a set or a checkpoint, it says in a sentence.
@@ -103,7 +106,8 @@ def report(
     run, out = RunFolder(root), out or root / "report"
     facts = gather(run)
     # A set that the user named must serve, and at once; one that the recipe names may be gone.
-    named = Evaluation.open(root, train, test, device) if train or test else None
+    asked = train or test or labels
+    named = Evaluation.open(root, train, test, device, labels) if asked else None
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as aside:
@@ -213,12 +217,13 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
     """Draw what needs labels."""
     study = Study.of(evaluation, samples)
     found, names = study.predictions(), study.evaluation.train.classes
-    confusion = found.confusion(len(names))
+    confusion = found.confusion().numpy()
     draw_confusion(folder / "confusion.png", confusion, names)
     return {
         "train": study.evaluation.train,
         "test": study.evaluation.test,
-        "found": found,
+        "classifier": study.classifier,
+        "top1": found.top(1),
         "queries": _queries(folder, study),
         "best": _extremes(folder, study, found, right=True),
         "worst": _extremes(folder, study, found, right=False),
@@ -271,7 +276,7 @@ def _tile(
 
 def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> list[Tile]:
     """Return the test images whose prediction is right (or wrong) and surest."""
-    test, places = study.evaluation.test, found.surest(right, _EXTREMES)
+    test, places = study.evaluation.test, surest(found, right, _EXTREMES)
     if not len(places):
         return []
     pixels = study.pixels(test, places)
@@ -284,7 +289,7 @@ def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> li
 def _judged(
     folder: Path, pixels: Images, test: Labelled, found: Predictions, place: int, number: int
 ) -> Tile:
-    right = bool(found.right[place])
+    right = bool(found.place[place] == 0)
     file = f"{'best' if right else 'worst'}_{number}.png"
     tile = _tile(folder, file, pixels, test, place)
     taken = test.classes[int(found.predicted[place])]

@@ -11,6 +11,7 @@ import torch
 from fastmoco.evaluate.embed import Sight
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.knn import Neighbours
+from fastmoco.evaluate.measure import Predictions
 from fastmoco.figures import Images
 from fastmoco.load.loader import evaluation_batches
 from fastmoco.load.order import Ids, Permutation
@@ -22,45 +23,6 @@ _STREAM = 1 << 34  # keeps these permutations apart from those of the training u
 _LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}
 _SHOWN_SIDE = 96  # pixels of an image on the page, at the most
 _PROJECTED = 2000  # points: more of them hide each other
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a classifier says of labelled samples, whichever classifier it is.
-
-    Attributes:
-        ids: (n,) int64 of the samples.
-        labels: (n,) int64, the true ones.
-        predicted: (n,) int64, the classifier's.
-        confidence: (n,) fp32 in 0..1, the share that it gives to its prediction.
-        source: what the classifier is, in words.
-    """
-
-    ids: Ids
-    labels: Ids
-    predicted: Ids
-    confidence: npt.NDArray[np.float32]
-    source: str
-
-    @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """(n,) which predictions are true."""
-        return np.equal(self.labels, self.predicted)
-
-    @property
-    def top1(self) -> float:
-        """The percentage that is right."""
-        return 100 * float(self.right.mean())
-
-    def surest(self, right: bool, count: int) -> Ids:
-        """Return the places of the surest right (or wrong) predictions, the surest first."""
-        order: Ids = np.argsort(-self.confidence, kind="stable")
-        return order[np.equal(self.right[order], right)][:count]
-
-    def confusion(self, classes: int) -> Ids:
-        """Return the (classes, classes) int64 counts, true classes down, predicted ones across."""
-        pairs = self.labels * classes + self.predicted
-        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 @dataclass(frozen=True)
@@ -92,15 +54,15 @@ class Study:
 
     def predictions(self) -> Predictions:
         """Return what the neighbours of each test sample vote for."""
-        test, k = self.evaluation.test, min(self.bank.k, len(self.bank.features))
-        found = self.bank.predict(self.queries, torch.from_numpy(test.labels))
-        return Predictions(
-            test.ids,
-            test.labels,
-            found.predicted.numpy(),
-            found.confidence.numpy(),
-            f"votes of the {k} nearest neighbours (backbone features, T {self.bank.t:g}) among "
-            f"{len(self.bank.features):,} training images",
+        return self.bank.predict(self.queries, torch.from_numpy(self.evaluation.test.labels))
+
+    @property
+    def classifier(self) -> str:
+        """Who predicts, in words."""
+        bank = len(self.bank.features)
+        return (
+            f"votes of the {min(self.bank.k, bank)} nearest neighbours (backbone features, "
+            f"T {self.bank.t:g}) among {bank:,} training images"
         )
 
     def nearest(self, places: Ids, count: int) -> tuple[npt.NDArray[np.float32], Ids]:
@@ -117,6 +79,13 @@ class Study:
     def pixels(self, one: Labelled, places: Ids) -> Images:
         """Return the samples at `places` as the encoder sees them, at most 96 pixels wide."""
         return shown(self.evaluation.sight, Collection([one.set]), one.ids[places])
+
+
+def surest(found: Predictions, right: bool, count: int) -> Ids:
+    """Return the places of the surest right (or wrong) predictions, the surest first."""
+    order = found.confidence.argsort(descending=True, stable=True)
+    places: Ids = order[(found.place == 0)[order] == right][:count].numpy()
+    return places
 
 
 def thinned(one: Labelled, samples: int, seed: int) -> Labelled:

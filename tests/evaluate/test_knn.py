@@ -71,3 +71,10 @@ def test_the_length_of_a_feature_does_not_matter(features: tuple[torch.Tensor, .
     plain = torch.cat(list(Neighbours(bank, labels, CLASSES, 20).scores(queries)))
     scaled = torch.cat(list(Neighbours(5 * bank, labels, CLASSES, 20).scores(0.2 * queries)))
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
+    bank = torch.eye(6)
+    found = Neighbours(bank, torch.arange(6), classes=6, k=2).predict(bank, torch.arange(6).roll(3))
+    assert found.top(1) == 0 and found.top(5) < 40  # two of six voted for; five of six by order
+    assert Neighbours(bank, torch.arange(6), 6, k=2).predict(bank, torch.arange(6)).top(5) == 100

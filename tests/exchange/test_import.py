@@ -295,6 +295,15 @@ def test_a_pickle_with_a_payload_is_refused_and_not_executed(r10: Encoder, tmp_p
     assert not trap.exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("about", ["[1]", '{"stem": 3}', '{"image_size": "wide"}', "{"])
+def test_metadata_that_is_not_ours_is_a_plain_error(r10, tmp_path, about):
+    tensors = {name: tensor.contiguous() for name, tensor in r10.state_dict().items()}
+    save_file(tensors, tmp_path / "odd.safetensors", {"fastmoco": about})
+    with pytest.raises(CheckpointError, match=r"no whole safetensors file"):
+        import_weights(tmp_path / "odd.safetensors", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_safetensors_name_does_not_lead_to_the_unpickler(tmp_path: Path) -> None:
     file = saved({"a": Payload(tmp_path / "executed")}, tmp_path / "theirs.safetensors")
     with pytest.raises(CheckpointError, match=r"no whole safetensors file"):

@@ -176,8 +176,8 @@ def test_confusion_is_that_of_scikit_learn(
     names, labels = evaluation.train.classes, evaluation.test.labels
     matrix = confusion_matrix(labels, votes.argmax(axis=1), labels=range(4))
     found = study_module.Study.of(evaluation, 1000).predictions()
-    np.testing.assert_array_equal(found.confusion(4), matrix)
-    assert found.top1 == pytest.approx(100 * np.trace(matrix) / 24)
+    np.testing.assert_array_equal(found.confusion().numpy(), matrix)
+    assert found.top(1) == pytest.approx(100 * np.trace(matrix) / 24)
     errors = {(names[a], names[b]): matrix[a, b] for a in range(4) for b in range(4) if a != b}
     drawn = {(row[0], row[1]): int(row[2]) for row in parsed.cells["confusion"][1:]}
     assert sorted(drawn.values(), reverse=True) == list(drawn.values())
