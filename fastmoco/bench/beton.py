@@ -36,8 +36,7 @@ from ffcv.transforms import (
 from ffcv.writer import DatasetWriter
 from PIL import Image
 
-from fastmoco.bench.loader import Views
-from fastmoco.bench.rivals import MEAN, STD
+from fastmoco.bench.drawn import MEAN, STD, Views
 from fastmoco.load.reader import Reader
 from fastmoco.shardset import Collection
 

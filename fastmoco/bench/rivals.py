@@ -13,9 +13,8 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from fastmoco.bench.arm import Section
-from fastmoco.bench.loader import WARM_UP, Views, measured
+from fastmoco.bench.drawn import MEAN, STD, WARM_UP, Views, measured
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BUFFER = 1000  # samples that the webdataset pipeline shuffles among
 
 
