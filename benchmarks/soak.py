@@ -148,7 +148,7 @@ def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     loader = Loader.of(recipe, data, settings_of(recipe, ranks, device))
     marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
     moco = MoCo(recipe, ranks, device)
-    return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, Watcher(sample))
+    return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, [Watcher(sample)])
 
 
 class Watcher:
@@ -165,6 +165,9 @@ class Watcher:
         """Show nothing."""
 
     def bad(self, row: dict[str, Any]) -> None:
+        """Show nothing."""
+
+    def unsaved(self, row: dict[str, Any]) -> None:
         """Show nothing."""
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 ZIP_HEADER = 30  # bytes of a local header before its name and extra field
+_SIZE_AND_TIME = struct.Struct("<qq")
 STORED, DEFLATED = 0, 8  # the two ways in which zip members are packed that every tool reads
 
 
@@ -135,10 +137,13 @@ class FileInputs(Inputs):
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root, self.names = str(root), names
-        stats = (value for name in names for value in _stat(os.path.join(self.root, name)))
-        table = np.fromiter(stats, dtype=np.int64, count=2 * len(names))
-        self.sizes = table[::2].copy()
-        self._state = hashlib.sha256(table.data).digest()  # the times are of no other use
+        self.sizes = np.empty(len(names), dtype=np.int64)
+        digest = hashlib.sha256()
+        for row, name in enumerate(names):
+            size, changed = _stat(os.path.join(self.root, name))
+            self.sizes[row] = size
+            digest.update(_SIZE_AND_TIME.pack(size, changed))  # the times are of no other use
+        self._state = digest.digest()
 
     def __getitem__(self, row: int) -> Input:
         return File(os.path.join(self.root, self.names[row]))

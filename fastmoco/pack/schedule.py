@@ -19,6 +19,7 @@ RUN_IMAGES, RUN_BYTES = 256, 4 * 2**20  # the most that a worker gets at a time
 RUNS = 64  # at least, of a set: small ones are shared out among the workers, too
 SMALL_IMAGE = 20_000  # bytes on average, below which every image enters the statistics
 MEASURED = 512  # images, at least, that enter the statistics of larger ones
+BLOCK = 2**14  # images whose costs are held at a time
 SHRUNK_BYTES = 0.5  # a guess of what a shrunk image takes, for each pixel of its short side squared
 
 
@@ -73,12 +74,22 @@ class Schedule:
 
     def _cut(self, room: int) -> list[int]:
         # A cut falls behind the image that crosses it, so each shard may get one more.
-        costs = self._tar_costs(0, len(self.order))
-        largest = int(costs.max())
-        count = max(1, -(-int(costs.sum()) // max(room - largest, largest)))
-        ends = np.cumsum(costs)
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count) + 1
-        return [0, *np.unique(cuts[cuts < len(ends)]).tolist(), len(ends)]
+        largest = max(int(costs.max()) for _, costs in self._blocks())
+        total = sum(int(costs.sum()) for _, costs in self._blocks())
+        count = max(1, -(-total // max(room - largest, largest)))
+        wanted = total * np.arange(1, count) / count
+        cuts, end = {0, len(self.order)}, 0
+        for start, costs in self._blocks():
+            ends = end + np.cumsum(costs)
+            here = wanted[(wanted > end) & (wanted <= ends[-1])]
+            cuts.update((start + 1 + np.searchsorted(ends, here)).tolist())
+            end = int(ends[-1])
+        return sorted(cuts)
+
+    def _blocks(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield positions and the costs from there on: those of all would be the peak of memory."""
+        for start in range(0, len(self.order), BLOCK):
+            yield start, self._tar_costs(start, start + BLOCK)
 
     def _run_end(self, start: int, stop: int) -> int:
         images = min(RUN_IMAGES, max(1, len(self.order) // RUNS))

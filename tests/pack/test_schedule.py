@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastmoco.errors import UsageError
+from fastmoco.pack import schedule as schedule_module
 from fastmoco.pack.check import Rules
 from fastmoco.pack.inputs import Inputs, Pixels
 from fastmoco.pack.options import PackOptions, parse_splits
@@ -55,6 +56,20 @@ def test_shards_are_nearly_equal_and_within_the_bound(count: int, limit: int) ->
     if limit > 10**5:
         assert max(tar) + 10240 + 1024 <= limit
         assert len(tar) <= 1 + sum(tar) / (limit - 50_000)
+
+
+@pytest.mark.parametrize("block", [1, 7, 350])
+def test_cuts_do_not_depend_on_how_many_costs_are_held(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(np.random.default_rng(1).integers(0, 30_000, 700))
+    whole = Schedule(source, 0, 400_000, Rules())
+    monkeypatch.setattr(schedule_module, "BLOCK", block)
+    assert Schedule(source, 0, 400_000, Rules()).bounds == whole.bounds
+    ends = np.cumsum(whole._tar_costs(0, 700))  # a cut lies behind the image that crosses it
+    wanted = ends[-1] * np.arange(1, whole.shards) / whole.shards
+    assert whole.bounds[1:-1] == (np.searchsorted(ends, wanted) + 1).tolist()
+    assert whole.shards > 20
 
 
 def test_every_image_is_in_one_run(tmp_path: Path) -> None:
