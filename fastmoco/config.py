@@ -183,11 +183,21 @@ class Recipe(Strict):
     """One training run.
 
     Attributes:
+        name: shown on the display, in curves and in the report.
         data: shard sets, as one; ids run through them in order.
         subset: which of their samples take part; None: all.
         repeat: times that an epoch shows each sample: short epochs of small sets become long ones.
         window: shards shuffled together, in random order, for storage that cannot seek; None: all.
+        out: the run folder.
+        monitor: kNN accuracy during training; None: the run needs no labels.
+        arch: a ResNet of torchvision, by its name there, or resnet10.
+        stem: "imagenet": 7x7, stride 2, max-pool; "small": 3x3, no pool; "small-stride2": 3x3,
+            stride 2, no pool.
+        head: "linear" (MoCo v1), "mlp" (v2) or "none", of imported backbones.
+        dim: of the head's output.
+        image_size: side of the views, pixels.
         mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
+        views: of the query and of the key.
         batch: images a step over all ranks.
         bn: "groups": BatchNorm over groups of `bn_group`; "whole": over the whole batch of all
             ranks together, by which query and key betray each other: for ablations.
@@ -208,15 +218,20 @@ class Recipe(Strict):
         stop_epoch: end here, on the schedule of its full length.
         precision: that the network computes in; weights and loss are fp32 (fp64: all of it).
         compile: compile the encoders by torch.compile.
+        deterministic: let torch choose deterministic kernels alone; slower on a GPU.
+        seed: of initial weights, order, views and shuffle.
+        device: "auto": a GPU if there is one.
+        executor: who decodes and augments; "torchvision" needs no DALI.
         log_every, checkpoint_every: in steps.
         keep: checkpoints kept, the newest ones.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
-        stall_s: seconds without a step after which the run ends with the stacks of its threads;
-            longer than the monitor takes.
+        stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
+            the stacks of its threads.
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
         threads: decoding threads a rank; 0: cores / ranks of this machine.
+        prefetch: batches that are made ahead.
     """
 
     name: str
