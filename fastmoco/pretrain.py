@@ -213,12 +213,16 @@ def versions(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name(device) if on_gpu else platform.processor(),
+        "machine": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "cores": os.cpu_count(),
         "ranks": ranks.size,
         **{name: _version(name) for name in ("fastmoco", "torch", "torchvision", "numpy")},
         "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
     }
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()  # some distributions tell only the latter
 
 
 def _version(package: str) -> str | None:

@@ -19,7 +19,8 @@ def info_nce(
     Returns:
         (n,) losses; (n,) positive and (n, K) negative logits, similarities over T.
     """
-    positive = (q * k).sum(dim=1) / temperature
-    negative = q @ queue.T / temperature
+    scaled = q / temperature  # (n, dim): to divide the (n, K) products would read them once more
+    positive = (scaled * k).sum(dim=1)
+    negative = scaled @ queue.T
     loss = torch.logaddexp(positive, torch.logsumexp(negative, dim=1)) - positive
     return loss, positive, negative
