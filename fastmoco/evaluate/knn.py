@@ -11,7 +11,7 @@ from fastmoco.distributed import Ranks
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.screen import Nearest, Screen, pays
 
-_CHUNK = 256  # queries at a time: the similarities never fill more than (256, N)
+_CHUNK = 512  # queries at a time: the similarities never fill more than (512, N)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Nearest = tuple[torch.Tensor, torch.Tensor]
 
 _BLOCK, _BLOCKS = 16, 4  # columns whose maximum is taken at once; of which so many again
 _UNIT = _BLOCK * _BLOCKS
-_ROUNDING = 2.0**-8  # half a step of bfloat16 above 1: bounds the rounding of a similarity
+_ADDING = 2.0**-14  # bounds what fp32 loses when it adds up a product of some hundred terms
 _MANY = 16  # times k candidates a query: no longer cheaper than fp32 everywhere
 
 
@@ -68,10 +68,12 @@ class Screen:
         The k-th largest of maxima of different blocks: at least k columns reach it.
         """
         wider = best.view(len(best), _BLOCKS, -1).amax(dim=1)
-        reached = wider.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
-        bound = error * (1 + self._error) + self._error + _ROUNDING
+        reached = wider.topk(k, dim=1, sorted=False).values.amin(dim=1)
+        bound = error * (1 + self._error) + self._error + _ADDING
         low = torch.tensor(-torch.inf, dtype=best.dtype)
-        cut: torch.Tensor = torch.nextafter((reached - 2 * bound).bfloat16(), low)
+        # What was rounded to `reached` was more than the next number below it; and so for the cut.
+        least = torch.nextafter(reached, low).float() - 2 * bound
+        cut: torch.Tensor = torch.nextafter(least.bfloat16(), low)
         return cut[:, None]
 
     def _exact(
