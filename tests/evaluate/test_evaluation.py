@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from fastmoco.config import Monitor
 from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
+from fastmoco.evaluate.embed import never
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.probe import Protocol
 from fastmoco.pack.options import PackOptions
@@ -236,7 +237,7 @@ def test_the_monitor_uses_the_table_too(
     recipe = {"bank": str(train.root), "queries": str(test.root), "labels": "two", "k": 3}
     knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.sight, Ranks())
     some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
-    assert knn(evaluation.encoder)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
+    assert knn(evaluation.encoder, never)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
 
 
 def test_the_table_of_the_monitor_goes_with_its_sets(

@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastmoco import cli
+from fastmoco.cli import exchange
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.exchange import exporting
 from fastmoco.exchange.exporting import export
@@ -223,7 +223,7 @@ def test_the_command(run: Run, make_run: Callable[..., RunFolder], tmp_path: Pat
 
 
 def test_the_command_knows_every_target() -> None:
-    assert list(get_args(get_type_hints(cli.export)["to"])) == list(TARGETS)
+    assert list(get_args(get_type_hints(exchange.export)["to"])) == list(TARGETS)
 
 
 def test_what_is_written_for_transformers_is_plain_json(r18: Encoder, tmp_path: Path) -> None:
