@@ -15,6 +15,8 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Triple = tuple[float, float, float]
+Stem = Literal["imagenet", "small", "small-stride2"]
+Side = Annotated[int, Field(ge=8)]  # of an image, pixels
 RECIPES = resources.files("fastmoco") / "recipes"
 
 
@@ -243,11 +245,11 @@ class Recipe(Strict):
     monitor: Monitor | None = None
 
     arch: str = "resnet50"
-    stem: Literal["imagenet", "small", "small-stride2"] = "imagenet"
+    stem: Stem = "imagenet"
     head: Literal["linear", "mlp", "none"] = "linear"
     dim: Count = 128
 
-    image_size: Annotated[int, Field(ge=8)] = 224
+    image_size: Side = 224
     mean: Triple | None = (0.485, 0.456, 0.406)
     std: Triple | None = (0.229, 0.224, 0.225)
     views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]

@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from fastmoco.config import Triple
+from fastmoco.config import Side, Stem, Triple
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.strict import Strict
 
@@ -24,10 +23,10 @@ class About(Strict):
     """What our own export says of a network; None is not known, as in the files of others."""
 
     arch: str | None = None
-    stem: Literal["imagenet", "small", "small-stride2"] | None = None
+    stem: Stem | None = None
     head: str | None = None
     dim: int | None = None
-    image_size: Annotated[int, Field(ge=8)] | None = None
+    image_size: Side | None = None
     mean: Triple | None = None
     std: Triple | None = None
 

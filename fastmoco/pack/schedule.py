@@ -74,8 +74,9 @@ class Schedule:
 
     def _cut(self, room: int) -> list[int]:
         # A cut falls behind the image that crosses it, so each shard may get one more.
-        largest = max(int(costs.max()) for _, costs in self._blocks())
-        total = sum(int(costs.sum()) for _, costs in self._blocks())
+        largest = total = 0
+        for _, costs in self._blocks():
+            largest, total = max(largest, int(costs.max())), total + int(costs.sum())
         count = max(1, -(-total // max(room - largest, largest)))
         wanted = total * np.arange(1, count) / count
         cuts, end = {0, len(self.order)}, 0
