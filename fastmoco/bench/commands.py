@@ -1,5 +1,7 @@
 """The commands of `fastmoco bench`. Heavy modules are imported inside them."""
 
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
-    help="Measure this program against what people use, in pairs, on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -25,6 +26,13 @@ _Itself = Annotated[
     bool, typer.Option("--aa", help="Ours against itself: the smallest effect to be seen here.")
 ]
 _Out = Annotated[Path | None, typer.Option(help="A .jsonl that the rows are appended to.")]
+
+
+@app.callback()
+def end_cleanly_when_told_to() -> None:
+    """Measure this program against what people use, in pairs, on this machine."""
+    # A plain SIGTERM would leave the arm that runs, and the scratch folder, behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @app.command()

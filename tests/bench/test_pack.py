@@ -1,11 +1,16 @@
 """`fastmoco bench pack`: the arms do the same work, and the rows tell nothing of the machine."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+import time
 from getpass import getuser
 from io import BytesIO
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -177,3 +182,28 @@ def test_an_arm_against_itself_tells_the_smallest_effect(photos, tiny_arms):
     ran = CliRunner().invoke(app, ["pack", str(photos), "--pairs", "1", "--aa"])
     assert ran.exit_code == 0
     assert "The smallest effect that this machine can show: 0.0 %" in ran.stdout
+
+
+def test_a_bench_that_is_told_to_end_leaves_nothing_behind(photos):
+    main = "from fastmoco.cli import main; main()"
+    command = [sys.executable, "-c", main, "bench", "pack", str(photos), "--repeat=3000"]
+    with subprocess.Popen(command) as bench_run:
+        tree = arms_of(bench_run.pid)
+        bench_run.terminate()
+        status = bench_run.wait(timeout=60)
+    _, left = psutil.wait_procs(tree, timeout=10)
+    for process in left:
+        process.kill()
+    assert (status, left) == (128 + signal.SIGTERM, [])
+    assert not list(photos.parent.glob(".fastmoco-bench-*"))
+
+
+def arms_of(pid):
+    """Wait until a measurement has begun; return all processes of it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        tree = psutil.Process(pid).children(recursive=True)
+        if any("fastmoco.bench.arm" in process.cmdline() for process in tree[1:]):
+            return tree
+        time.sleep(0.05)
+    raise AssertionError("no measurement began")
