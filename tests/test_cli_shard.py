@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,9 @@ def test_help_loads_nothing_heavy() -> None:
     assert "shard" in found.stdout
     heavy = {"torch", "nvidia", "numpy", "PIL", "pydantic", "webdataset", "yaml"}
     assert not heavy & set(found.stderr.split())
+
+
+def test_the_version_is_that_of_the_installed_package(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    assert run("--version") == (0, f"fastmoco {version('fastmoco')}\n", "")

@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
 from fastmoco.errors import FastmocoError
@@ -38,7 +40,6 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 
 app = typer.Typer(
     name="fastmoco",
-    help="Momentum Contrast from a folder of images to a linear-probe number.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -47,6 +48,21 @@ for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(bench_app, rich_help_panel="Benchmarks")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastmoco {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Momentum Contrast from a folder of images to a linear-probe number."""
 
 
 def main() -> None:
