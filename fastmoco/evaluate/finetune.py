@@ -25,6 +25,7 @@ from fastmoco.evaluate.schedule import cosine
 from fastmoco.files import make_parent, new_folder, write_json
 from fastmoco.load.loader import Triple
 from fastmoco.load.subset import stratified
+from fastmoco.memory import keep_freed_memory
 from fastmoco.models.resnet import Encoder
 from fastmoco.shardset import Collection
 
@@ -166,6 +167,8 @@ def _train(
 ) -> None:
     """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
     assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
+    if crops.sight.settings.device.type == "cpu":
+        keep_freed_memory()
     groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
     optimizer = torch.optim.SGD(
         [{"params": part.parameters(), "lr": lr} for part, lr in groups],

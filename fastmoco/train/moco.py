@@ -12,6 +12,7 @@ from torch import nn
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.errors import UsageError
+from fastmoco.memory import keep_freed_memory
 from fastmoco.models.resnet import Encoder, set_bn_group
 from fastmoco.train.guard import Guard, RunningStatistics, finite
 from fastmoco.train.loss import info_nce
@@ -58,6 +59,8 @@ class MoCo:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.recipe, self.ranks, self.device = recipe, ranks, device
         self._precision = Precision(recipe.precision, device.type)
         weights = self._precision.weights
