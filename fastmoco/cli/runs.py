@@ -113,12 +113,15 @@ def finetune(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(callback=_positive, help="Of the backbone. [default: 0.02; from scratch 0.1]"),
+        typer.Option(
+            callback=_positive,
+            help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
+        ),
     ] = None,
     head_lr: Annotated[
         float | None,
         typer.Option(
-            callback=_positive, help="Of the classifier. [default: 10 x lr; from scratch lr]"
+            callback=_positive, help="Of the classifier. [default: 5 x lr; from scratch lr]"
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,

@@ -32,6 +32,7 @@ from fastmoco.shardset import Collection
 Normalize = Literal["run", "imagenet", "set"]
 
 _EPOCHS, _LEAST_STEPS = 30, 1000
+_HEAD = 5  # times the backbone's rate: with 10, features of norm 17 made the first steps explode
 _IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,8 +45,9 @@ class Tuning:
         from_scratch: random weights, the supervised baseline, instead of the run's.
         epochs: over the chosen images.
         steps: instead of epochs; neither: 30 epochs, and at least 1000 steps.
-        lr: of the backbone; falls by a cosine. None: 0.02, and 0.1 from scratch.
-        head_lr: of the classifier. None: ten times `lr`, and `lr` from scratch.
+        lr: of the backbone; falls by a cosine. None: 0.02, and 0.1 from scratch, for 256 images a
+            step, scaled to `batch` (Goyal et al. 2017).
+        head_lr: of the classifier. None: five times `lr`, and `lr` from scratch.
         batch: images a step over all ranks; BatchNorm averages over those of one rank.
         weight_decay: of all weights.
         seed: of the choice of labels, the order, the crops and the random weights.
@@ -73,8 +75,9 @@ class Tuning:
             size: of the run.
         """
         batch = min(self.batch, images)
-        lr = (0.1 if self.from_scratch else 0.02) if self.lr is None else self.lr
-        head_lr = (lr if self.from_scratch else 10 * lr) if self.head_lr is None else self.head_lr
+        lr, times = (0.1, 1) if self.from_scratch else (0.02, _HEAD)
+        lr = lr * batch / 256 if self.lr is None else self.lr
+        head_lr = times * lr if self.head_lr is None else self.head_lr
         return replace(
             self,
             batch=batch,

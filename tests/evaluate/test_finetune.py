@@ -61,7 +61,7 @@ def test_it_learns_and_says_how(evaluation: Evaluation, from_scratch: bool) -> N
     assert row["kind"] == "finetune" and row["budget"] == {"steps": 60, "images_seen": 1440}
     assert row["protocol"]["from_scratch"] is from_scratch
     assert (row["protocol"]["lr"], row["protocol"]["epochs"]) == (0.05, 12)
-    assert row["protocol"]["head_lr"] == pytest.approx(0.05 if from_scratch else 0.5)
+    assert row["protocol"]["head_lr"] == pytest.approx(0.05 if from_scratch else 0.25)
     assert len(row["per_class"]) == 3 and row["top5"] == 100
     assert told[-1] == (60, 60) and len(told) == 60
     lines = (evaluation.run.root / "evaluations.jsonl").read_text().splitlines()
@@ -69,6 +69,20 @@ def test_it_learns_and_says_how(evaluation: Evaluation, from_scratch: bool) -> N
     stored = np.load(evaluation.run.root / row["predictions"])
     assert stored["confusion"].sum() == 60
     assert 100 * (stored["label"] == stored["predicted"]).mean() == pytest.approx(row["top1"])
+
+
+def test_rates_are_scaled_to_the_batch_and_given_ones_are_not() -> None:
+    quarter, scratch, given = (
+        tuning.resolved(1000, 16)
+        for tuning in (
+            Tuning(batch=64),
+            Tuning(batch=512, from_scratch=True),
+            Tuning(batch=64, lr=0.3),
+        )
+    )
+    assert (quarter.lr, quarter.head_lr) == (0.005, 0.025)
+    assert (scratch.lr, scratch.head_lr) == (0.2, 0.2)
+    assert (given.lr, given.head_lr) == (0.3, 1.5)
 
 
 def test_an_untrained_network_would_not_pass(evaluation: Evaluation) -> None:
