@@ -170,8 +170,7 @@ def _train(
 ) -> None:
     """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
     assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
-    if crops.sight.settings.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(crops.sight.settings.device)
     groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
     optimizer = torch.optim.SGD(
         [{"params": part.parameters(), "lr": lr} for part, lr in groups],

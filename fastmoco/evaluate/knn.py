@@ -1,6 +1,8 @@
 """The weighted kNN classifier of instance discrimination (Wu et al. 2018, section 3.4)."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +14,7 @@ from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.screen import Nearest, Screen, pays
 
 _CHUNK = 512  # queries at a time: the similarities never fill more than (512, N)
+_WORKERS = 8  # that share them, at most: products of fewer than 64 queries are slow
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,12 @@ class Neighbours:
 
     def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield (chunk, classes) votes for (M, dim) queries; that of the nearest neighbour is 1."""
-        for chunk in torch.split(normalize(queries, dim=1), _CHUNK):
-            if not len(chunk):
-                return  # a rank may have no share
-            similarity, index = self._nearest(chunk)
-            # A factor that all votes share changes nothing, and large ones would overflow.
-            weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / self.t).exp()
-            votes = torch.zeros(len(chunk), self.classes)
-            yield votes.scatter_add_(1, self.labels[index], weights)
+        if not len(queries):
+            return  # a rank may have no share
+        screen = self._screen  # made, and the bank too, before several threads ask for them
+        with _workers() as (pool, count):
+            shares = torch.split(normalize(queries, dim=1), _CHUNK // count)
+            yield from pool.map(lambda share: self._votes(share, screen), shares)
 
     def predict(
         self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()
@@ -67,10 +68,17 @@ class Neighbours:
         """Return the percentage of (M, dim) queries whose top vote is their label."""
         return self.predict(queries, labels, ranks).top(1)
 
-    def _nearest(self, queries: torch.Tensor) -> Nearest:
-        found = self._screen.nearest(queries, self.k) if self._screen else None
-        # Too small a bank for the screen, or one in which nearly all is equally near.
-        return found or (queries @ self._bank.T).topk(min(self.k, len(self._bank)), dim=1)
+    def _votes(self, queries: torch.Tensor, screen: Screen | None) -> torch.Tensor:
+        found = screen.nearest(queries, self.k) if screen else None
+        # Too small a bank for the screen, or one in which too much is equally near.
+        similarity, index = found or self._plainly(queries)
+        # A factor that all votes share changes nothing, and large ones would overflow.
+        weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / self.t).exp()
+        votes = torch.zeros(len(queries), self.classes)
+        return votes.scatter_add_(1, self.labels[index], weights)
+
+    def _plainly(self, queries: torch.Tensor) -> Nearest:
+        return (queries @ self._bank.T).topk(min(self.k, len(self._bank)), dim=1)
 
     @cached_property
     def _bank(self) -> torch.Tensor:
@@ -78,4 +86,19 @@ class Neighbours:
 
     @cached_property
     def _screen(self) -> Screen | None:
-        return Screen(self._bank, _CHUNK) if pays(self._bank, self.k) else None
+        return Screen(self._bank) if pays(self._bank, self.k) else None
+
+
+@contextmanager
+def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Divide torch's threads among workers, since many a stage would use but one of them."""
+    threads = torch.get_num_threads()
+    count = min(threads, _WORKERS)
+    share = threads // count
+    try:
+        with ThreadPoolExecutor(
+            count, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            yield pool, count
+    finally:
+        torch.set_num_threads(threads)  # else later threads of the process got a worker's share

@@ -6,16 +6,16 @@ more than twice that bound below the k-th best cannot be among the k nearest. Th
 get their fp32 similarity, and the k best of them are the answer, as without the screen.
 """
 
+import threading
 import warnings
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 
 Nearest = tuple[torch.Tensor, torch.Tensor]
 """(n, k) fp32 similarities and (n, k) int64 rows of the bank, in no order."""
 
-_BLOCK, _BLOCKS = 16, 4  # columns whose maximum is taken at once; of which so many again
-_UNIT = _BLOCK * _BLOCKS
+_GROUP = 32  # columns of which only the best counts where the k-th best is sought
 _ADDING = 2.0**-14  # bounds what fp32 loses when it adds up a product of some hundred terms
 _MANY = 16  # times k candidates a query: no longer cheaper than fp32 everywhere
 
@@ -23,7 +23,7 @@ _MANY = 16  # times k candidates a query: no longer cheaper than fp32 everywhere
 def pays(bank: torch.Tensor, k: int) -> bool:
     """Return whether a screen of an (N, dim) bank is quicker than fp32 here."""
     swift = bank.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return bool(swift) and len(bank) >= 2 * k * _UNIT
+    return bool(swift) and len(bank) >= 4 * k * _GROUP
 
 
 class Screen:
@@ -31,64 +31,81 @@ class Screen:
 
     Args:
         bank: (N, dim) fp32 rows of length 1.
-        queries: at most so many at a time.
     """
 
-    def __init__(self, bank: torch.Tensor, queries: int) -> None:
+    def __init__(self, bank: torch.Tensor) -> None:
         self._bank = bank
-        padded = pad(bank, (0, 0, 0, -len(bank) % _UNIT))
-        self._coarse = padded.bfloat16()
-        self._error = _rounding(padded, self._coarse).max()
-        # Kept: fresh pages for each chunk cost as much as half of its product.
-        self._similarity = torch.empty(queries, len(padded), dtype=torch.bfloat16)
+        self._coarse = bank.bfloat16()
+        self._error = _rounding(bank, self._coarse).max()
+        self._kept = threading.local()
 
     def nearest(self, queries: torch.Tensor, k: int) -> Nearest | None:
-        """Return the k nearest of the bank; None: too much of it is equally near to tell cheaply.
+        """Return the k nearest of the bank; None: too many are near to tell them apart cheaply.
+
+        Threads may ask side by side.
 
         Args:
             queries: (n, dim) fp32 rows of length 1.
-            k: at most N / 64.
+            k: at most N / 32.
         """
         coarse = queries.bfloat16()
-        similarity = torch.mm(coarse, self._coarse.T, out=self._similarity[: len(queries)])
-        similarity[:, len(self._bank) :] = -torch.inf
-        # Block b holds the columns b, b + step, ...: maxima of whole rows, which vectorises.
-        blocks = similarity.view(len(queries), _BLOCK, -1)
-        best = blocks.amax(dim=1)
-        cut = self._cut(best, _rounding(queries, coarse), k)
-        rows, block = (best >= cut).nonzero(as_tuple=True)
-        if len(rows) > _MANY * k * len(queries):
+        similarity, near = self._buffers(len(queries))
+        torch.mm(coarse, self._coarse.T, out=similarity)
+        cut = self._cut(_bits(similarity), _rounding(queries, coarse), k)
+        np.greater_equal(_bits(similarity), _bits(cut), out=near)
+        if cut.amin() <= 0 or np.count_nonzero(near) > _MANY * k * len(queries):
             return None
-        hit, member = (blocks[rows, :, block] >= cut[rows]).nonzero(as_tuple=True)
-        return self._exact(queries, rows[hit], block[hit] + member * best.shape[1], k)
+        return self._exact(queries, torch.from_numpy(np.flatnonzero(near)), k)
 
-    def _cut(self, best: torch.Tensor, error: torch.Tensor, k: int) -> torch.Tensor:
+    def _buffers(self, n: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Return room for (n, N) similarities and what is near, kept: fresh pages cost dear."""
+        if len(getattr(self._kept, "near", ())) < n:
+            size = n, len(self._bank)
+            self._kept.similarity = torch.empty(size, dtype=torch.bfloat16)
+            self._kept.near = np.empty(size, np.bool_)
+        return self._kept.similarity[:n], self._kept.near[:n]
+
+    def _cut(self, similarity: np.ndarray, error: torch.Tensor, k: int) -> torch.Tensor:
         """Return the (n, 1) coarse similarity that none of the k nearest is below.
 
-        The k-th largest of maxima of different blocks: at least k columns reach it.
+        The k-th largest of maxima of different columns: at least k columns reach it.
         """
-        wider = best.view(len(best), _BLOCKS, -1).amax(dim=1)
-        reached = wider.topk(k, dim=1, sorted=False).values.amin(dim=1)
+        n, columns = similarity.shape
+        groups = similarity[:, : columns - columns % _GROUP].reshape(n, _GROUP, -1)
+        kth = np.partition(groups.max(axis=1), -k, axis=1)[:, -k]
+        reached = torch.from_numpy(kth.copy()).view(torch.bfloat16)
+        below = torch.nextafter(reached, torch.tensor(-torch.inf, dtype=reached.dtype))
         bound = error * (1 + self._error) + self._error + _ADDING
-        low = torch.tensor(-torch.inf, dtype=best.dtype)
-        # What was rounded to `reached` was more than the next number below it; and so for the cut.
-        least = torch.nextafter(reached, low).float() - 2 * bound
-        cut: torch.Tensor = torch.nextafter(least.bfloat16(), low)
-        return cut[:, None]
+        # What was rounded to `reached` was no less than half way to the number below it, and what
+        # is no less than the cut is, rounded, no less than the rounded cut.
+        least = (reached.float() + below.float()) / 2 - 2 * bound
+        return least.bfloat16()[:, None]
 
-    def _exact(
-        self, queries: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, k: int
-    ) -> Nearest:
-        """Return the k nearest of the candidates (rows[i], columns[i]), rows ascending."""
-        counts = torch.bincount(rows, minlength=len(queries))
-        ends = counts.cumsum(0)
-        place = torch.arange(len(rows)) - (ends - counts)[rows]
-        similarity = torch.full((len(queries), int(counts.max())), -torch.inf)
-        similarity[rows, place] = _products(queries, self._bank, ends, columns)
-        index = torch.zeros(similarity.shape, dtype=torch.int64)
-        index[rows, place] = columns
+    def _exact(self, queries: torch.Tensor, places: torch.Tensor, k: int) -> Nearest:
+        """Return the k nearest of the candidates, ascending `places` in the (n, N) similarities."""
+        n, columns = len(queries), len(self._bank)
+        ends = torch.searchsorted(places, torch.arange(n + 1) * columns)
+        counts = ends.diff()
+        rows = torch.arange(n).repeat_interleave(counts)
+        index = places - rows * columns
+        width = int(counts.max())
+        table = torch.arange(len(places)) + (torch.arange(n) * width - ends[:-1])[rows]
+        similarity = torch.full((n, width), -torch.inf)
+        similarity.view(-1)[table] = _products(queries, self._bank, ends, index)
+        candidates = torch.zeros((n, width), dtype=torch.int64)
+        candidates.view(-1)[table] = index
         nearest = similarity.topk(k, dim=1, sorted=False)
-        return nearest.values, index.gather(1, nearest.indices)
+        return nearest.values, candidates.gather(1, nearest.indices)
+
+
+def _bits(similarity: torch.Tensor) -> np.ndarray:
+    """Return bfloat16 numbers as the integers of their bits, which numpy compares by vectors.
+
+    Positive ones order as their bits do, and negative ones are below them; among themselves
+    negative ones do not, so a cut must be positive.
+    """
+    bits: np.ndarray = similarity.view(torch.int16).numpy()
+    return bits
 
 
 def _rounding(exact: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
@@ -98,14 +115,19 @@ def _rounding(exact: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
 
 
 def _products(
-    queries: torch.Tensor, bank: torch.Tensor, ends: torch.Tensor, columns: torch.Tensor
+    queries: torch.Tensor, bank: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """Return the fp32 similarity of each candidate, without a copy of its row of the bank."""
-    starts = torch.cat([ends.new_zeros(1), ends])
+    """Return the fp32 similarity of each candidate, without a copy of its row of the bank.
+
+    Args:
+        queries: (n, dim).
+        bank: (N, dim).
+        starts: (n + 1,) of each query's candidates, and their end.
+        columns: rows of the bank, those of the first query first.
+    """
     nothing, size = torch.zeros(len(columns)), (len(queries), len(bank))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR")  # torch calls it a beta
-        # Columns of a row do not ascend: products do not mind, the check would.
         wanted = torch.sparse_csr_tensor(starts, columns, nothing, size, check_invariants=False)
         products: torch.Tensor = torch.sparse.sampled_addmm(wanted, queries, bank.T, beta=0.0)
         found: torch.Tensor = products.values()

@@ -59,8 +59,7 @@ class MoCo:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         self.recipe, self.ranks, self.device = recipe, ranks, device
         self._precision = Precision(recipe.precision, device.type)
         weights = self._precision.weights

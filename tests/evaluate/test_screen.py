@@ -1,5 +1,8 @@
 """The screened search: the same neighbours as fp32 finds, with fewer of them looked at."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -23,7 +26,7 @@ def rows(n: int, seed: int, spread: float = 1.0, dim: int = 24) -> torch.Tensor:
 def test_the_neighbours_are_those_of_fp32(size: int) -> None:
     bank, queries = rows(size, 1), rows(70, 2)
     exact = (queries.double() @ bank.double().T).topk(K, dim=1)
-    found = Screen(bank, 128).nearest(queries, K)
+    found = Screen(bank).nearest(queries, K)
     assert found is not None
     similarity, index = found
     assert torch.equal(index.sort(dim=1).values, exact.indices.sort(dim=1).values)
@@ -32,15 +35,21 @@ def test_the_neighbours_are_those_of_fp32(size: int) -> None:
     )
 
 
-def test_negative_similarities_only_are_found_too() -> None:
-    """A column of the padding is at 0: it must not stand for a neighbour."""
+def test_negative_similarities_only_are_left_to_fp32() -> None:
+    """Bits of negative numbers do not order as the numbers do."""
     bank = rows(2000, 1)
     away = -normalize(bank.mean(dim=0, keepdim=True), dim=1)
     opposite = bank[(bank @ away.T)[:, 0] < 0][:150]
-    exact = (away @ opposite.T).topk(2, dim=1)
-    found = Screen(opposite, 1).nearest(away, 2)
-    assert exact.values.max() < 0 and found is not None
-    assert set(found[1][0].tolist()) == set(exact.indices[0].tolist())
+    assert (away @ opposite.T).max() < 0
+    assert Screen(opposite).nearest(away, 2) is None
+
+
+def test_more_queries_than_before_find_room() -> None:
+    bank, queries = rows(1000, 1), rows(70, 2)
+    asked = Screen(bank)
+    few, all_ = (asked.nearest(queries[:n], K) for n in (3, 70))
+    assert few is not None and all_ is not None
+    torch.testing.assert_close(few[0].sort().values, all_[0][:3].sort().values)
 
 
 def test_neighbours_that_bfloat16_takes_for_equal_are_told_apart() -> None:
@@ -51,28 +60,51 @@ def test_neighbours_that_bfloat16_takes_for_equal_are_told_apart() -> None:
     bank[::9][:60] = crowd[: len(bank[::9])]
     exact = (target.double() @ bank.double().T).topk(K, dim=1).indices
     coarse = (target.bfloat16() @ bank.bfloat16().T).topk(K, dim=1).indices
-    found = Screen(bank, 1).nearest(target, K)
+    found = Screen(bank).nearest(target, K)
     assert found is not None
     assert set(found[1][0].tolist()) == set(exact[0].tolist()) != set(coarse[0].tolist())
 
 
 def test_a_bank_that_is_all_equal_is_left_to_fp32() -> None:
-    bank = rows(8192, 1, spread=0).mean(dim=0).repeat(8192, 1)
-    assert Screen(normalize(bank, dim=1), 4).nearest(rows(4, 2), K) is None
+    bank = rows(1, 1).repeat(8192, 1)
+    near = normalize(bank[:4] + 0.1 * rows(4, 2), dim=1)
+    assert Screen(bank).nearest(near, K) is None
 
 
+def test_threads_do_not_disturb_each_other() -> None:
+    bank, shares = rows(20_000, 1), rows(640, 2).split(16)
+    asked = Screen(bank)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda share: asked.nearest(share, K), shares))
+    for one, share in zip(found, shares, strict=True):
+        assert one is not None
+        exact = (share @ bank.T).topk(K, dim=1)
+        torch.testing.assert_close(one[0].sort(descending=True).values, exact.values)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("spread", [1.0, 0.0])
-def test_votes_do_not_depend_on_the_screen(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_do_not_depend_on_the_screen(
+    spread: float,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Nor on how many threads look; later ones are not held to a worker's share."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     bank, queries = rows(4096, 1), rows(300, 2)
     if not spread:
         bank[:4000] = bank[0]
     neighbours = (bank, torch.arange(4096) % 7 if spread else torch.zeros(4096).long(), 7, K)
     votes = []
-    for swift in (False, True):
+    for count, swift in ((1, False), (threads, True)):
         monkeypatch.setattr(knn, "pays", lambda bank, k, swift=swift: swift)
+        torch.set_num_threads(count)
         votes.append(torch.cat(list(Neighbours(*neighbours).scores(queries))))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == count
     torch.testing.assert_close(*votes, rtol=1e-4, atol=1e-5)
 
 
 def test_small_banks_are_not_screened() -> None:
-    assert not screen.pays(rows(2 * 64 * K - 1, 1), K)
+    assert not screen.pays(rows(4 * 32 * K - 1, 1), K)

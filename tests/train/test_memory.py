@@ -14,7 +14,7 @@ from fastmoco.distributed import Ranks
 from fastmoco.train import moco
 
 if sys.argv[1] == "as it comes":
-    moco.keep_freed_memory = lambda: None
+    moco.keep_freed_memory = lambda device: None
 recipe = Settings(size=64, batch=32, queue=64, precision="fp32", device="cpu").recipe()
 engine = moco.MoCo(recipe, Ranks(), torch.device("cpu"))
 batches = [
