@@ -84,16 +84,12 @@ class Screen:
     def _exact(self, queries: torch.Tensor, places: torch.Tensor, k: int) -> Nearest:
         """Return the k nearest of the candidates, ascending `places` in the (n, N) similarities."""
         n, columns = len(queries), len(self._bank)
-        ends = torch.searchsorted(places, torch.arange(n + 1) * columns)
-        counts = ends.diff()
-        rows = torch.arange(n).repeat_interleave(counts)
-        index = places - rows * columns
-        width = int(counts.max())
-        table = torch.arange(len(places)) + (torch.arange(n) * width - ends[:-1])[rows]
-        similarity = torch.full((n, width), -torch.inf)
-        similarity.view(-1)[table] = _products(queries, self._bank, ends, index)
-        candidates = torch.zeros((n, width), dtype=torch.int64)
-        candidates.view(-1)[table] = index
+        starts = torch.searchsorted(places, torch.arange(n + 1) * columns)
+        counts, index = starts.diff(), places % columns
+        held = torch.arange(int(counts.max())) < counts[:, None]
+        products = _products(queries, self._bank, starts, index)
+        similarity = torch.full(held.shape, -torch.inf).masked_scatter_(held, products)
+        candidates = torch.zeros(held.shape, dtype=torch.int64).masked_scatter_(held, index)
         nearest = similarity.topk(k, dim=1, sorted=False)
         return nearest.values, candidates.gather(1, nearest.indices)
 
