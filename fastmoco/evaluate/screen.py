@@ -17,7 +17,7 @@ Nearest = tuple[torch.Tensor, torch.Tensor]
 
 _GROUP = 32  # columns of which only the best counts where the k-th best is sought
 _ADDING = 2.0**-14  # bounds what fp32 loses when it adds up a product of some hundred terms
-_MANY = 16  # times k candidates a query: no longer cheaper than fp32 everywhere
+_MANY = 3  # times k groups above the cut: no longer cheaper than fp32 everywhere
 
 
 def pays(bank: torch.Tensor, k: int) -> bool:
@@ -51,10 +51,11 @@ class Screen:
         coarse = queries.bfloat16()
         similarity, near = self._buffers(len(queries))
         torch.mm(coarse, self._coarse.T, out=similarity)
-        cut = self._cut(_bits(similarity), _rounding(queries, coarse), k)
-        np.greater_equal(_bits(similarity), _bits(cut), out=near)
-        if cut.amin() <= 0 or np.count_nonzero(near) > _MANY * k * len(queries):
+        groups = _groups(_bits(similarity))
+        cut = self._cut(groups, _rounding(queries, coarse), k)
+        if cut.amin() <= 0 or np.count_nonzero(groups >= _bits(cut)) > _MANY * k * len(queries):
             return None
+        np.greater_equal(_bits(similarity), _bits(cut), out=near)
         return self._exact(queries, torch.from_numpy(np.flatnonzero(near)), k)
 
     def _buffers(self, n: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -65,14 +66,12 @@ class Screen:
             self._kept.near = np.empty(size, np.bool_)
         return self._kept.similarity[:n], self._kept.near[:n]
 
-    def _cut(self, similarity: np.ndarray, error: torch.Tensor, k: int) -> torch.Tensor:
+    def _cut(self, groups: np.ndarray, error: torch.Tensor, k: int) -> torch.Tensor:
         """Return the (n, 1) coarse similarity that none of the k nearest is below.
 
         The k-th largest of maxima of different columns: at least k columns reach it.
         """
-        n, columns = similarity.shape
-        groups = similarity[:, : columns - columns % _GROUP].reshape(n, _GROUP, -1)
-        kth = np.partition(groups.max(axis=1), -k, axis=1)[:, -k]
+        kth = np.partition(groups, -k, axis=1)[:, -k]
         reached = torch.from_numpy(kth.copy()).view(torch.bfloat16)
         below = torch.nextafter(reached, torch.tensor(-torch.inf, dtype=reached.dtype))
         bound = error * (1 + self._error) + self._error + _ADDING
@@ -102,6 +101,14 @@ def _bits(similarity: torch.Tensor) -> np.ndarray:
     """
     bits: np.ndarray = similarity.view(torch.int16).numpy()
     return bits
+
+
+def _groups(similarity: np.ndarray) -> np.ndarray:
+    """Return the (n, N // 32) best of each 32 columns of (n, N)."""
+    n, columns = similarity.shape
+    groups = similarity[:, : columns - columns % _GROUP].reshape(n, _GROUP, -1)
+    best: np.ndarray = groups.max(axis=1)
+    return best
 
 
 def _rounding(exact: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
