@@ -6,6 +6,7 @@ more than twice that bound below the k-th best cannot be among the k nearest. Th
 get their fp32 similarity, and the k best of them are the answer, as without the screen.
 """
 
+import math
 import threading
 import warnings
 
@@ -15,7 +16,7 @@ import torch
 Nearest = tuple[torch.Tensor, torch.Tensor]
 """(n, k) fp32 similarities and (n, k) int64 rows of the bank, in no order."""
 
-_GROUP = 32  # columns of which only the best counts where the k-th best is sought
+_GROUP = 32  # rows of the bank of which only the best counts where the k-th best is sought
 _ADDING = 2.0**-14  # bounds what fp32 loses when it adds up a product of some hundred terms
 _MANY = 3  # times k groups above the cut: no longer cheaper than fp32 everywhere
 
@@ -45,50 +46,55 @@ class Screen:
         Threads may ask side by side.
 
         Args:
-            queries: (n, dim) fp32 rows of length 1.
+            queries: (n, dim) fp32 rows of length 1, no more than 65,535.
             k: at most N / 32.
         """
         coarse = queries.bfloat16()
-        similarity, near = self._buffers(len(queries))
-        torch.mm(coarse, self._coarse.T, out=similarity)
-        groups = _groups(_bits(similarity))
-        cut = self._cut(groups, _rounding(queries, coarse), k)
-        if cut.amin() <= 0 or np.count_nonzero(groups >= _bits(cut)) > _MANY * k * len(queries):
+        similarity, near = self._buffers(len(self._bank), len(queries))
+        # The bank times the queries: so the candidates' rows of the bank are read in order, too.
+        bits = _bits(torch.mm(self._coarse, coarse.T, out=similarity))
+        groups = _groups(bits)
+        cut = _bits(self._cut(groups, _rounding(queries, coarse), k))
+        if cut.min() <= 0 or np.count_nonzero(groups >= cut) > _MANY * k * len(queries):
             return None
-        np.greater_equal(_bits(similarity), _bits(cut), out=near)
+        np.greater_equal(bits, cut, out=near)
         return self._exact(queries, torch.from_numpy(np.flatnonzero(near)), k)
 
-    def _buffers(self, n: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Return room for (n, N) similarities and what is near, kept: fresh pages cost dear."""
-        if len(getattr(self._kept, "near", ())) < n:
-            size = n, len(self._bank)
-            self._kept.similarity = torch.empty(size, dtype=torch.bfloat16)
-            self._kept.near = np.empty(size, np.bool_)
-        return self._kept.similarity[:n], self._kept.near[:n]
+    def _buffers(self, *size: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Return room for (N, n) similarities and what is near, kept: fresh pages cost dear."""
+        count = math.prod(size)
+        if len(getattr(self._kept, "near", ())) < count:
+            self._kept.similarity = torch.empty(count, dtype=torch.bfloat16)
+            self._kept.near = np.empty(count, np.bool_)
+        return self._kept.similarity[:count].view(size), self._kept.near[:count].reshape(size)
 
     def _cut(self, groups: np.ndarray, error: torch.Tensor, k: int) -> torch.Tensor:
-        """Return the (n, 1) coarse similarity that none of the k nearest is below.
+        """Return the (n,) coarse similarity that none of a query's k nearest is below.
 
-        The k-th largest of maxima of different columns: at least k columns reach it.
+        The k-th largest of maxima of different rows: at least k rows reach it.
         """
-        kth = np.partition(groups, -k, axis=1)[:, -k]
+        kth = np.partition(groups.T, -k, axis=1)[:, -k]
         reached = torch.from_numpy(kth.copy()).view(torch.bfloat16)
         below = torch.nextafter(reached, torch.tensor(-torch.inf, dtype=reached.dtype))
         bound = error * (1 + self._error) + self._error + _ADDING
         # What was rounded to `reached` was no less than half way to the number below it, and what
         # is no less than the cut is, rounded, no less than the rounded cut.
         least = (reached.float() + below.float()) / 2 - 2 * bound
-        return least.bfloat16()[:, None]
+        return least.bfloat16()
 
     def _exact(self, queries: torch.Tensor, places: torch.Tensor, k: int) -> Nearest:
-        """Return the k nearest of the candidates, ascending `places` in the (n, N) similarities."""
-        n, columns = len(queries), len(self._bank)
-        starts = torch.searchsorted(places, torch.arange(n + 1) * columns)
-        counts, index = starts.diff(), places % columns
+        """Return the k nearest of the candidates, ascending `places` in the (N, n) similarities."""
+        n = len(queries)
+        index = places // n
+        asker = places - n * index
+        products = _products(self._bank, queries, index, asker)
+        # numpy sorts small integers by their digits: the only quick way.
+        by_query = torch.from_numpy(asker.numpy().astype(np.uint16).argsort(kind="stable"))
+        counts = torch.bincount(asker, minlength=n)
         held = torch.arange(int(counts.max())) < counts[:, None]
-        products = _products(queries, self._bank, starts, index)
-        similarity = torch.full(held.shape, -torch.inf).masked_scatter_(held, products)
-        candidates = torch.zeros(held.shape, dtype=torch.int64).masked_scatter_(held, index)
+        similarity, candidates = torch.full(held.shape, -torch.inf), held.long()
+        similarity.masked_scatter_(held, products.index_select(0, by_query))
+        candidates.masked_scatter_(held, index.index_select(0, by_query))
         nearest = similarity.topk(k, dim=1, sorted=False)
         return nearest.values, candidates.gather(1, nearest.indices)
 
@@ -104,10 +110,9 @@ def _bits(similarity: torch.Tensor) -> np.ndarray:
 
 
 def _groups(similarity: np.ndarray) -> np.ndarray:
-    """Return the (n, N // 32) best of each 32 columns of (n, N)."""
-    n, columns = similarity.shape
-    groups = similarity[:, : columns - columns % _GROUP].reshape(n, _GROUP, -1)
-    best: np.ndarray = groups.max(axis=1)
+    """Return the (N // 32, n) best of each 32 rows of (N, n)."""
+    n, queries = similarity.shape
+    best: np.ndarray = similarity[: n - n % _GROUP].reshape(_GROUP, -1, queries).max(axis=0)
     return best
 
 
@@ -118,20 +123,22 @@ def _rounding(exact: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
 
 
 def _products(
-    queries: torch.Tensor, bank: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor
+    bank: torch.Tensor, queries: torch.Tensor, index: torch.Tensor, asker: torch.Tensor
 ) -> torch.Tensor:
-    """Return the fp32 similarity of each candidate, without a copy of its row of the bank.
+    """Return the (c,) fp32 similarities of bank[index] and queries[asker], without a copy of rows.
 
     Args:
-        queries: (n, dim).
         bank: (N, dim).
-        starts: (n + 1,) of each query's candidates, and their end.
-        columns: rows of the bank, those of the first query first.
+        queries: (n, dim).
+        index: (c,) rows of the bank, ascending.
+        asker: (c,) rows of the queries.
     """
-    nothing, size = torch.zeros(len(columns)), (len(queries), len(bank))
+    starts = torch.zeros(len(bank) + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(index, minlength=len(bank)), 0, out=starts[1:])
+    nothing, size = torch.zeros(len(index)), (len(bank), len(queries))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR")  # torch calls it a beta
-        wanted = torch.sparse_csr_tensor(starts, columns, nothing, size, check_invariants=False)
-        products: torch.Tensor = torch.sparse.sampled_addmm(wanted, queries, bank.T, beta=0.0)
+        wanted = torch.sparse_csr_tensor(starts, asker, nothing, size, check_invariants=False)
+        products: torch.Tensor = torch.sparse.sampled_addmm(wanted, bank, queries.T, beta=0.0)
         found: torch.Tensor = products.values()
     return found
