@@ -73,6 +73,7 @@ class Soak:
         files = rows[-1]["open_files"] - rows[0]["open_files"]
         flat = grown <= ALLOWED * memory[0] and files <= 0
         return {
+            "steps": steps[-1],  # fewer than asked for where a signal ended the run
             "verdict": "flat" if flat else "grows",
             "anonymous_kb_per_1000_steps": round(1000 * slope, 1),
             "open_files_gained": files,
