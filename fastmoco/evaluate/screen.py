@@ -24,7 +24,7 @@ _MANY = 3  # times k groups above the cut: no longer cheaper than fp32 everywher
 def pays(bank: torch.Tensor, k: int) -> bool:
     """Return whether a screen of an (N, dim) bank is quicker than fp32 here."""
     swift = bank.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return bool(swift) and len(bank) >= 4 * k * _GROUP
+    return bool(swift) and len(bank) >= (_MANY + 1) * k * _GROUP  # so all are too many
 
 
 class Screen:

@@ -1,5 +1,7 @@
 """kNN: scikit-learn's classifier with the same weights is the reference."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -55,15 +57,21 @@ def test_a_k_beyond_the_bank_lets_all_of_it_vote(features: tuple[torch.Tensor, .
 
 
 def test_chunks_do_not_matter(
-    features: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+    features: tuple[torch.Tensor, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    torch_threads: Callable[[int], None],
 ) -> None:
+    """Nor do the threads that share them."""
     bank, labels, queries, _ = features
     neighbours = Neighbours(bank, labels, CLASSES, 20)
+    torch_threads(1)
     whole = list(neighbours.scores(queries))
-    monkeypatch.setattr(knn, "_CHUNK", 24)
-    parts = list(neighbours.scores(queries))
-    assert max(len(part) for part in parts) <= 24 < len(whole[0])
-    torch.testing.assert_close(torch.cat(parts), torch.cat(whole), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(knn, "_CHUNK", 7)
+    for threads, count in ((1, 18), (3, 60)):
+        torch_threads(threads)
+        parts = list(neighbours.scores(queries))
+        assert len(whole) == 1 and len(parts) == count
+        torch.testing.assert_close(torch.cat(parts), whole[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_length_of_a_feature_does_not_matter(features: tuple[torch.Tensor, ...]) -> None:

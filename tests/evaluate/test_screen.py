@@ -1,7 +1,7 @@
 """The screened search: the same neighbours as fp32 finds, with fewer of them looked at."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -35,13 +35,16 @@ def test_the_neighbours_are_those_of_fp32(size: int) -> None:
     )
 
 
-def test_negative_similarities_only_are_left_to_fp32() -> None:
+def test_negative_similarities_only_are_left_to_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits of negative numbers do not order as the numbers do."""
     bank = rows(2000, 1)
     away = -normalize(bank.mean(dim=0, keepdim=True), dim=1)
     opposite = bank[(bank @ away.T)[:, 0] < 0][:150]
-    assert (away @ opposite.T).max() < 0
-    assert Screen(opposite).nearest(away, 2) is None
+    exact = (away @ opposite.T).topk(2, dim=1)
+    assert exact.values.max() < 0 and Screen(opposite).nearest(away, 2) is None
+    monkeypatch.setattr(knn, "pays", lambda bank, k: True)
+    (votes,) = Neighbours(opposite, torch.arange(len(opposite)), len(opposite), 2).scores(away)
+    assert set(votes[0].nonzero()[:, 0].tolist()) == set(exact.indices[0].tolist())
 
 
 def test_more_queries_than_before_find_room() -> None:
@@ -88,10 +91,9 @@ def test_votes_do_not_depend_on_the_screen(
     spread: float,
     threads: int,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    torch_threads: Callable[[int], None],
 ) -> None:
     """Nor on how many threads look; later ones are not held to a worker's share."""
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     bank, queries = rows(4096, 1), rows(300, 2)
     if not spread:
         bank[:4000] = bank[0]
@@ -99,7 +101,7 @@ def test_votes_do_not_depend_on_the_screen(
     votes = []
     for count, swift in ((1, False), (threads, True)):
         monkeypatch.setattr(knn, "pays", lambda bank, k, swift=swift: swift)
-        torch.set_num_threads(count)
+        torch_threads(count)
         votes.append(torch.cat(list(Neighbours(*neighbours).scores(queries))))
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == count
