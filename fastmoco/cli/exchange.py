@@ -11,9 +11,14 @@ from fastmoco.cli import options
 def import_(
     file: Annotated[Path, typer.Argument(help="A checkpoint (.pth, .pth.tar, .safetensors).")],
     out: Annotated[Path, typer.Argument(help="A new run folder.")],
-    layout: Annotated[
-        str, typer.Option(help="moco, solo, lightly, ...: whose names. [default: recognised]")
-    ] = "auto",
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Before conv1.weight, such as teacher.backbone. [default: found]"),
+    ] = None,
+    stem: Annotated[
+        Literal["imagenet", "small", "small-stride2"] | None,
+        typer.Option(help="Of the network. [default: by the first convolution; stride 1]"),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Pixels. [default: 224, or 32 after a 3x3 stem]")
     ] = None,
@@ -21,10 +26,10 @@ def import_(
     """Make a run folder of another program's ResNet, to probe or to export it."""
     from fastmoco.exchange.importing import import_weights
 
-    found = import_weights(file, out, layout, image_size)
+    found = import_weights(file, out, prefix, stem, image_size)
     recipe = found.recipe
     head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
-    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, in the layout of {found.layout}")
+    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, {found.source}")
     for note in found.notes:
         print(f"  {note}")
     print(f"next: fastmoco probe {out} --train SET --test SET")
