@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fastmoco.errors import DataError
 from fastmoco.files import sync, write_json
@@ -71,6 +71,12 @@ class Manifest(BaseModel):
     std: list[float]
     options: dict[str, Any]
     shards: list[Shard]
+
+    @field_validator("std")
+    @classmethod
+    def _no_zero(cls, std: list[float]) -> list[float]:
+        """Let a channel that is the same everywhere be divided by 1."""
+        return [value or 1.0 for value in std]
 
 
 def set_id_of(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:

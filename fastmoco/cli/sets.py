@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,12 @@ def shard(
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Of shrunk JPEGs. [default: 90]")
     ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Black and white of more than 8 bits. [default: all of 16]", metavar="LOW:HIGH"
+        ),
+    ] = None,
     shard_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound of a shard's size, in MB. [default: 128]")
     ] = None,
@@ -61,6 +68,7 @@ def shard(
     ] = None,
 ) -> None:
     """Check, shuffle and pack images into a shard set; after an interruption, go on."""
+    from fastmoco.pack.levels import parse_levels
     from fastmoco.pack.options import PackOptions, parse_splits
     from fastmoco.pack.spec import pack_known
     from fastmoco.pack.writer import pack
@@ -74,6 +82,7 @@ def shard(
         "dedupe": dedupe,
         "short_side": short_side,
         "quality": quality,
+        "levels": parse_levels(levels),
         "shard_mb": shard_mb,
         "min_side": min_side,
         "max_mpixels": max_mpixels,
@@ -215,6 +224,13 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
         print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
     print(f"  set  {manifest.set_id[:16]}")
+    colors = zip(("red", "green", "blue"), manifest.std, strict=True)
+    if constant := [color for color, value in colors if value == 1]:  # else it is 0.5 at most
+        print(
+            f"warning: {' and '.join(constant)} has one value in all images: its deviation is "
+            "taken for 1",
+            file=sys.stderr,
+        )
     if manifest.rejected:
         print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)

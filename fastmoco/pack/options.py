@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmoco.errors import UsageError
 from fastmoco.pack.check import Rules
+from fastmoco.pack.levels import Levels
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PackOptions:
         max_mb: the largest encoded image allowed, in MiB.
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
         quality: of the JPEGs that shrinking gives.
+        levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
         workers: processes that decode; the bytes written do not depend on it.
         max_rejects: the number of unfit images above which nothing is packed;
             by default 1 % of the images, and at least 10.
@@ -43,6 +45,7 @@ class PackOptions:
     max_mb: float = 128
     short_side: int | None = None
     quality: int = 90
+    levels: Levels | None = None
     workers: int = 1
     max_rejects: int | None = None
 
@@ -55,12 +58,15 @@ class PackOptions:
             max_bytes=int(self.max_mb * 2**20),
             short_side=self.short_side,
             quality=self.quality,
+            levels=self.levels,
         )
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
         left_out = ("format", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if self.levels is None:
+            del chosen["levels"]
         return {**chosen, "splits": dict(self.splits)}
 
 
