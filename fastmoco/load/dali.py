@@ -15,6 +15,7 @@ from nvidia.dali import math as dmath
 from nvidia.dali import types as T
 from nvidia.dali.pipeline import Pipeline
 
+from fastmoco.errors import UsageError
 from fastmoco.load.augment import ViewNumbers, colour_maps
 from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Undecodable, Work
 
@@ -156,6 +157,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
 
     Raises:
         Undecodable: DALI fails a whole batch for one image and does not say which.
+        UsageError: the driver is too old for this DALI.
     """
     pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
 
@@ -177,6 +179,16 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
         device="gpu" if on_gpu else "cpu",
         device_id=(settings.device.index or 0) if on_gpu else None,
     )
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        if "driver version is insufficient" not in str(error):  # CUDA's words
+            raise
+        raise UsageError(
+            "The NVIDIA driver is too old for this DALI: update the driver (580 or newer for CUDA 13), "
+            "or `pip uninstall nvidia-dali-cuda130` and `pip install 'fastmoco[cuda12]'`, or set "
+            "executor=torchvision."
+        ) from error
     while (outputs := _next(pipeline, pending)) is not None:
         yield Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
 
