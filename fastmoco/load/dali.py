@@ -53,8 +53,8 @@ def build(
     prefetch: int,
     device: str,
     device_id: int | None,
-    decode: str = "mixed",
-    hw_decoder_load: float = 0.65,
+    decoder: str,
+    hw_decoder_load: float,
 ) -> Pipeline:
     """Build the pipeline: one NHWC batch a view, FLOAT on CPU and FLOAT16 on GPU, normalised.
 
@@ -66,8 +66,8 @@ def build(
         prefetch: batches made ahead.
         device: "cpu" or "gpu".
         device_id: of the GPU; None builds a graph that can be serialised without one.
-        decode: "mixed" or "cpu", where the device is a GPU.
-        hw_decoder_load: share of the images that the GPU's JPEG decoder takes, if it has one.
+        decoder: "cpu", or "mixed" where the device is "gpu".
+        hw_decoder_load: share of the images for the JPEG engine of the GPU.
     """
     kinds = [(T.UINT8, 1), *(kind for stages in look.views for kind in _kinds(stages))]
 
@@ -84,7 +84,7 @@ def build(
         # Python's own decoders do not rotate by EXIF either; the packer has baked it in.
         images = fn.decoders.image(
             encoded,
-            device="mixed" if device == "gpu" and decode == "mixed" else "cpu",
+            device=decoder,
             output_type=T.RGB,
             adjust_orientation=False,
             hw_decoder_load=hw_decoder_load,
@@ -163,7 +163,8 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
     """Draw batches ahead of their use; see `work.Executor`.
 
     Raises:
-        BatchError: DALI fails a whole batch for one image, or for want of memory, in one way.
+        BatchError: an image cannot be decoded, or something else is wrong: DALI says a
+            RuntimeError either way, and not at which image.
     """
     pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
 
@@ -184,7 +185,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
         prefetch=settings.prefetch,
         device="gpu" if on_gpu else "cpu",
         device_id=(settings.device.index or 0) if on_gpu else None,
-        decode="cpu" if settings.decode == "cpu" else "mixed",
+        decoder="mixed" if on_gpu and settings.decode != "cpu" else "cpu",
         hw_decoder_load=settings.hw_decoder_load,
     )
     while (outputs := _next(pipeline, pending, settings.device)) is not None:
@@ -192,7 +193,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
 
 
 def _next(pipeline: Pipeline, pending: deque[Work], device: torch.device) -> Any:
-    # Without a stream, the host would wait until the batch is drawn; by one, torch's does.
+    # It is torch's stream that waits for the batch; without one, the host would.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         return pipeline.run(stream)

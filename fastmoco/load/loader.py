@@ -271,8 +271,8 @@ def _draw_all(
         yield from executor(source, look, batch, settings)
     except BatchError as failure:
         work = failure.work
-        # Out of memory or a fault of the driver look the same: of those bytes that were packed,
-        # every one was decoded then. Nor does each change keep an image from being decoded.
+        # A lack of memory looks the same. But the packer decoded every image: one whose bytes are
+        # still those is good. One whose bytes are not may be decoded all the same.
         bad = [
             row
             for row in reader.changed(work.ids, work.encoded)

@@ -311,6 +311,8 @@ def test_dali_hands_its_memory_over(images: list[Image.Image], files: list[np.nd
         prefetch=1,
         device="cpu",
         device_id=None,
+        decoder="cpu",
+        hw_decoder_load=0.65,
     )
     (output,) = pipeline.run()
     assert dali.to_torch(output).data_ptr() == output.as_tensor().data_ptr()
