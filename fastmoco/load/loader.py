@@ -125,7 +125,7 @@ class Loader:
         return Work(ids, images, self.numbers(positions, ids))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of steps start, start + 1, ... without end.
+        """Yield the batches of steps start, start + 1, ... without end, each read ahead by threads.
 
         What a batch holds depends on seed, step and the damage of the data alone: not on when, or
         by which rank, a damaged sample was met first.
