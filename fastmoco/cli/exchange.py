@@ -61,9 +61,14 @@ def embed(
     set: options.Set,
     out: Annotated[Path, typer.Option(help="A new .npy; .ids.npy and .json go beside it.")],
     feature: options.Feature = "backbone",
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="That the network computes in.")
+    ] = "fp32",
     device: options.Device = "auto",
 ) -> None:
     """Write the features of a set's images, in id order, as fp32 numpy files."""
+    from dataclasses import replace
+
     import numpy as np
 
     from fastmoco.distributed import Ranks, device_of
@@ -80,7 +85,9 @@ def embed(
     encoder, recipe, step = load_encoder(RunFolder(run), where)
     data = Collection.open([set])
     sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
+    sight = replace(sight, precision=precision)
     features = features_of(encoder, data, feature, sight).cpu().numpy()
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
+    about |= {"precision": precision}
     write_features(out, features, np.arange(len(features)), about)
     print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")
