@@ -12,6 +12,7 @@ import fastmoco
 PACKAGE = Path(fastmoco.__file__).parent
 # Stations that share a line never import each other.
 ORDER = [
+    {"__main__"},
     {"cli"},
     {"bench"},
     {"demo", "report"},
@@ -27,7 +28,7 @@ ORDER = [
     {"config"},
     {"strict"},
     {"files"},
-    {"cores", "errors", "memory"},
+    {"cores", "errors", "memory", "streams"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
 

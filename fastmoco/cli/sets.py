@@ -14,6 +14,8 @@ from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import DataError
 
+WIDEST = 1000  # columns
+
 if TYPE_CHECKING:
     from fastmoco.shardset import Manifest
 
@@ -109,12 +111,16 @@ def views(
         list[str] | None, typer.Argument(help="key=value, such as views.0.blur=0.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
-    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("views.png"),
+    out: Annotated[
+        Path, typer.Option(help="The PNG; one that was drawn before is replaced.")
+    ] = Path("views.png"),
 ) -> None:
     """Draw what a recipe makes of the first samples of a set, before GPU-days go into it."""
     from fastmoco.config import load_recipe
+    from fastmoco.figures import check_plot
     from fastmoco.preview import preview
 
+    check_plot(out)
     chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
@@ -152,9 +158,13 @@ def inspect(
     seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
 ) -> None:
     """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
+    from fastmoco.files import check_replaceable
     from fastmoco.pack.summary import contact_sheet, inspect_set, show
 
-    show(inspect_set(root), Console())
+    if sheet:
+        check_replaceable(sheet)
+    # A file or a pipe has no width: nothing is broken there.
+    show(inspect_set(root), Console(width=None if sys.stdout.isatty() else WIDEST))
     if sheet:
         contact_sheet(root, sheet, count, seed)
         print(f"\n{sheet}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from fastmoco.config import Recipe
@@ -16,7 +16,7 @@ from fastmoco.exchange.layouts import DETECTRON2, HUGGINGFACE, Table, renamed
 from fastmoco.exchange.matching import match
 from fastmoco.exchange.reading import METADATA, About, read_weights
 from fastmoco.files import write_json
-from fastmoco.models.resnet import Encoder
+from fastmoco.models.resnet import Encoder, saved
 
 Tensors = dict[str, torch.Tensor]
 OPSET = 18
@@ -71,11 +71,11 @@ def _save(encoder: Encoder, recipe: Recipe, out: Path) -> None:
     tells the stride of a 3x3 stem.
     """
     if out.suffix == ".safetensors":
-        save_file(_backbone(encoder), out, {"format": "pt", METADATA: _about(recipe)})
+        out.write_bytes(save(_backbone(encoder), {"format": "pt", METADATA: _about(recipe)}))
     else:
         state: Any = OrderedDict(_backbone(encoder))
         state._metadata = OrderedDict({"": {METADATA: _about(recipe)}})
-        torch.save(state, out)
+        out.write_bytes(saved(state))
 
 
 def _only_imagenet_stem(recipe: Recipe, program: str) -> str | None:
@@ -184,7 +184,7 @@ class Safetensors(Target):
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""
         tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-        save_file(tensors, out, {"format": "pt", METADATA: _about(recipe)})
+        out.write_bytes(save(tensors, {"format": "pt", METADATA: _about(recipe)}))
 
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""
@@ -214,9 +214,8 @@ class HuggingFace(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write weights, network and how images are shown to it."""
-        save_file(
-            _backbone(encoder, HUGGINGFACE), out / "model.safetensors", metadata={"format": "pt"}
-        )
+        content = save(_backbone(encoder, HUGGINGFACE), {"format": "pt"})
+        (out / "model.safetensors").write_bytes(content)
         write_json(out / "config.json", _huggingface_config(recipe))
         write_json(out / "preprocessor_config.json", _huggingface_images(recipe))
 
