@@ -34,19 +34,24 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize (n, C, H, W); n is a multiple of `group` in training."""
-        size = self.group or len(input)
         # The momentum is fixed, so `num_batches_tracked` is never read and is left at 0.
         momentum = self.momentum or 0.0
-        statistics = self.running_mean, self.running_var
         if self.training and self.together.size > 1:
-            return self._fusible(input, size)
-        if not self.training or size == len(input):
-            affine = self.weight, self.bias
-            return F.batch_norm(input, *statistics, *affine, self.training, momentum, self.eps)
+            return self._fusible(input, len(input))
+        if not self.training or self.group in (0, len(input)):
+            state = self.running_mean, self.running_var, self.weight, self.bias
+            return F.batch_norm(input, *state, self.training, momentum, self.eps)
         if torch.compiler.is_compiling():
-            return self._fusible(input, size)
+            return self._fusible(input, self.group)
         normalized: torch.Tensor = _InGroups.apply(
-            input, self.weight, self.bias, *statistics, size, momentum, self.eps
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.group,
+            momentum,
+            self.eps,
         )
         return normalized
 
