@@ -36,19 +36,24 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize (n, C, H, W); n is a multiple of `group` in training."""
-        size = self.group or len(input)
         # The momentum is fixed, so `num_batches_tracked` is never read and is left at 0.
         momentum = self.momentum or 0.0
-        statistics = self.running_mean, self.running_var
         if self.training and self.together.size > 1:
-            return self._fusible(input, size)
-        if not self.training or size == len(input):
-            affine = self.weight, self.bias
-            return F.batch_norm(input, *statistics, *affine, self.training, momentum, self.eps)
+            return self._fusible(input, len(input))
+        if not self.training or self.group in (0, len(input)):
+            state = self.running_mean, self.running_var, self.weight, self.bias
+            return F.batch_norm(input, *state, self.training, momentum, self.eps)
         if torch.compiler.is_compiling():
-            return self._fusible(input, size)
+            return self._fusible(input, self.group)
         normalized: torch.Tensor = _InGroups.apply(
-            input, self.weight, self.bias, *statistics, size, momentum, self.eps
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.group,
+            momentum,
+            self.eps,
         )
         return normalized
 
@@ -98,18 +103,11 @@ class _InGroups(torch.autograd.Function):
         # Each group moves its own copy of the running statistics: they move once, by the mean.
         means, variances = running_mean.repeat(groups, 1), running_var.repeat(groups, 1)
         saved_mean, saved_invstd = torch.empty_like(means), torch.empty_like(means)
-        for i in range(groups):
-            rows = slice(i * size, (i + 1) * size)
+        rows = [t.unbind() for t in (means, variances, saved_mean, saved_invstd)]
+        parts = torch.split(x, size), torch.split(output, size)
+        for part, out, mean, var, *saved in zip(*parts, *rows, strict=True):
             torch.native_batch_norm(
-                x[rows],
-                weight,
-                bias,
-                means[i],
-                variances[i],
-                True,
-                momentum,
-                eps,
-                out=(output[rows], saved_mean[i], saved_invstd[i]),
+                part, weight, bias, mean, var, True, momentum, eps, out=(out, *saved)
             )
         torch.mean(means, dim=0, out=running_mean)
         torch.mean(variances, dim=0, out=running_var)
@@ -122,13 +120,13 @@ class _InGroups(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         grad_x = torch.empty_like(x)
+        parts = [torch.split(t, ctx.size) for t in (grad_x, grad, x)]
         affine = []
-        for i in range(len(mean)):
-            rows = slice(i * ctx.size, (i + 1) * ctx.size)
-            statistics = None, None, mean[i], invstd[i]
-            grad_x[rows], *of_affine = torch.ops.aten.native_batch_norm_backward(
-                grad[rows], x[rows], weight, *statistics, True, ctx.eps, [True, True, True]
+        for out, *given, m, s in zip(*parts, mean.unbind(), invstd.unbind(), strict=True):
+            found, *of_affine = torch.ops.aten.native_batch_norm_backward(
+                *given, weight, None, None, m, s, True, ctx.eps, [True, True, True]
             )
+            out.copy_(found)
             affine.append(torch.stack(of_affine))
         grad_weight, grad_bias = torch.stack(affine).sum(dim=0)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
