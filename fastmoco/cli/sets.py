@@ -23,7 +23,10 @@ def shard(
     ],
     out: Annotated[Path, typer.Argument(help="The set's folder; must not exist.")],
     within: Annotated[
-        Path | None, typer.Option("--source", help="Where the images of a shards/*.yaml lie.")
+        Path | None,
+        typer.Option(
+            "--root", "--source", help="Where the images of a shards/*.yaml or of a CSV lie."
+        ),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
@@ -31,7 +34,7 @@ def shard(
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
     like: Annotated[
-        Path | None, typer.Option(help="A set whose classes must be the same (train for val).")
+        Path | None, typer.Option(help="A set that numbers the classes (train for val).")
     ] = None,
     splits: Annotated[
         str | None,
@@ -82,11 +85,11 @@ def shard(
         "max_rejects": max_rejects,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    with progress(f"packing {within or source}") as on_progress:
+    with progress(f"packing {source}") as on_progress:
         if source.suffix == ".yaml":
             manifests = pack_known(source, within, out, given, on_progress)
         else:
-            manifests = pack(source, out, PackOptions(**given), on_progress)
+            manifests = pack(source, out, PackOptions(root=within, **given), on_progress)
     for split, manifest in manifests.items():
         _summarise(out / split, manifest)
 
@@ -167,7 +170,7 @@ def index(
 ) -> None:
     """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
     from fastmoco.pack.adopt import AdoptOptions, adopt
-    from fastmoco.pack.classes import read_classes
+    from fastmoco.pack.labels import read_classes
 
     options = AdoptOptions(
         label_key=label_key,
@@ -186,20 +189,25 @@ def index(
 def label(
     root: options.Set,
     table: Annotated[
-        Path, typer.Argument(help="CSV: `label`, and `id` or `name`; `weight` if wanted.")
+        Path, typer.Argument(help="CSV: `label`, and `name` of the file or `sample` number.")
     ],
     name: Annotated[str, typer.Option(help="Of the labels; or a path that ends in .npy.")],
     classes: options.Classes = None,
     replace: Annotated[bool, typer.Option("--replace", help="Labels of the same name.")] = False,
+    folder: Annotated[
+        str | None,
+        typer.Option("--root", help="What stands before the set's names in those of the CSV."),
+    ] = None,
 ) -> None:
     """Add labels to a set, whose shards stay as they are; use them by --labels NAME."""
-    from fastmoco.pack.classes import read_classes
     from fastmoco.pack.labels import label as run
-    from fastmoco.shardset import ShardSet, read_labels
+    from fastmoco.pack.labels import read_classes
 
-    path = run(root, table, name, read_classes(classes) if classes else None, replace)
-    rows, names = read_labels(ShardSet(root), path)
-    print(f"{path}: {len(rows)} labels, {len(names)} classes")
+    named = read_classes(classes) if classes else None
+    done = run(root, table, name, named, replace, folder)
+    print(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
+    for note in done.notes:
+        print(f"  {note}")
 
 
 def _processes(workers: int | None) -> int:
@@ -215,6 +223,11 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
         print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
     print(f"  set  {manifest.set_id[:16]}")
+    counts = zip(manifest.classes, manifest.class_counts, strict=True)
+    empty = [name for name, count in counts if not count]
+    if empty:
+        more = ", ..." if len(empty) > 3 else ""
+        print(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
         print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)

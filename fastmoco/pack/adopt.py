@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
 from fastmoco.files import new_folder, sync, write_json
-from fastmoco.pack.classes import Classes
 from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
@@ -172,13 +172,17 @@ class _Gathered:
     """What the shards have told so far, beside what is in the tables.
 
     Attributes:
-        classes: the labels in the shards, and their codes in the table.
+        known: the classes that were given, if any.
+        values: the labels in the shards, and their codes in the table, if none were.
+        labelled: whether any sample has a label.
         rotated: names of the first images that EXIF rotates.
         rotations: their number.
         damaged: what is wrong with shards that cannot be used.
     """
 
-    classes: Classes
+    known: Known
+    values: Found = field(default_factory=Found)
+    labelled: bool = False
     shards: list[Shard] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     rotated: list[str] = field(default_factory=list)
@@ -199,15 +203,24 @@ class _Gathered:
         self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
         codes = [self._code(path, value) for value in found.values]
         labelled = found.rows["label"] >= 0
+        self.labelled |= bool(labelled.any())
         found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
         found.rows["shard"] = len(self.shards) - 1
 
     def _code(self, path: Path, value: str) -> int:
-        code = self.classes.code(value)
+        if not self.known.names:
+            return self.values.code(value)
+        code = self.known.code(value)
         if code is None:
-            known = len(self.classes.given)
-            raise DataError(f"{path} has the label {value!r}, which is none of {known} classes.")
+            count = len(self.known.names)
+            raise DataError(f"{path} has the label {value!r}, which is none of {count} classes.")
         return code
+
+    def labels(self) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each code in the table, and the class names."""
+        if self.known.names:
+            return np.arange(len(self.known.names), dtype=np.int32), self.known.names
+        return self.values.as_classes()
 
 
 def _entry(path: Path, found: Adopted) -> Shard:
@@ -285,7 +298,7 @@ def _write_set(
     on_progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
-    gathered = _Gathered(Classes(options.classes))
+    gathered = _Gathered(Known(options.classes, by_place=True))
     with _Tables(aside) as tables, closing(mapped(adopt_shard, tasks, options.workers)) as results:
         for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
             gathered.add(path, found)
@@ -293,7 +306,12 @@ def _write_set(
             if on_progress:
                 on_progress(done, len(shards))
     _refuse_unusable(gathered, tables)
-    labels, classes = gathered.classes.finished()
+    if options.label_key and not gathered.labelled:
+        raise DataError(
+            f"No sample has a label in the field {options.label_key!r} of its JSON: name another "
+            "one by --label-key, or pass --unlabelled."
+        )
+    labels, classes = gathered.labels()
     counts = tables.finish(labels)
     manifest = _manifest(aside, gathered, tables, classes, counts, options)
     write_json(aside / "manifest.json", manifest.model_dump())
