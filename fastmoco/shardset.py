@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
@@ -44,6 +44,9 @@ SAMPLE_DTYPE = np.dtype(
 )
 LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
 CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
+
+
+Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 
 
 class Shard(BaseModel):
@@ -69,10 +72,30 @@ class Manifest(BaseModel):
     progressive: int
     classes: list[str]
     class_counts: list[int]
-    mean: list[float]
-    std: list[float]
+    mean: Channels
+    std: Channels
     options: dict[str, Any]
     shards: list[Shard]
+    sha256: dict[str, str] = {}  # not part of the set's identity; older sets have none
+
+
+MANIFEST = "manifest.json"
+HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a set whose other files are there, and return it with their hashes."""
+    hashes = {name: sha256_of(root / name) for name in HASHED}
+    hashes[MANIFEST] = manifest_sha256(manifest.model_dump())
+    manifest = manifest.model_copy(update={"sha256": hashes})
+    write_json(root / MANIFEST, manifest.model_dump())
+    return manifest
+
+
+def manifest_sha256(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of all of a manifest but its hashes."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def set_id_of(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
@@ -126,8 +149,12 @@ class ShardSet:
     def samples(self) -> npt.NDArray[np.void]:
         """The sample table: (N,) structured rows with at least the columns of `SAMPLE_DTYPE`."""
         table: npt.NDArray[np.void] = self._load("samples.npy", len(self))
-        kinds = table.dtype.fields or {}
-        missing = [n for n in SAMPLE_DTYPE.names or () if kinds.get(n, [0])[0] != SAMPLE_DTYPE[n]]
+        names = table.dtype.names or ()
+        missing = [
+            name
+            for name in SAMPLE_DTYPE.names or ()
+            if name not in names or table.dtype[name] != SAMPLE_DTYPE[name]
+        ]
         if missing:
             raise DataError(f"{self.root}/samples.npy lacks the columns {missing}.")
         return table

@@ -126,6 +126,7 @@ def verify(
     workers: options.Workers = None,
 ) -> None:
     """Check that a set is whole: sizes and counts, or with --full every image."""
+    from fastmoco.pack.verify import unhashed
     from fastmoco.pack.verify import verify as run
 
     with progress(f"verifying {root}") as on_progress:
@@ -135,6 +136,9 @@ def verify(
     if findings:
         raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
     print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    older = unhashed(root)
+    if older:
+        print(f"  written before there were hashes, a change would not show: {', '.join(older)}")
 
 
 def inspect(

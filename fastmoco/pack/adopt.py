@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import new_folder, sync, write_json
+from fastmoco.files import new_folder, sync
 from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
@@ -35,6 +35,7 @@ from fastmoco.shardset import (
     Manifest,
     Shard,
     set_id_of,
+    write_manifest,
 )
 
 ADOPTED = "adopted"  # the option that marks such a set
@@ -313,9 +314,7 @@ def _write_set(
         )
     labels, classes = gathered.labels()
     counts = tables.finish(labels)
-    manifest = _manifest(aside, gathered, tables, classes, counts, options)
-    write_json(aside / "manifest.json", manifest.model_dump())
-    return manifest
+    return write_manifest(aside, _manifest(aside, gathered, tables, classes, counts, options))
 
 
 def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:
