@@ -127,7 +127,7 @@ def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     mark = partial / ".begun"
-    with _locked(final.with_name(f".{final.name}.lock"), final):
+    with locked(final.with_name(f".{final.name}.lock"), final):
         if not mark.exists() or mark.read_text() != begun:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -151,7 +151,12 @@ def _commit(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, what: Path) -> Iterator[None]:
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """Hold the lock file `path` while `what` is written.
+
+    Raises:
+        UsageError: another process holds it.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import new_folder, sync
+from fastmoco.files import locked, new_folder, sha256_of, sync, write_json
 from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
@@ -31,6 +31,7 @@ from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
+    HASHED,
     SAMPLE_DTYPE,
     Manifest,
     Shard,
@@ -40,8 +41,8 @@ from fastmoco.shardset import (
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TABLES = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
-_ASIDE = ".fastmoco-index.partial"
+_ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"
+_OURS = ".ours"  # names and hashes of the files that go beside the shards
 _SHOWN = 5
 
 
@@ -140,31 +141,45 @@ def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[P
 
 @contextmanager
 def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
+    """Yield a folder whose files go beside the shards; none of somebody else's is touched."""
     aside = folder / _ASIDE
-    # The folder says that an earlier call was interrupted, perhaps while its files were renamed.
-    if not aside.exists():
+    with locked(folder / _LOCK, folder):
+        _remove_begun(folder, aside)
         _refuse_strangers(folder, shards)
+        aside.mkdir()
+        try:
+            yield aside
+            files = sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json")
+            for path in files:
+                sync(path)
+            write_json(aside / _OURS, {path.name: sha256_of(path) for path in files})
+            _refuse_strangers(folder, shards)  # who came in the meantime
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for path in files:
+            path.rename(folder / path.name)
+        sync(folder)
+        shutil.rmtree(aside)
+
+
+def _remove_begun(folder: Path, aside: Path) -> None:
+    """Remove what a call left behind that was killed, perhaps while its files were renamed."""
+    ours = aside / _OURS
+    for name, digest in json.loads(ours.read_text()).items() if ours.exists() else ():
+        path = folder / name
+        if path.is_file() and sha256_of(path) == digest:
+            path.unlink()
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
-        sync(path)
-        path.rename(folder / path.name)
-    sync(folder)
-    aside.rmdir()
 
 
 def _refuse_strangers(folder: Path, shards: Sequence[Path]) -> None:
-    wanted = [*_TABLES, *(index_path(shard).name for shard in shards)]
+    wanted = ["manifest.json", *HASHED, *(index_path(shard).name for shard in shards)]
     taken = [name for name in wanted if os.path.lexists(folder / name)]
     if taken:
         raise UsageError(
             f"{folder} has files of the names that the set needs ({', '.join(taken[:3])}): "
-            "remove them, or write the set elsewhere by --out."
+            "move them away, or write the set elsewhere by --out."
         )
 
 
