@@ -25,6 +25,7 @@ from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.terminal import echo
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -53,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
         if leads or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr)
+            echo(f"error: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt:
         if leads:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            echo("interrupted: the same command goes on from the last checkpoint", err=True)
         return 130
     return 0
 
@@ -72,7 +73,7 @@ def dry_run(recipe: Recipe) -> None:
         recipe, loader = _prepared(recipe, ranks, device)
         if ranks.leads:
             for name, value in outlook(recipe, loader.plan, ranks, device).items():
-                print(f"{name:<28}{value}")
+                echo(f"{name:<28}{value}")
 
 
 def pretrain(recipe: Recipe) -> RunFolder:
@@ -129,13 +130,13 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     last_step = recipe.last_step(plan.steps_per_epoch)
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
-        print(f"stopped at step {done} of {last_step}: the same command goes on")
+        echo(f"stopped at step {done} of {last_step}: the same command goes on")
     else:
         run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
         draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
     except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
+        echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
 
 def _train(
@@ -176,7 +177,7 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
     if ranks.leads:
         run.rewind(start if state else -1)
         for name in run.damaged:
-            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
+            echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
 
 
@@ -191,7 +192,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if ranks.leads:
         for caution in cautions(bank, queries):
-            print(f"warning: {caution}", file=sys.stderr)
+            echo(f"warning: {caution}", err=True)
     bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
 from fastmoco.errors import FastmocoError
+from fastmoco.terminal import echo
 
 INTERRUPTED = 130
 
@@ -52,7 +53,7 @@ app.add_typer(bench_app, rich_help_panel="Benchmarks")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fastmoco {__version__}")
+        echo(f"fastmoco {__version__}")
         raise typer.Exit()
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         app()
     except FastmocoError as error:
         if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
-            print(f"error: {error}", file=sys.stderr)
+            echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _end_interrupted()
@@ -82,5 +83,5 @@ def main() -> None:
 
 
 def _end_interrupted() -> None:
-    print("interrupted", file=sys.stderr)
+    echo("interrupted", err=True)
     sys.exit(INTERRUPTED)

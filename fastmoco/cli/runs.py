@@ -11,6 +11,7 @@ import typer
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import UsageError
+from fastmoco.terminal import echo
 
 if TYPE_CHECKING:
     from fastmoco.evaluate.evaluation import Evaluation
@@ -179,8 +180,8 @@ def report(
     from fastmoco.report.page import report as write
 
     words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
-    print(words, file=sys.stderr)
-    print(write(run, out, train, test, samples, device, labels))
+    echo(words, err=True)
+    echo(write(run, out, train, test, samples, device, labels))
 
 
 def demo(
@@ -210,7 +211,7 @@ def _evaluation(
         opened = Evaluation.open(run, train, test, device, labels, precision, ranks)
         if ranks.leads:
             for caution in opened.cautions:
-                print(f"warning: {caution}", file=sys.stderr)
+                echo(f"warning: {caution}", err=True)
         yield opened
 
 
@@ -218,12 +219,12 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     """Print a result on the first rank."""
     if not opened.ranks.leads:
         return
-    print(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
         accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
-        print(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+        echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
-    print("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
-    print(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")
+    echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
+    echo(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")

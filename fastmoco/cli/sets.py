@@ -12,6 +12,7 @@ from rich.console import Console
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import DataError
+from fastmoco.terminal import echo
 
 if TYPE_CHECKING:
     from fastmoco.shardset import Manifest
@@ -112,10 +113,10 @@ def views(
     chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
-        print(shown.described)
+        echo(shown.described)
         for number, view in enumerate(shown.views, 1):
-            print(f"  view {number}: {view}")
-    print(f"drawn in {out}")
+            echo(f"  view {number}: {view}")
+    echo(f"drawn in {out}")
 
 
 def verify(
@@ -132,13 +133,13 @@ def verify(
     with progress(f"verifying {root}") as on_progress:
         findings = run(root, full, on_progress, _processes(workers))
     for finding in findings:
-        print(finding)
+        echo(finding)
     if findings:
         raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
-    print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    echo(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
     older = unhashed(root)
     if older:
-        print(f"  written before there were hashes, a change would not show: {', '.join(older)}")
+        echo(f"  written before there were hashes, a change would not show: {', '.join(older)}")
 
 
 def inspect(
@@ -155,7 +156,7 @@ def inspect(
     show(inspect_set(root), Console())
     if sheet:
         contact_sheet(root, sheet, count, seed)
-        print(f"\n{sheet}")
+        echo(f"\n{sheet}")
 
 
 def index(
@@ -187,7 +188,7 @@ def index(
     _summarise(out or folder, manifest)
     if manifest.options["rotated"]:
         first = ", ".join(map(repr, manifest.options["rotated_first"]))
-        print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+        echo(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
 
 
 def label(
@@ -209,9 +210,9 @@ def label(
 
     named = read_classes(classes) if classes else None
     done = run(root, table, name, named, replace, folder)
-    print(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
+    echo(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
     for note in done.notes:
-        print(f"  {note}")
+        echo(f"  {note}")
 
 
 def _processes(workers: int | None) -> int:
@@ -221,19 +222,19 @@ def _processes(workers: int | None) -> int:
 def _summarise(out: Path, manifest: "Manifest") -> None:
     size = sum(entry.bytes for entry in manifest.shards) / 1e6
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(
+    echo(
         f"{out}: {manifest.samples} images, {labels}, {len(manifest.shards)} shards, {size:.1f} MB"
     )
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
-        print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
-    print(f"  set  {manifest.set_id[:16]}")
+        echo(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
+    echo(f"  set  {manifest.set_id[:16]}")
     counts = zip(manifest.classes, manifest.class_counts, strict=True)
     empty = [name for name, count in counts if not count]
     if empty:
         more = ", ..." if len(empty) > 3 else ""
-        print(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
+        echo(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
-        print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
+        echo(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)
 
 
@@ -241,4 +242,4 @@ def _print_rejects(path: Path, count: int) -> None:
     with path.open() as lines:
         for line in islice(lines, count):
             reject = json.loads(line)
-            print(f"    {reject['name']!r} {reject['reason']}")
+            echo(f"    {reject['name']!r} {reject['reason']}")
