@@ -153,7 +153,7 @@ def _check_operations(content: bytes) -> None:
             memo[len(memo) if argument is None else argument] = is_container
         elif name in GET:
             # Containers that hold one another twice double with each level, where they are read.
-            if memo.get(argument):
+            if argument is not None and memo.get(argument):
                 raise _Refused("one list in several places")
             is_container = False
         elif name not in UNSEEN:
