@@ -25,7 +25,7 @@ from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, ShardSet, labelled_pair
-from fastmoco.terminal import echo
+from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -41,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A user's error is one plain line from the rank that met it, never a traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    leads = os.environ.get("RANK", "0") == "0"
     try:
-        if not arguments or arguments[0] in {"-h", "--help"}:
+        if {"-h", "--help"} & set(arguments):
+            echo(_USAGE)
+            return 0
+        if not arguments:
             raise UsageError(_USAGE)
         overrides = [argument for argument in arguments[1:] if argument != "--dry-run"]
         recipe = load_recipe(arguments[0], overrides)
@@ -53,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pretrain(recipe)
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if leads or isinstance(error, DataError):
+        if speaks() or isinstance(error, DataError):
             echo(f"error: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt:
-        if leads:
+        if speaks():
             echo("interrupted: the same command goes on from the last checkpoint", err=True)
         return 130
     return 0

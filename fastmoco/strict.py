@@ -76,7 +76,12 @@ def validate_as(model: type[Model], values: Any, origin: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_fault(dict(fault), model) for fault in error.errors()]
+        faults = error.errors()
+        within = {fault["loc"][:cut] for fault in faults for cut in range(len(fault["loc"]))}
+        # A list whose items are wrong is not too short as well.
+        lines = [
+            _fault(dict(fault), model) for fault in faults if fault["loc"] not in within - {()}
+        ]
         raise UsageError(f"{origin}: " + "; ".join(lines)) from error
 
 

@@ -1,5 +1,6 @@
 """What goes to a terminal, which a name from outside could give orders to."""
 
+import os
 import sys
 import unicodedata
 
@@ -12,6 +13,11 @@ def printable(text: str) -> str:
 def _shown(char: str) -> str:
     hidden = unicodedata.category(char)[0] == "C" or char in "\u2028\u2029"
     return char.encode("unicode_escape").decode() if hidden else char
+
+
+def speaks() -> bool:
+    """Whether this process talks to the person: it is alone, or the first of several ranks."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -12,6 +12,7 @@ import fastmoco
 PACKAGE = Path(fastmoco.__file__).parent
 # Stations that share a line never import each other.
 ORDER = [
+    {"__main__"},
     {"cli"},
     {"bench"},
     {"demo", "report"},

@@ -1,6 +1,5 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -11,7 +10,7 @@ from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
 from fastmoco.errors import FastmocoError
-from fastmoco.terminal import echo
+from fastmoco.terminal import echo, speaks
 
 INTERRUPTED = 130
 
@@ -43,6 +42,7 @@ app = typer.Typer(
     name="fastmoco",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich" would take `[default: ...]` for markup and drop it
     add_completion=False,
 )
 for panel, commands in COMMANDS.items():
@@ -71,7 +71,7 @@ def main() -> None:
     try:
         app()
     except FastmocoError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
+        if speaks() or error.exit_code == 3:  # met by one rank alone
             echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from fastmoco.evaluate.evaluation import Evaluation
 
 
-def _positive(value: Any) -> Any:
-    """Refuse a rate or temperature that is not above 0."""
-    for number in value if isinstance(value, list) else [value]:
-        if number is not None and not 0 < number < float("inf"):
-            raise typer.BadParameter(f"{number:g} is not above 0")
-    return value
-
-
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to a .yaml.")],
     overrides: Annotated[
@@ -48,7 +40,7 @@ def knn(
     feature: options.Feature = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
     t: Annotated[
-        float, typer.Option(callback=_positive, help="Temperature of their weights.")
+        float, typer.Option(callback=options.positive, help="Temperature of their weights.")
     ] = 0.1,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -67,7 +59,7 @@ def probe(
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
         list[float] | None,
-        typer.Option(callback=_positive, help="Repeatable. [default: ten, 0.003 to 100]"),
+        typer.Option(callback=options.positive, help="Repeatable. [default: ten, 0.003 to 100]"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
     schedule: Annotated[
@@ -77,7 +69,7 @@ def probe(
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the order.")] = 0,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
@@ -115,14 +107,14 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            callback=_positive,
+            callback=options.positive,
             help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
         ),
     ] = None,
     head_lr: Annotated[
         float | None,
         typer.Option(
-            callback=_positive, help="Of the classifier. [default: 5 x lr; from scratch lr]"
+            callback=options.positive, help="Of the classifier. [default: 5 x lr; from scratch lr]"
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
@@ -133,7 +125,7 @@ def finetune(
     size: Annotated[
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of labels, order and random weights.")] = 0,
+    seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -186,7 +178,7 @@ def report(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the training.")] = 0,
 ) -> None:
     """Pack, pretrain and probe patches of photographs that come with the installation."""
     from fastmoco.demo import demo as run

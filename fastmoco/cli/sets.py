@@ -30,7 +30,7 @@ def shard(
         ),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the global shuffle.")] = 0,
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
@@ -56,8 +56,12 @@ def shard(
     min_side: Annotated[
         int | None, typer.Option(min=1, help="Smallest height and width, in pixels. [default: 1]")
     ] = None,
-    max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
-    max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
+    max_mpixels: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest area, in megapixels.")
+    ] = 100,
+    max_mb: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest encoded image, in MiB.")
+    ] = 128,
     workers: options.Workers = None,
     max_rejects: Annotated[
         int | None,
@@ -148,7 +152,7 @@ def inspect(
         Path | None, typer.Option(help="Draw random samples into this PNG.", metavar="PNG")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    seed: Annotated[int, options.of_seed("Of their choice.")] = 0,
 ) -> None:
     """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
     from fastmoco.pack.summary import contact_sheet, inspect_set, show
