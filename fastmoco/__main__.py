@@ -1,4 +1,4 @@
-"""`python -m fastmoco`: the command line where its script is not on the PATH."""
+"""`python -m fastmoco` is `fastmoco`."""
 
 from fastmoco.cli import main
 

@@ -26,6 +26,7 @@ from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
 from fastmoco.streams import Spared, lasting_output
+from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -41,16 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A user's error is one plain line from the rank that met it, never a traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in {"-h", "--help"}:
-        print(_USAGE)
-        return 0
     with lasting_output():
         return _ran(arguments)
 
 
 def _ran(arguments: list[str]) -> int:
-    leads = os.environ.get("RANK", "0") == "0"
     try:
+        if {"-h", "--help"} & set(arguments):
+            echo(_USAGE)
+            return 0
         if not arguments:
             raise UsageError(_USAGE)
         overrides = [argument for argument in arguments[1:] if argument != "--dry-run"]
@@ -61,12 +61,12 @@ def _ran(arguments: list[str]) -> int:
             pretrain(recipe)
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if leads or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr)
+        if speaks() or isinstance(error, DataError):
+            echo(f"error: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt as error:
-        if leads:
-            print(_interrupted(error), file=sys.stderr)
+        if speaks():
+            echo(_interrupted(error), err=True)
         return 130
     return 0
 
@@ -81,7 +81,7 @@ def dry_run(recipe: Recipe) -> None:
         recipe, loader = _prepared(recipe, ranks, device)
         if ranks.leads:
             for name, value in outlook(recipe, loader.plan, ranks, device).items():
-                print(f"{name:<28}{value}")
+                echo(f"{name:<28}{value}")
 
 
 def pretrain(recipe: Recipe) -> RunFolder:
@@ -145,12 +145,12 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     last_step = recipe.last_step(plan.steps_per_epoch)
     with Spared("status.json"):
         if done < last_step:
-            print(f"stopped at step {done} of {last_step}: the same command goes on")
+            echo(f"stopped at step {done} of {last_step}: the same command goes on")
             run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
         elif done > last_step:
             words = f"already at step {done}, past the end of this recipe (step {last_step}"
             words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
-            print(f"{words}): nothing to do")
+            echo(f"{words}): nothing to do")
             run.finish(0, f"{words}): nothing to do")
         else:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
@@ -158,7 +158,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
         with Spared("curves.png"):
             draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
     except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
+        echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
 
 def _train(
@@ -173,7 +173,7 @@ def _train(
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
         for sentence in run.begin(recipe, versions(ranks, device), start):
-            print(sentence)
+            echo(sentence)
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
@@ -203,7 +203,7 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
         )
     if ranks.leads:
         for name in run.damaged:
-            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
+            echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
 
 
@@ -218,7 +218,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if ranks.leads:
         for caution in cautions(bank, queries):
-            print(f"warning: {caution}", file=sys.stderr)
+            echo(f"warning: {caution}", err=True)
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
         def features(one: Labelled) -> Pair:
@@ -232,7 +232,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
             return {}
         except DivergedError as error:  # met by all ranks alike; the guard looks after the run
             if ranks.leads:
-                print(f"warning: no kNN number. {error}", file=sys.stderr)
+                echo(f"warning: no kNN number. {error}", err=True)
             return {}
 
     return knn

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from fastmoco.terminal import echo
+
 
 class LastingStream:
     """Hands text to a stream until that fails, and drops it from then on.
@@ -47,7 +49,7 @@ class LastingStream:
             return
         self.lost = error.strerror or str(error)
         if self is sys.stdout:
-            print(f"warning: the output is lost from here on ({self.lost})", file=sys.stderr)
+            echo(f"warning: the output is lost from here on ({self.lost})", err=True)
 
 
 class Spared:
@@ -70,7 +72,7 @@ class Spared:
         if not self._told:
             self._told = True
             reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
-            print(f"warning: goes on without {self._what} ({reason})", file=sys.stderr)
+            echo(f"warning: goes on without {self._what} ({reason})", err=True)
         return True
 
 

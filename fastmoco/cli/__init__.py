@@ -1,7 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -13,6 +12,7 @@ from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
 from fastmoco.errors import FastmocoError, UsageError
 from fastmoco.streams import lasting_output
+from fastmoco.terminal import echo, speaks
 
 INTERRUPTED = 130
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -45,6 +45,7 @@ app = typer.Typer(
     name="fastmoco",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich" would take `[default: ...]` for markup and drop it
     add_completion=False,
 )
 for panel, commands in COMMANDS.items():
@@ -55,7 +56,7 @@ app.add_typer(bench_app, rich_help_panel="Benchmarks")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fastmoco {__version__}")
+        echo(f"fastmoco {__version__}")
         raise typer.Exit()
 
 
@@ -74,7 +75,7 @@ def main() -> None:
         code = _ran()
         output.flush()
         if not code and output.lost and sys.argv[1:2] != ["pretrain"]:  # whose log it is
-            print(f"error: the result could not be shown: {output.lost}", file=sys.stderr)
+            echo(f"error: the result could not be shown: {output.lost}", err=True)
             code = 2
     sys.exit(code)
 
@@ -84,13 +85,13 @@ def _ran() -> int:
     try:
         app()
     except FastmocoError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
-            print(f"error: {error}", file=sys.stderr)
+        if speaks() or error.exit_code == 3:  # met by one rank alone
+            echo(f"error: {error}", err=True)
         return error.exit_code
     except OSError as error:  # of a full or a read-only disk, as a rule
         where = f"{error.filename}: " if error.filename else ""
         remedy = ": make room, or choose another place" if error.errno in UNWRITABLE else ""
-        print(f"error: {where}{error.strerror or error}{remedy}", file=sys.stderr)
+        echo(f"error: {where}{error.strerror or error}{remedy}", err=True)
         return UsageError.exit_code
     except KeyboardInterrupt:
         return _interrupted()
@@ -102,5 +103,5 @@ def _ran() -> int:
 
 
 def _interrupted() -> int:
-    print("interrupted", file=sys.stderr)
+    echo("interrupted", err=True)
     return INTERRUPTED

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastmoco.cli import options
+from fastmoco.terminal import echo
 
 
 def import_(
@@ -29,10 +30,10 @@ def import_(
     found = import_weights(file, out, prefix, stem, image_size)
     recipe = found.recipe
     head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
-    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, {found.source}")
+    echo(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, {found.source}")
     for note in found.notes:
-        print(f"  {note}")
-    print(f"next: fastmoco probe {out} --train SET --test SET")
+        echo(f"  {note}")
+    echo(f"next: fastmoco probe {out} --train SET --test SET")
 
 
 def export(
@@ -52,8 +53,8 @@ def export(
 
     encoder, recipe, step = load_encoder(RunFolder(run), torch.device("cpu"))
     done = write(encoder, recipe, out, to)
-    print(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
-    print(done.note)
+    echo(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
+    echo(done.note)
 
 
 def embed(
@@ -90,4 +91,4 @@ def embed(
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
     about |= {"precision": precision}
     write_features(out, features, np.arange(len(features)), about)
-    print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")
+    echo(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import DataError
+from fastmoco.terminal import echo
 
 WIDEST = 1000  # columns
 
@@ -26,15 +27,18 @@ def shard(
     ],
     out: Annotated[Path, typer.Argument(help="The set's folder; must not exist.")],
     within: Annotated[
-        Path | None, typer.Option("--source", help="Where the images of a shards/*.yaml lie.")
+        Path | None,
+        typer.Option(
+            "--root", "--source", help="Where the images of a shards/*.yaml or of a CSV lie."
+        ),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the global shuffle.")] = 0,
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
     like: Annotated[
-        Path | None, typer.Option(help="A set whose classes must be the same (train for val).")
+        Path | None, typer.Option(help="A set that numbers the classes (train for val).")
     ] = None,
     splits: Annotated[
         str | None,
@@ -61,8 +65,12 @@ def shard(
     min_side: Annotated[
         int | None, typer.Option(min=1, help="Smallest height and width, in pixels. [default: 1]")
     ] = None,
-    max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
-    max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
+    max_mpixels: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest area, in megapixels.")
+    ] = 100,
+    max_mb: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest encoded image, in MiB.")
+    ] = 128,
     workers: options.Workers = None,
     max_rejects: Annotated[
         int | None,
@@ -93,11 +101,11 @@ def shard(
         "max_rejects": max_rejects,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    with progress(f"packing {within or source}") as on_progress:
+    with progress(f"packing {source}") as on_progress:
         if source.suffix == ".yaml":
             manifests = pack_known(source, within, out, given, on_progress)
         else:
-            manifests = pack(source, out, PackOptions(**given), on_progress)
+            manifests = pack(source, out, PackOptions(root=within, **given), on_progress)
     for split, manifest in manifests.items():
         _summarise(out / split, manifest)
 
@@ -124,10 +132,10 @@ def views(
     chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
-        print(shown.described)
+        echo(shown.described)
         for number, view in enumerate(shown.views, 1):
-            print(f"  view {number}: {view}")
-    print(f"drawn in {out}")
+            echo(f"  view {number}: {view}")
+    echo(f"drawn in {out}")
 
 
 def verify(
@@ -138,15 +146,19 @@ def verify(
     workers: options.Workers = None,
 ) -> None:
     """Check that a set is whole: sizes and counts, or with --full every image."""
+    from fastmoco.pack.verify import unhashed
     from fastmoco.pack.verify import verify as run
 
     with progress(f"verifying {root}") as on_progress:
         findings = run(root, full, on_progress, _processes(workers))
     for finding in findings:
-        print(finding)
+        echo(finding)
     if findings:
         raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
-    print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    echo(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    older = unhashed(root)
+    if older:
+        echo(f"  written before there were hashes, a change would not show: {', '.join(older)}")
 
 
 def inspect(
@@ -155,7 +167,7 @@ def inspect(
         Path | None, typer.Option(help="Draw random samples into this PNG.", metavar="PNG")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    seed: Annotated[int, options.of_seed("Of their choice.")] = 0,
 ) -> None:
     """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
     from fastmoco.files import check_replaceable
@@ -167,7 +179,7 @@ def inspect(
     show(inspect_set(root), Console(width=None if sys.stdout.isatty() else WIDEST))
     if sheet:
         contact_sheet(root, sheet, count, seed)
-        print(f"\n{sheet}")
+        echo(f"\n{sheet}")
 
 
 def index(
@@ -186,7 +198,7 @@ def index(
 ) -> None:
     """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
     from fastmoco.pack.adopt import AdoptOptions, adopt
-    from fastmoco.pack.classes import read_classes
+    from fastmoco.pack.labels import read_classes
 
     options = AdoptOptions(
         label_key=label_key,
@@ -199,26 +211,31 @@ def index(
     _summarise(out or folder, manifest)
     if manifest.options["rotated"]:
         first = ", ".join(map(repr, manifest.options["rotated_first"]))
-        print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+        echo(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
 
 
 def label(
     root: options.Set,
     table: Annotated[
-        Path, typer.Argument(help="CSV: `label`, and `id` or `name`; `weight` if wanted.")
+        Path, typer.Argument(help="CSV: `label`, and `name` of the file or `sample` number.")
     ],
     name: Annotated[str, typer.Option(help="Of the labels; or a path that ends in .npy.")],
     classes: options.Classes = None,
     replace: Annotated[bool, typer.Option("--replace", help="Labels of the same name.")] = False,
+    folder: Annotated[
+        str | None,
+        typer.Option("--root", help="What stands before the set's names in those of the CSV."),
+    ] = None,
 ) -> None:
     """Add labels to a set, whose shards stay as they are; use them by --labels NAME."""
-    from fastmoco.pack.classes import read_classes
     from fastmoco.pack.labels import label as run
-    from fastmoco.shardset import ShardSet, read_labels
+    from fastmoco.pack.labels import read_classes
 
-    path = run(root, table, name, read_classes(classes) if classes else None, replace)
-    rows, names = read_labels(ShardSet(root), path)
-    print(f"{path}: {len(rows)} labels, {len(names)} classes")
+    named = read_classes(classes) if classes else None
+    done = run(root, table, name, named, replace, folder)
+    echo(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
+    for note in done.notes:
+        echo(f"  {note}")
 
 
 def _processes(workers: int | None) -> int:
@@ -228,21 +245,26 @@ def _processes(workers: int | None) -> int:
 def _summarise(out: Path, manifest: "Manifest") -> None:
     size = sum(entry.bytes for entry in manifest.shards) / 1e6
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(
+    echo(
         f"{out}: {manifest.samples} images, {labels}, {len(manifest.shards)} shards, {size:.1f} MB"
     )
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
-        print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
-    print(f"  set  {manifest.set_id[:16]}")
+        echo(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
+    echo(f"  set  {manifest.set_id[:16]}")
     colors = zip(("red", "green", "blue"), manifest.std, strict=True)
     if constant := [color for color, value in colors if value == 1]:  # else it is 0.5 at most
-        print(
+        echo(
             f"warning: {' and '.join(constant)} has one value in all images: its deviation is "
             "taken for 1",
-            file=sys.stderr,
+            err=True,
         )
+    counts = zip(manifest.classes, manifest.class_counts, strict=True)
+    empty = [name for name, count in counts if not count]
+    if empty:
+        more = ", ..." if len(empty) > 3 else ""
+        echo(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
-        print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
+        echo(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)
 
 
@@ -250,4 +272,4 @@ def _print_rejects(path: Path, count: int) -> None:
     with path.open() as lines:
         for line in islice(lines, count):
             reject = json.loads(line)
-            print(f"    {reject['name']!r} {reject['reason']}")
+            echo(f"    {reject['name']!r} {reject['reason']}")

@@ -18,7 +18,8 @@ class PackOptions:
         format: of the source, a name of `sources.FORMATS`; None: recognised.
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
-        like: a set whose classes the source must have.
+        root: holds the images that a CSV lists; None: the folder of the CSV.
+        like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
         shard_mb: the size that no shard exceeds, in MB of 10^6 bytes; see `Schedule`.
@@ -35,6 +36,7 @@ class PackOptions:
 
     format: str | None = None
     seed: int = 0
+    root: Path | None = None
     unlabelled: bool = False
     like: Path | None = None
     splits: tuple[tuple[str, float], ...] = ()
@@ -63,7 +65,7 @@ class PackOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "root", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         if self.levels is None:
             del chosen["levels"]

@@ -62,7 +62,7 @@ def sources_for(source: Path, out: Path, options: PackOptions) -> dict[str, Sour
     if source.resolve() in out.resolve().parents:
         raise UsageError(f"{out} lies inside {source}: choose a place outside of it.")
     like = ShardSet(options.like).manifest.classes if options.like else None
-    return open_sources(source, options.format, options.unlabelled, like)
+    return open_sources(source, options.format, options.unlabelled, like, options.root)
 
 
 def pack_sources(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
 from fastmoco.pack.sources.base import Source, no_labels
@@ -52,6 +53,7 @@ def open_sources(
     format: str | None = None,
     unlabelled: bool = False,
     like: list[str] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Source]:
     """Open a source of images.
 
@@ -60,6 +62,7 @@ def open_sources(
         format: a name of `FORMATS`; None: recognised.
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
+        folder: holds the images that a CSV lists; see `open_table`.
 
     Returns:
         The source of each split; "" for a source without splits.
@@ -76,8 +79,13 @@ def open_sources(
     if not path.exists():
         raise UsageError(f"There is no file or folder {path}.")
     chosen = format or recognise(path)
+    if folder is not None and chosen != "csv":
+        raise UsageError(f"--root says where the images of a CSV lie; {path} is a {chosen}.")
     try:
-        sources = FORMATS[chosen](path, unlabelled)
+        if folder is not None:
+            sources = open_table(path, unlabelled, folder)
+        else:
+            sources = FORMATS[chosen](path, unlabelled)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise DataError(f"{path} cannot be read as {chosen} ({reason}).") from error
@@ -115,17 +123,19 @@ def _without_labels(source: Source) -> Source:
 
 
 def _agreed(source: Source, expected: list[str]) -> Source:
-    """Return the source with the class numbers of another set, whose classes it must have."""
-    missing = sorted(set(expected) - set(source.classes))
-    extra = sorted(set(source.classes) - set(expected))
-    if missing or extra:
+    """Return the source with the class numbers of another set, which may have further classes."""
+    if not source.classes:
+        raise DataError("The source has no labels, which --like needs: pack it without --like.")
+    known = Known(expected)
+    codes = list(map(known.code, source.classes))
+    used = np.unique(source.labels[source.labels >= 0])
+    unknown = [source.classes[label] for label in used if codes[label] is None]
+    if unknown:
         raise DataError(
-            f"The classes differ from those of the set to be like: missing here {_few(missing)}; "
-            f"unknown there {_few(extra)}."
+            f"The classes differ from those of the set to be like: unknown there {_few(unknown)}."
         )
-    numbers = np.array([expected.index(name) for name in source.classes], dtype=np.int32)
-    labels = np.where(source.labels < 0, np.int32(-1), numbers[source.labels])
-    return replace(source, labels=labels, classes=list(expected))
+    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
+    return replace(source, labels=numbers[source.labels], classes=list(expected))
 
 
 def _few(names: list[str]) -> str:
