@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from fastmoco.errors import DataError
 from fastmoco.files import sync, write_json
@@ -42,6 +42,16 @@ SAMPLE_DTYPE = np.dtype(
 )
 LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
 CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name is a text")
+    return value
+
+
+# Names are bytes: what is not UTF-8 stands as surrogates, which pydantic takes for no text.
+ClassName = Annotated[str, PlainValidator(_text)]
 
 
 class Shard(BaseModel):
@@ -65,7 +75,7 @@ class Manifest(BaseModel):
     samples: int
     rejected: int
     progressive: int
-    classes: list[str]
+    classes: list[ClassName]
     class_counts: list[int]
     mean: list[float]
     std: list[float]
@@ -193,12 +203,13 @@ def _read_manifest(root: Path) -> Manifest:
             f"{root} is not a shard set (no manifest.json): make it by `fastmoco shard`."
         )
     text = path.read_bytes()
+    manifest: Manifest | None
     try:
         # Straight from the text: half the time of `json.loads` first, which 11,000 shards show.
         manifest = Manifest.model_validate_json(text)
         version = manifest.format_version
     except ValidationError:
-        manifest, version = None, _version_of(text)
+        manifest, version = _with_surrogates(text), _version_of(text)
     if version > FORMAT_VERSION:
         raise DataError(
             f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
@@ -207,6 +218,14 @@ def _read_manifest(root: Path) -> Manifest:
     if manifest is None:
         raise DataError(f"{path} is damaged: pack the set anew.")
     return manifest
+
+
+def _with_surrogates(text: bytes) -> Manifest | None:
+    """Return a manifest in which class names are not UTF-8, None if that is not what is wrong."""
+    try:
+        return Manifest.model_validate(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _version_of(text: bytes) -> int:

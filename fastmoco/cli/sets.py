@@ -2,9 +2,10 @@
 
 import json
 import os
+import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,8 +31,12 @@ def shard(
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
+    classes_at: Annotated[
+        Literal["1", "2", "leaf", "path"] | None,
+        typer.Option(help="Which folders are the classes. [default: recognised]"),
+    ] = None,
     like: Annotated[
-        Path | None, typer.Option(help="A set whose classes must be the same (train for val).")
+        Path | None, typer.Option(help="A set whose classes count (train for val).")
     ] = None,
     splits: Annotated[
         str | None,
@@ -57,18 +62,20 @@ def shard(
     workers: options.Workers = None,
     max_rejects: Annotated[
         int | None,
-        typer.Option(min=0, help="Unfit images to put up with. [default: 1 %, at least 10]"),
+        typer.Option(min=0, help="Left-out images to put up with. [default: 1 %, at least 10]"),
     ] = None,
 ) -> None:
     """Check, shuffle and pack images into a shard set; after an interruption, go on."""
     from fastmoco.pack.options import PackOptions, parse_splits
-    from fastmoco.pack.spec import pack_known
-    from fastmoco.pack.writer import pack
+    from fastmoco.pack.spec import open_known
+    from fastmoco.pack.understood import understood
+    from fastmoco.pack.writer import pack_sources, sources_for
 
     given: dict[str, Any] = {
         "format": format,
         "seed": seed,
         "unlabelled": unlabelled,
+        "classes_at": classes_at,
         "like": like,
         "splits": parse_splits(splits),
         "dedupe": dedupe,
@@ -82,11 +89,14 @@ def shard(
         "max_rejects": max_rejects,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if source.suffix == ".yaml":
+        options, sources = open_known(source, within, out, given)
+    else:
+        options = PackOptions(**given)
+        sources = sources_for(source, out, options)
+    print("\n".join(understood(sources)), file=sys.stderr)
     with progress(f"packing {within or source}") as on_progress:
-        if source.suffix == ".yaml":
-            manifests = pack_known(source, within, out, given, on_progress)
-        else:
-            manifests = pack(source, out, PackOptions(**given), on_progress)
+        manifests = pack_sources(sources, out, options, on_progress)
     for split, manifest in manifests.items():
         _summarise(out / split, manifest)
 

@@ -16,16 +16,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastmoco.pack.inputs import Input, Pixels, Unreadable
+from fastmoco.pack.kinds import START, by_content, heif_is_read
 
 MAX_SIDE = 2**16 - 1  # the sample table holds sides as uint16
 
 # A closed list: PIL's other plugins are attack surface (EPS starts Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    FORMATS += ("AVIF",)
+if heif_is_read():
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 ORIENTATION = 0x0112
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -117,7 +126,8 @@ def check_image(content: bytes, rules: Rules = Rules(), measure: bool = True) ->
     try:
         return _check(content, rules, measure)
     except UnidentifiedImageError:
-        return "is not an image of a known format"
+        kind = by_content(content[:START])
+        return (kind and kind.about) or "is not an image of a known format"
     except Image.DecompressionBombError:
         return _too_many_pixels(rules)
     except _Unfit as reason:

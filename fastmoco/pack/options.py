@@ -17,7 +17,8 @@ class PackOptions:
         format: of the source, a name of `sources.FORMATS`; None: recognised.
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
-        like: a set whose classes the source must have.
+        classes_at: which folders are the classes, one of `layout.CLASSES_AT`; None: recognised.
+        like: a set of whose classes those of the source must be.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
         shard_mb: the size that no shard exceeds, in MB of 10^6 bytes; see `Schedule`.
@@ -27,13 +28,14 @@ class PackOptions:
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
         quality: of the JPEGs that shrinking gives.
         workers: processes that decode; the bytes written do not depend on it.
-        max_rejects: the number of unfit images above which nothing is packed;
+        max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
     """
 
     format: str | None = None
     seed: int = 0
     unlabelled: bool = False
+    classes_at: str | None = None
     like: Path | None = None
     splits: tuple[tuple[str, float], ...] = ()
     dedupe: bool = False
@@ -59,7 +61,7 @@ class PackOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**chosen, "splits": dict(self.splits)}
 
@@ -82,7 +84,7 @@ def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
     sound = all(re.fullmatch(r"[\w-]+", name) for name in names) and len(set(names)) == len(names)
     if (
         not sound
-        or min(share for _, share in splits) <= 0
+        or not all(share > 0 for _, share in splits)  # nor a NaN
         or abs(sum(dict(splits).values()) - 1) > 1e-6
     ):
         raise UsageError(form)

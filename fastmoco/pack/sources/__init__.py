@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.sources.agree import few, matched
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
 from fastmoco.pack.sources.folder import open_folder
 from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
+from fastmoco.pack.sources.layout import How
 from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
@@ -35,6 +37,8 @@ FORMATS: dict[str, Adapter] = {
     "png-tensor": open_png_tensor,
 }
 
+BY_LAYOUT = {"folder": open_folder, "zip": open_zip, "tar": open_tar}
+
 # In this order, and before the general formats: the first that knows a source opens it.
 KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "imagenet": is_imagenet,
@@ -52,6 +56,7 @@ def open_sources(
     format: str | None = None,
     unlabelled: bool = False,
     like: list[str] | None = None,
+    classes_at: str | None = None,
 ) -> dict[str, Source]:
     """Open a source of images.
 
@@ -60,6 +65,7 @@ def open_sources(
         format: a name of `FORMATS`; None: recognised.
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
+        classes_at: one of `CLASSES_AT`, for folders and archives.
 
     Returns:
         The source of each split; "" for a source without splits.
@@ -77,7 +83,13 @@ def open_sources(
         raise UsageError(f"There is no file or folder {path}.")
     chosen = format or recognise(path)
     try:
-        sources = FORMATS[chosen](path, unlabelled)
+        if chosen in BY_LAYOUT:
+            how = How(unlabelled, classes_at, tuple(like or ()))
+            sources = BY_LAYOUT[chosen](path, unlabelled, how)
+        elif classes_at:
+            raise UsageError(f"--classes-at reads folders; {path} is of the format {chosen}.")
+        else:
+            sources = FORMATS[chosen](path, unlabelled)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise DataError(f"{path} cannot be read as {chosen} ({reason}).") from error
@@ -115,19 +127,28 @@ def _without_labels(source: Source) -> Source:
 
 
 def _agreed(source: Source, expected: list[str]) -> Source:
-    """Return the source with the class numbers of another set, whose classes it must have."""
-    missing = sorted(set(expected) - set(source.classes))
-    extra = sorted(set(source.classes) - set(expected))
-    if missing or extra:
+    """Return the source with the class numbers of another set, of which it may lack classes."""
+    if not source.classes:
         raise DataError(
-            f"The classes differ from those of the set to be like: missing here {_few(missing)}; "
-            f"unknown there {_few(extra)}."
+            f"The source has no labels, the set to be like has the classes {few(expected)}: "
+            "drop --like."
         )
-    numbers = np.array([expected.index(name) for name in source.classes], dtype=np.int32)
+    means = matched(source.classes, expected)
+    extra = sorted(set(source.classes) - set(means))
+    if extra:
+        raise DataError(
+            "The classes differ from those of the set to be like: "
+            f"unknown there {few(extra)}; missing here "
+            f"{few([name for name in expected if name not in means.values()])}."
+        )
+    numbers = np.array([expected.index(means[name]) for name in source.classes], dtype=np.int32)
     labels = np.where(source.labels < 0, np.int32(-1), numbers[source.labels])
-    return replace(source, labels=labels, classes=list(expected))
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+    there = set(labels.tolist())
+    lacking = [name for number, name in enumerate(expected) if number not in there]
+    notes = [f"classes of the set to be like without images, {len(lacking)}: {few(lacking)}"]
+    return replace(
+        source,
+        labels=labels,
+        classes=list(expected),
+        notes=[*source.notes, *(notes if lacking else [])],
+    )
