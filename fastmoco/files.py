@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from fastmoco.errors import FastmocoError, UsageError
@@ -18,6 +20,24 @@ def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """Map the one array of a `.npy` file that may come from anywhere.
+
+    Raises:
+        ValueError: it cannot be read, holds Python objects, or claims more than the file has.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # damaged headers raise anything
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an archive of arrays")
+    if not array.ndim or array.nbytes > path.stat().st_size:
+        raise ValueError(f"it claims {array.nbytes} bytes in the shape {array.shape}")
+    return array
 
 
 def sync(path: Path) -> None:
@@ -107,7 +127,7 @@ def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     mark = partial / ".begun"
-    with _locked(final.with_name(f".{final.name}.lock"), final):
+    with locked(final.with_name(f".{final.name}.lock"), final):
         if os.path.lexists(final):  # another process was quicker
             raise UsageError(f"{final} exists already: remove it or choose another name.")
         if not mark.exists() or mark.read_text() != begun:
@@ -133,7 +153,12 @@ def _commit(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, what: Path) -> Iterator[None]:
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """Hold the lock file `path` while `what` is written.
+
+    Raises:
+        UsageError: another process holds it.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -103,10 +103,14 @@ def test_user_errors_are_plain_lines(
     assert err.count("\n") <= 2 and not (tmp_path / "set").exists()
 
 
-def test_like_mismatch(run: Run, make_images: Make, tmp_path: Path, small_set: ShardSet) -> None:
-    source = make_images(tmp_path / "in", ("ape", "dog"))
-    code, _, err = run("shard", source, tmp_path / "set", "--like", small_set.root)
-    assert code == 3 and "unknown there dog; missing here bee, cow" in err
+def test_like(run: Run, make_images: Make, tmp_path: Path, small_set: ShardSet) -> None:
+    source = make_images(tmp_path / "in", ("bee", "cow"))
+    code, out, _ = run("shard", source, tmp_path / "set", "--like", small_set.root)
+    assert code == 0 and "1 classes have no image: ape" in out
+    assert set(ShardSet(tmp_path / "set").labels()) == {1, 2}, "numbered as in the training set"
+    source = make_images(tmp_path / "in", ("dog",))
+    code, _, err = run("shard", source, tmp_path / "other", "--like", small_set.root)
+    assert code == 3 and "unknown there dog" in err
 
 
 def test_existing_out_and_unknown_option(run: Run, make_images: Make, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ORDER = [
     {"distributed"},
     {"config"},
     {"strict"},
-    {"files"},
+    {"classes", "files"},
     {"errors", "memory"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}

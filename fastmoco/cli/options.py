@@ -7,7 +7,7 @@ import typer
 
 Set = Annotated[Path, typer.Argument(help="The set's folder.")]
 Classes = Annotated[
-    Path | None, typer.Option(help="Names of the labels 0, 1, ..., one a line of a text file.")
+    Path | None, typer.Option(help="Names of the labels 0, 1, ...: a text, one a line; or a set.")
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")

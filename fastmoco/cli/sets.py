@@ -24,7 +24,10 @@ def shard(
     ],
     out: Annotated[Path, typer.Argument(help="The set's folder; must not exist.")],
     within: Annotated[
-        Path | None, typer.Option("--source", help="Where the images of a shards/*.yaml lie.")
+        Path | None,
+        typer.Option(
+            "--root", "--source", help="Where the images of a shards/*.yaml or of a CSV lie."
+        ),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
@@ -36,7 +39,7 @@ def shard(
         typer.Option(help="Which folders are the classes. [default: recognised]"),
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(help="A set whose classes count (train for val).")
+        Path | None, typer.Option(help="A set that numbers the classes (train for val).")
     ] = None,
     splits: Annotated[
         str | None,
@@ -90,13 +93,13 @@ def shard(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if source.suffix == ".yaml":
-        options, sources = open_known(source, within, out, given)
+        chosen, sources = open_known(source, within, out, given)
     else:
-        options = PackOptions(**given)
-        sources = sources_for(source, out, options)
+        chosen = PackOptions(root=within, **given)
+        sources = sources_for(source, out, chosen)
     print("\n".join(understood(sources)), file=sys.stderr)
-    with progress(f"packing {within or source}") as on_progress:
-        manifests = pack_sources(sources, out, options, on_progress)
+    with progress(f"packing {source}") as on_progress:
+        manifests = pack_sources(sources, out, chosen, on_progress)
     for split, manifest in manifests.items():
         _summarise(out / split, manifest)
 
@@ -133,6 +136,7 @@ def verify(
     workers: options.Workers = None,
 ) -> None:
     """Check that a set is whole: sizes and counts, or with --full every image."""
+    from fastmoco.pack.verify import unhashed
     from fastmoco.pack.verify import verify as run
 
     with progress(f"verifying {root}") as on_progress:
@@ -142,6 +146,9 @@ def verify(
     if findings:
         raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
     print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    older = unhashed(root)
+    if older:
+        print(f"  written before there were hashes, a change would not show: {', '.join(older)}")
 
 
 def inspect(
@@ -177,7 +184,7 @@ def index(
 ) -> None:
     """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
     from fastmoco.pack.adopt import AdoptOptions, adopt
-    from fastmoco.pack.classes import read_classes
+    from fastmoco.pack.labels import read_classes
 
     options = AdoptOptions(
         label_key=label_key,
@@ -196,20 +203,25 @@ def index(
 def label(
     root: options.Set,
     table: Annotated[
-        Path, typer.Argument(help="CSV: `label`, and `id` or `name`; `weight` if wanted.")
+        Path, typer.Argument(help="CSV: `label`, and `name` of the file or `sample` number.")
     ],
     name: Annotated[str, typer.Option(help="Of the labels; or a path that ends in .npy.")],
     classes: options.Classes = None,
     replace: Annotated[bool, typer.Option("--replace", help="Labels of the same name.")] = False,
+    folder: Annotated[
+        str | None,
+        typer.Option("--root", help="What stands before the set's names in those of the CSV."),
+    ] = None,
 ) -> None:
     """Add labels to a set, whose shards stay as they are; use them by --labels NAME."""
-    from fastmoco.pack.classes import read_classes
     from fastmoco.pack.labels import label as run
-    from fastmoco.shardset import ShardSet, read_labels
+    from fastmoco.pack.labels import read_classes
 
-    path = run(root, table, name, read_classes(classes) if classes else None, replace)
-    rows, names = read_labels(ShardSet(root), path)
-    print(f"{path}: {len(rows)} labels, {len(names)} classes")
+    named = read_classes(classes) if classes else None
+    done = run(root, table, name, named, replace, folder)
+    print(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
+    for note in done.notes:
+        print(f"  {note}")
 
 
 def _processes(workers: int | None) -> int:
@@ -225,6 +237,11 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
         print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
     print(f"  set  {manifest.set_id[:16]}")
+    counts = zip(manifest.classes, manifest.class_counts, strict=True)
+    empty = [name for name, count in counts if not count]
+    if empty:
+        more = ", ..." if len(empty) > 3 else ""
+        print(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
         print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)

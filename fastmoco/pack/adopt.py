@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import new_folder, sync, write_json
-from fastmoco.pack.classes import Classes
+from fastmoco.files import locked, new_folder, sha256_of, sync, write_json
 from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
@@ -31,16 +31,18 @@ from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
+    HASHED,
     SAMPLE_DTYPE,
     Manifest,
     Shard,
     set_id_of,
+    write_manifest,
 )
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TABLES = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
-_ASIDE = ".fastmoco-index.partial"
+_ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"
+_OURS = ".ours"  # names and hashes of the files that go beside the shards
 _SHOWN = 5
 
 
@@ -139,31 +141,45 @@ def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[P
 
 @contextmanager
 def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
+    """Yield a folder whose files go beside the shards; none of somebody else's is touched."""
     aside = folder / _ASIDE
-    # The folder says that an earlier call was interrupted, perhaps while its files were renamed.
-    if not aside.exists():
+    with locked(folder / _LOCK, folder):
+        _remove_begun(folder, aside)
         _refuse_strangers(folder, shards)
+        aside.mkdir()
+        try:
+            yield aside
+            files = sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json")
+            for path in files:
+                sync(path)
+            write_json(aside / _OURS, {path.name: sha256_of(path) for path in files})
+            _refuse_strangers(folder, shards)  # who came in the meantime
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for path in files:
+            path.rename(folder / path.name)
+        sync(folder)
+        shutil.rmtree(aside)
+
+
+def _remove_begun(folder: Path, aside: Path) -> None:
+    """Remove what a call left behind that was killed, perhaps while its files were renamed."""
+    ours = aside / _OURS
+    for name, digest in json.loads(ours.read_text()).items() if ours.exists() else ():
+        path = folder / name
+        if path.is_file() and sha256_of(path) == digest:
+            path.unlink()
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
-        sync(path)
-        path.rename(folder / path.name)
-    sync(folder)
-    aside.rmdir()
 
 
 def _refuse_strangers(folder: Path, shards: Sequence[Path]) -> None:
-    wanted = [*_TABLES, *(index_path(shard).name for shard in shards)]
+    wanted = ["manifest.json", *HASHED, *(index_path(shard).name for shard in shards)]
     taken = [name for name in wanted if os.path.lexists(folder / name)]
     if taken:
         raise UsageError(
             f"{folder} has files of the names that the set needs ({', '.join(taken[:3])}): "
-            "remove them, or write the set elsewhere by --out."
+            "move them away, or write the set elsewhere by --out."
         )
 
 
@@ -172,13 +188,17 @@ class _Gathered:
     """What the shards have told so far, beside what is in the tables.
 
     Attributes:
-        classes: the labels in the shards, and their codes in the table.
+        known: the classes that were given, if any.
+        values: the labels in the shards, and their codes in the table, if none were.
+        labelled: whether any sample has a label.
         rotated: names of the first images that EXIF rotates.
         rotations: their number.
         damaged: what is wrong with shards that cannot be used.
     """
 
-    classes: Classes
+    known: Known
+    values: Found = field(default_factory=Found)
+    labelled: bool = False
     shards: list[Shard] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     rotated: list[str] = field(default_factory=list)
@@ -199,15 +219,24 @@ class _Gathered:
         self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
         codes = [self._code(path, value) for value in found.values]
         labelled = found.rows["label"] >= 0
+        self.labelled |= bool(labelled.any())
         found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
         found.rows["shard"] = len(self.shards) - 1
 
     def _code(self, path: Path, value: str) -> int:
-        code = self.classes.code(value)
+        if not self.known.names:
+            return self.values.code(value)
+        code = self.known.code(value)
         if code is None:
-            known = len(self.classes.given)
-            raise DataError(f"{path} has the label {value!r}, which is none of {known} classes.")
+            count = len(self.known.names)
+            raise DataError(f"{path} has the label {value!r}, which is none of {count} classes.")
         return code
+
+    def labels(self) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each code in the table, and the class names."""
+        if self.known.names:
+            return np.arange(len(self.known.names), dtype=np.int32), self.known.names
+        return self.values.as_classes()
 
 
 def _entry(path: Path, found: Adopted) -> Shard:
@@ -285,7 +314,7 @@ def _write_set(
     on_progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
-    gathered = _Gathered(Classes(options.classes))
+    gathered = _Gathered(Known(options.classes, by_place=True))
     with _Tables(aside) as tables, closing(mapped(adopt_shard, tasks, options.workers)) as results:
         for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
             gathered.add(path, found)
@@ -293,11 +322,14 @@ def _write_set(
             if on_progress:
                 on_progress(done, len(shards))
     _refuse_unusable(gathered, tables)
-    labels, classes = gathered.classes.finished()
+    if options.label_key and not gathered.labelled:
+        raise DataError(
+            f"No sample has a label in the field {options.label_key!r} of its JSON: name another "
+            "one by --label-key, or pass --unlabelled."
+        )
+    labels, classes = gathered.labels()
     counts = tables.finish(labels)
-    manifest = _manifest(aside, gathered, tables, classes, counts, options)
-    write_json(aside / "manifest.json", manifest.model_dump())
-    return manifest
+    return write_manifest(aside, _manifest(aside, gathered, tables, classes, counts, options))
 
 
 def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fastmoco.classes import several_labels
 from fastmoco.files import sha256_of
 from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image
 from fastmoco.pack.fragment import Totals, row_of
@@ -250,18 +251,20 @@ def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):
         return None
     text = _read(stream, side)
-    value = _field(text, key) if key else text.decode("utf-8", "replace").strip()
+    value = _field(text, key, side.name) if key else text.decode("utf-8", "replace").strip()
     return None if not value or _NEGATIVE.fullmatch(value) else value
 
 
-def _field(text: bytes, key: str) -> str | None:
+def _field(text: bytes, key: str, name: str) -> str | None:
     try:
         value = json.loads(text).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int):
+    if isinstance(value, list) and len(value) > 1:
+        raise several_labels(f"The field {key!r} of {name}")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if not isinstance(value, str | int | float):
         return None
     # JSON may hold halves of characters, which no manifest can.
     return str(value).encode("utf-8", "replace").decode().strip()

@@ -17,8 +17,9 @@ class PackOptions:
         format: of the source, a name of `sources.FORMATS`; None: recognised.
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
+        root: holds the images that a CSV lists; None: the folder of the CSV.
         classes_at: which folders are the classes, one of `layout.CLASSES_AT`; None: recognised.
-        like: a set of whose classes those of the source must be.
+        like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
         shard_mb: the size that no shard exceeds, in MB of 10^6 bytes; see `Schedule`.
@@ -34,6 +35,7 @@ class PackOptions:
 
     format: str | None = None
     seed: int = 0
+    root: Path | None = None
     unlabelled: bool = False
     classes_at: str | None = None
     like: Path | None = None
@@ -61,7 +63,7 @@ class PackOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "classes_at", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**chosen, "splits": dict(self.splits)}
 

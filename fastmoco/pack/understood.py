@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from fastmoco.pack.sources.agree import few
 from fastmoco.pack.sources.base import Source
 
 _SHOWN = 5
@@ -38,7 +39,9 @@ def _classes(source: Source) -> str:
     origin = f" from {source.labels_from}" if source.labels_from else ""
     none = int((labels < 0).sum())
     without = f"; {none} images without a label" if none else ""
-    return f"{len(source.classes)} classes{origin} ({shown}{more}){without}"
+    empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
+    lacking = f"; without images, {len(empty)}: {few(empty)}" if empty else ""
+    return f"{len(source.classes)} classes{origin} ({shown}{more}){without}{lacking}"
 
 
 def _left_out(sources: Mapping[str, Source]) -> Iterator[str]:

@@ -63,7 +63,12 @@ def sources_for(source: Path, out: Path, options: PackOptions) -> dict[str, Sour
     if source.resolve() in out.resolve().parents:
         raise UsageError(f"{out} lies inside {source}: choose a place outside of it.")
     return open_sources(
-        source, options.format, options.unlabelled, _classes_of(options.like), options.classes_at
+        source,
+        options.format,
+        options.unlabelled,
+        _classes_of(options.like),
+        options.classes_at,
+        options.root,
     )
 
 

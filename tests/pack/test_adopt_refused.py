@@ -30,7 +30,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path, small_set: ShardSet) -> N
         with pytest.raises(UsageError, match=words):
             adopt(place)
     (folder / "part-0.idx").write_text("v1.2 0\n")
-    with pytest.raises(UsageError, match=r"\(part-0.idx\): remove them, or .* --out"):
+    with pytest.raises(UsageError, match=r"\(part-0.idx\): move them away, or .* --out"):
         adopt(folder)
     assert (folder / "part-0.idx").read_text() == "v1.2 0\n"
     (folder / "more.tar.gz").write_bytes(b"")
@@ -121,6 +121,12 @@ def test_an_interrupted_call_leaves_no_set(
     assert not (folder / "manifest.json").exists()
     if (moment, number) == ("check", signal.SIGINT):
         assert sorted(p.name for p in folder.iterdir()) == ["part-0.tar", "part-1.tar"]
+    notes = folder / "names.txt"
+    notes.write_text("my own notes")
+    with pytest.raises(UsageError, match=r"names.txt"):
+        adopt(folder)
+    assert notes.read_text() == "my own notes", "a stranger's file, though a call was killed here"
+    notes.unlink()
     adopt(folder)
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -132,13 +138,26 @@ def test_an_interrupted_call_leaves_no_set(
     }
 
 
+def test_two_calls_at_once(folder: Path) -> None:
+    command = [sys.executable, "-c", STALLED, str(folder), "check"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"stalled\n"
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(UsageError, match="Another process is writing"):
+            adopt(folder)
+        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        process.kill()
+    assert before == after
+    adopt(folder)
+
+
 def test_a_full_disk_is_plain_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastmoco.pack.adopt as station
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(station, "write_json", full)
+    monkeypatch.setattr(station, "write_manifest", full)
     with pytest.raises(DataError, match="cannot be written: No space left on device"):
         adopt(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["part-0.tar", "part-1.tar"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.agree import few
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
@@ -57,6 +58,7 @@ def open_sources(
     unlabelled: bool = False,
     like: list[str] | None = None,
     classes_at: str | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Source]:
     """Open a source of images.
 
@@ -66,6 +68,7 @@ def open_sources(
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
         classes_at: one of `CLASSES_AT`, for folders and archives.
+        folder: holds the images that a CSV lists; see `open_table`.
 
     Returns:
         The source of each split; "" for a source without splits.
@@ -82,12 +85,16 @@ def open_sources(
     if not path.exists():
         raise UsageError(f"There is no file or folder {path}.")
     chosen = format or recognise(path)
+    if folder is not None and chosen != "csv":
+        raise UsageError(f"--root says where the images of a CSV lie; {path} is a {chosen}.")
     try:
         if chosen in BY_LAYOUT:
             how = How(unlabelled, classes_at, tuple(like or ()))
             sources = BY_LAYOUT[chosen](path, unlabelled, how)
         elif classes_at:
             raise UsageError(f"--classes-at reads folders; {path} is of the format {chosen}.")
+        elif folder is not None:
+            sources = open_table(path, unlabelled, folder)
         else:
             sources = FORMATS[chosen](path, unlabelled)
     except OSError as error:
@@ -127,28 +134,16 @@ def _without_labels(source: Source) -> Source:
 
 
 def _agreed(source: Source, expected: list[str]) -> Source:
-    """Return the source with the class numbers of another set, of which it may lack classes."""
+    """Return the source with the class numbers of another set, which may have further classes."""
     if not source.classes:
+        raise DataError("The source has no labels, which --like needs: pack it without --like.")
+    known = Known(expected)
+    codes = list(map(known.code, source.classes))
+    used = np.unique(source.labels[source.labels >= 0])
+    unknown = [source.classes[label] for label in used if codes[label] is None]
+    if unknown:
         raise DataError(
-            f"The source has no labels, the set to be like has the classes {few(expected)}: "
-            "drop --like."
+            f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
         )
-    means = matched(source.classes, expected)
-    extra = sorted(set(source.classes) - set(means))
-    if extra:
-        raise DataError(
-            "The classes differ from those of the set to be like: "
-            f"unknown there {few(extra)}; missing here "
-            f"{few([name for name in expected if name not in means.values()])}."
-        )
-    numbers = np.array([expected.index(means[name]) for name in source.classes], dtype=np.int32)
-    labels = np.where(source.labels < 0, np.int32(-1), numbers[source.labels])
-    there = set(labels.tolist())
-    lacking = [name for number, name in enumerate(expected) if number not in there]
-    notes = [f"classes of the set to be like without images, {len(lacking)}: {few(lacking)}"]
-    return replace(
-        source,
-        labels=labels,
-        classes=list(expected),
-        notes=[*source.notes, *(notes if lacking else [])],
-    )
+    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
+    return replace(source, labels=numbers[source.labels], classes=list(expected))

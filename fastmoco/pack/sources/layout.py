@@ -228,10 +228,6 @@ def _agreed(branches: Mapping[str, Branch], where: str) -> list[str]:
                 f"The splits of {where} ({', '.join(classes)}) differ in their classes "
                 f"({few(odd or lacking)}): add what is missing, or pack each by itself."
             )
-        if lacking:
-            branches[split].notes.append(
-                f"classes of {first} without images here, {len(lacking)}: {few(lacking)}"
-            )
     return classes[first]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
+from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, no_labels
 from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, number_names, source_of
@@ -193,7 +194,7 @@ def _odd_shape(path: Path, shape: tuple[int, ...]) -> DataError:
 def _array(path: Path) -> npt.NDArray[Any]:
     """Return the array of a file, memory-mapped; what its header claims, the file must hold."""
     try:
-        array = _torch_array(path) if path.suffix == ".pt" else _numpy_array(path)
+        array = _torch_array(path) if path.suffix == ".pt" else load_array(path)
     except (
         OSError,
         ValueError,
@@ -209,13 +210,6 @@ def _array(path: Path) -> npt.NDArray[Any]:
         ) from error
     if array.nbytes > path.stat().st_size:
         raise DataError(f"{path} claims {array.nbytes} bytes, more than it holds: save it again.")
-    return array
-
-
-def _numpy_array(path: Path) -> npt.NDArray[Any]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is an archive of arrays")
     return array
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from fastmoco.errors import DataError
 from fastmoco.pack.sources import open_sources
+from fastmoco.pack.understood import understood
 
 
 @pytest.fixture
@@ -162,7 +163,10 @@ def test_the_test_set_may_lack_classes_of_the_training_set(tmp_path, touch):
     found = open_sources(tmp_path)
     assert found["val"].classes == ["a", "b", "c"]
     assert found["val"].labels.tolist() == [0, 0, 2, 2]
-    assert found["val"].notes == ["classes of train without images here, 1: b"]
+    assert understood(found)[1] == (
+        "split val: 4 images, 3 classes from the names of folders (a 2, b 0, c 2); "
+        "without images, 1: b"
+    )
 
 
 def test_names_of_classes_match_by_normalization(tmp_path, touch):

