@@ -63,10 +63,7 @@ def shard(
     max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
     max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
     workers: options.Workers = None,
-    max_rejects: Annotated[
-        int | None,
-        typer.Option(min=0, help="Left-out images to put up with. [default: 1 %, at least 10]"),
-    ] = None,
+    max_rejects: options.MaxRejects = None,
 ) -> None:
     """Check, shuffle and pack images into a shard set; after an interruption, go on."""
     from fastmoco.pack.options import PackOptions, parse_splits
@@ -181,9 +178,10 @@ def index(
     ] = False,
     classes: options.Classes = None,
     workers: options.Workers = None,
+    max_rejects: options.MaxRejects = None,
 ) -> None:
     """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
-    from fastmoco.pack.adopt import AdoptOptions, adopt
+    from fastmoco.pack.adopt import AdoptOptions, adopt_each
     from fastmoco.pack.labels import read_classes
 
     options = AdoptOptions(
@@ -191,13 +189,15 @@ def index(
         unlabelled=unlabelled,
         classes=tuple(read_classes(classes)) if classes else (),
         workers=_processes(workers),
+        max_rejects=max_rejects,
     )
     with progress(f"reading {folder}") as on_progress:
-        manifest = adopt(folder, out, options, on_progress)
-    _summarise(out or folder, manifest)
-    if manifest.options["rotated"]:
-        first = ", ".join(map(repr, manifest.options["rotated_first"]))
-        print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+        manifests = adopt_each(folder, out, options, on_progress)
+    for split, manifest in manifests.items():
+        _summarise((out or folder) / split, manifest)
+        if manifest.options["rotated"]:
+            first = ", ".join(map(repr, manifest.options["rotated_first"]))
+            print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
 
 
 def label(

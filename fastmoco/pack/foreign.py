@@ -66,7 +66,7 @@ class Adopted:
         rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
         names: the original name of each row, encoded.
         index: the lines of DALI's index.
-        values: the different labels as they are written.
+        values: the different labels as they are written, those of unfit images included.
         rejects: (name, reason) of the images that are no samples.
         rotated: names of the samples that EXIF says to rotate.
         totals: over the samples; the statistics over some of them.
@@ -99,16 +99,16 @@ def _adopt(task: AdoptTask) -> Adopted:
         if isinstance(member, Damage):
             return Adopted(damage=member.reason)
         members.append(member)
-    contents = _Contents(members)
+    contents = Contents(members)
     rows, lines, codes = [], [], dict[str, int]()
     with task.path.open("rb") as stream:
         for image in contents.samples(found, task.path.name):
+            value = None if task.unlabelled else label_of(stream, contents, image, task.label_key)
+            label = -1 if value is None else codes.setdefault(value, len(codes))
             checked = _checked(stream, image, found, _name(task, image))
             if checked is None:
                 continue
             side = contents.side(image, "cls")
-            value = None if task.unlabelled else _label(stream, contents, image, task.label_key)
-            label = -1 if value is None else codes.setdefault(value, len(codes))
             rows.append(row_of(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
             lines.append(index_line([_component(m) for m in _in_order(image, side)]))
@@ -121,7 +121,7 @@ def _name(task: AdoptTask, member: Member) -> str:
     return f"{task.path.name}!{member.name}"
 
 
-class _Contents:
+class Contents:
     """The members of a shard by what they are; those of a sample need not be neighbours."""
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -242,10 +242,10 @@ def _why_not(content: bytes) -> str:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             what = f"{image.format} of mode {image.mode}"
-    return f"would have to be re-encoded ({what}): pack the shards by `fastmoco shard`"
+    return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 
-def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None) -> str | None:
+def label_of(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
     """Return the label of a sample as it is written, None if there is none."""
     side = contents.side(image, "json" if key else "cls")
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):

@@ -22,6 +22,7 @@ from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
+from fastmoco.pack.sources.webdataset import is_webdataset, open_webdataset
 
 Adapter = Callable[[Path, bool], dict[str, Source]]
 
@@ -36,6 +37,7 @@ FORMATS: dict[str, Adapter] = {
     "imagenet": open_imagenet,
     "tensor": open_tensor,
     "png-tensor": open_png_tensor,
+    "webdataset": open_webdataset,
 }
 
 BY_LAYOUT = {"folder": open_folder, "zip": open_zip, "tar": open_tar}
@@ -47,8 +49,9 @@ KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "stl10": is_stl10,
     "svhn": is_svhn,
     "png-tensor": is_png_tensor,
+    "webdataset": is_webdataset,
 }
-KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn")}
+KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset")}
 SUFFIXES = {".zip": "zip", ".tar": "tar", ".csv": "csv", ".npy": "tensor", ".pt": "tensor"}
 
 

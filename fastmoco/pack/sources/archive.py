@@ -25,6 +25,8 @@ COMPRESSED = {
     b"BZh": "bzip2 -d",
     b"\xfd7zXZ": "xz -d",
     b"(\xb5/\xfd": "zstd -d",
+    b"7z\xbc\xaf": "7z x",
+    b"Rar!": "unrar x",
 }
 TAR_BLOCK = 512
 ZIP_UTF8 = 0x800  # the flag that says so of a name

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs, Picked
+from fastmoco.pack.kinds import ARCHIVES
 from fastmoco.pack.sources.agree import few, matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
 from fastmoco.pack.sources.found import Found, folder_of
@@ -161,8 +162,9 @@ def _instead(found: Found) -> str:
     """Return what a source holds in place of images."""
     for reject in found.left_out:
         return f" ({reject.name} {reject.reason})"
-    held = ", ".join(f"{one.count} {kind}, {one.first}" for kind, one in found.passed.items())
-    return held and f"; it holds {held}"
+    held = ", ".join(f"{one.count} {kind} ({one.first})" for kind, one in found.passed.items())
+    several = ", pack each by itself or unpack it" if ARCHIVES in found.passed else ""
+    return held and f"; it holds {held}{several}"
 
 
 def _is_below(name: str, base: Node) -> bool:

@@ -146,7 +146,7 @@ def test_a_name_that_is_no_unicode_survives(tmp_path):
     ("files", "message"),
     [
         ([], "holds no images"),
-        (["a.txt"], "no images; it holds 1 captions and side files, a.txt"),
+        (["a.txt"], r"no images; it holds 1 captions and side files \(a.txt\)"),
         (["a.jp2"], r"no images \(a.jp2 is JPEG 2000"),
         (["cat/1.png", "cat/2.png"], "single class folder .cat.*100 %.*--unlabelled"),
         (["cat/1.png", "dog/2.png", "3.png", "4.png"], "beside class folders.*--unlabelled"),
