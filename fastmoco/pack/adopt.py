@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
 from fastmoco.files import locked, new_folder, sha256_of, sync, write_json
-from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
+from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
 from fastmoco.pack.parallel import mapped
@@ -304,7 +304,7 @@ class _Tables:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.samples = self.rejected = 0
+        self.samples = self.rejected = self.lost = 0  # the lost are those rejects that count
         self._end = np.uint64(0)  # of names.txt
 
     def __enter__(self) -> "_Tables":
@@ -333,6 +333,7 @@ class _Tables:
             self._rejects.write(line.encode())
         self.samples += len(found.rows)
         self.rejected += len(found.rejects)
+        self.lost += sum(reason != BESIDE for _, reason in found.rejects)
         header = f"v1.2 {len(found.rows)}\n".encode()
         index_path(self.folder / path.name).write_bytes(header + found.index)
 
@@ -404,9 +405,9 @@ def _refuse_unusable(
             f"{len(gathered.damaged)} shard(s) are damaged; fetch them again, or move them away. "
             f"The first:{named}"
         )
-    total = tables.samples + tables.rejected
+    total = tables.samples + tables.lost
     limit = max(10, total // 100) if options.max_rejects is None else options.max_rejects
-    if tables.samples and tables.rejected <= limit:
+    if tables.samples and tables.lost <= limit:
         return
     with (tables.folder / "rejects.jsonl").open() as lines:
         rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
@@ -414,8 +415,8 @@ def _refuse_unusable(
     if not tables.samples:
         raise DataError(f"The shards hold no image that can be read in place.{first}")
     raise DataError(
-        f"{tables.rejected} of {total} images would be left out, more than {limit}, so nothing was "
-        f"adopted: --max-rejects {tables.rejected} puts up with them; fastmoco shard {folder} OUT "
+        f"{tables.lost} of {total} images would be left out, more than {limit}, so nothing was "
+        f"adopted: --max-rejects {tables.lost} puts up with them; fastmoco shard {folder} OUT "
         f"re-encodes what can be read. The first:{first}"
     )
 

@@ -30,6 +30,7 @@ from fastmoco.shardset import SAMPLE_DTYPE
 IMAGES = frozenset(
     ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
 )
+BESIDE = "is another image of a sample that has one"  # its mask, perhaps: no image that is lost
 _MAX_LABEL = 4096  # bytes of a `.cls`
 _MAX_JSON = 2**24
 _MEASURED, _STRIDE = 64, 16  # images that enter the statistics: the first, then one of so many
@@ -142,8 +143,10 @@ class Contents:
             reason = None
             if not image.regular:
                 reason = "is not a regular file"
-            elif stem in used or (stem not in self.plain and _root(stem) in self.plain):
-                reason = "is another image of a sample that has one"
+            elif stem not in self.plain and _root(stem) in self.plain:
+                reason = BESIDE
+            elif stem in used:
+                reason = "has the key of an image before it"
             if reason:
                 found.rejects.append((f"{shard}!{image.name}", reason))
             else:

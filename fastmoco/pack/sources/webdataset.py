@@ -12,11 +12,11 @@ import numpy as np
 
 from fastmoco.classes import Found
 from fastmoco.errors import DataError
-from fastmoco.pack.foreign import Adopted, Contents, label_of
+from fastmoco.pack.foreign import BESIDE, Adopted, Contents, label_of
 from fastmoco.pack.inputs import ArchiveInputs, Joined, Span
 from fastmoco.pack.kinds import hidden_folder
 from fastmoco.pack.sources.archive import refuse_compressed
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels
+from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, check_labels
 from fastmoco.pack.sources.tree import agree_on_splits, says_split, tokens
 from fastmoco.pack.tarwalk import Damage, Member, walk
 
@@ -88,6 +88,7 @@ def open_webdataset(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
     names, parts, left_out = Names(), list[ArchiveInputs](), list[Reject]()
     values, codes = Found(), list[int]()
+    passed: dict[str, Passed] = {}
     has_json = False
     for shard in shards:
         refuse_compressed(shard)
@@ -100,7 +101,11 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
                 value = None if unlabelled else label_of(stream, contents, image, None)
                 codes.append(-1 if value is None else values.code(value))
                 has_json = has_json or contents.side(image, "json") is not None
-        left_out += [Reject(name, reason) for name, reason in found.rejects]
+        for name, reason in found.rejects:
+            if reason == BESIDE:
+                passed.setdefault("further images of samples", Passed(name)).count += 1
+            else:
+                left_out.append(Reject(name, reason))
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         parts.append(ArchiveInputs(shard, Span, table, table[:, 1]))
     if not names:
@@ -117,6 +122,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
         classes=classes,
         inputs=Joined(parts),
         left_out=sorted(left_out, key=by_name),
+        passed=passed,
         labels_from="the .cls members" if classes else "",
         notes=notes,
     )
