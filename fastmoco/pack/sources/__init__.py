@@ -22,6 +22,7 @@ from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
+from fastmoco.pack.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
 from fastmoco.pack.sources.webdataset import is_webdataset, open_webdataset
 
 Adapter = Callable[[Path, bool], dict[str, Source]]
@@ -37,6 +38,7 @@ FORMATS: dict[str, Adapter] = {
     "imagenet": open_imagenet,
     "tensor": open_tensor,
     "png-tensor": open_png_tensor,
+    "tiny-imagenet": open_tiny_imagenet,
     "webdataset": open_webdataset,
 }
 
@@ -49,6 +51,7 @@ KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "stl10": is_stl10,
     "svhn": is_svhn,
     "png-tensor": is_png_tensor,
+    "tiny-imagenet": is_tiny_imagenet,
     "webdataset": is_webdataset,
 }
 KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset")}
