@@ -4,15 +4,18 @@ A shard that shrinks under a memory map kills the process (SIGBUS); a short prea
 can be named.
 """
 
+import errno
 import os
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.errors import DataError
 from fastmoco.shardset import Collection
 
-_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files
+_OPEN_SHARDS = 256  # at most: well under the usual limit of 1,024 open files
 
 
 class Unfit(Exception):
@@ -44,13 +47,14 @@ class Reader:
 
     def __init__(self, data: Collection) -> None:
         self.data = data
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
+        self._open = lru_cache(maxsize=_most_open())(self._opened)
 
     def fetch(self, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         """Return the encoded image of each id as a uint8 array.
 
         Raises:
             Unfit: a shard is missing or shorter than its table says.
+            DataError: no more files may be opened.
         """
         rows = self.data.rows(ids)
         columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
@@ -71,6 +75,20 @@ class Reader:
         try:
             opened = self._open(number, shard)  # held, lest another thread close it
             content = os.pread(opened.descriptor, size, offset)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about the shard
+                raise DataError(
+                    "Too many files are open: allow more by `ulimit -n 1024`, in this shell."
+                ) from error
             return None
         return np.frombuffer(content, dtype=np.uint8) if len(content) == size else None
+
+
+def _most_open() -> int:
+    """Return how many shards may be open: a quarter of the files that the process may open."""
+    try:
+        resource = import_module("resource")
+    except ImportError:  # there is none on Windows
+        return _OPEN_SHARDS
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_SHARDS if allowed < 0 else max(1, min(_OPEN_SHARDS, allowed // 4))
