@@ -18,7 +18,7 @@ class PackOptions:
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
         root: holds the images that a CSV lists; None: the folder of the CSV.
-        classes_at: which folders are the classes, one of `layout.CLASSES_AT`; None: recognised.
+        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognised.
         like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
