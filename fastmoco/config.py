@@ -1,7 +1,7 @@
 """The recipe: its schema, the shipped ones, and how one is read with its overrides."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -236,7 +236,9 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         device: "auto": a GPU if there is one.
         executor: who decodes and augments; "torchvision" needs no DALI.
-        log_every, checkpoint_every: in steps.
+        log_every: in steps.
+        checkpoint_every, checkpoint_minutes: between checkpoints, in steps or in minutes of rank
+            0's clock: one of the two; neither: 30 minutes.
         keep: checkpoints kept, the newest ones.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
         stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
@@ -244,8 +246,13 @@ class Recipe(Strict):
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
-        threads: decoding threads a rank; 0: cores / ranks of this machine.
+        threads: decoding threads a rank; 0: its share of the cores that this process may keep
+            busy (affinity, CPU quota), at most 16.
         prefetch: batches that are made ahead.
+        decode: where JPEGs are decoded that DALI draws on a GPU: "cpu", or "mixed", by CPU and
+            GPU together; "auto": mixed for JPEGs of the area of 128 x 128 pixels and more.
+        hw_decoder_load: with mixed, the share of them for the JPEG engine that an A100, H100 or
+            newer GPU has.
     """
 
     name: str
@@ -288,10 +295,13 @@ class Recipe(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: Literal["dali", "torchvision"] = "dali"
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Count = 2
+    prefetch: Count = 3
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    hw_decoder_load: Unit = 0.65
 
     log_every: Count = 50
-    checkpoint_every: Count = 500
+    checkpoint_every: Count | None = None
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     stall_s: Positive = 1800
@@ -302,6 +312,19 @@ class Recipe(Strict):
     @classmethod
     def _one_set(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_clock(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("checkpoint_every") is None:
+            return {"checkpoint_minutes": 30.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> "Recipe":
+        if (self.checkpoint_every is None) == (self.checkpoint_minutes is None):
+            raise ValueError("name either checkpoint_every or checkpoint_minutes, the other null")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":

@@ -15,7 +15,7 @@ from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
-from fastmoco.evaluate.embed import Sight, Stopped, embed, sight_of
+from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
 from fastmoco.load.loader import Loader
@@ -24,7 +24,7 @@ from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
-from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
 from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks() or isinstance(error, DataError):
             echo(f"error: {error}", err=True)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if speaks():
-            echo("interrupted: the same command goes on from the last checkpoint", err=True)
+            echo(_interrupted(error), err=True)
         return 130
     return 0
 
@@ -109,15 +109,20 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
             with suppress(OSError):
                 run.finish(error.exit_code, str(error))
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if ranks.leads:
-            run.finish(130, "interrupted: the same command goes on")
+            run.finish(130, _interrupted(error))
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
             with suppress(OSError):
                 run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
         raise
+
+
+def _interrupted(error: KeyboardInterrupt) -> str:
+    """Return in words where; no marker is left: nobody starts a run again that a person ended."""
+    return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
 def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
@@ -133,6 +138,11 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
         echo(f"stopped at step {done} of {last_step}: the same command goes on")
+    elif done > last_step:
+        words = f"already at step {done}, past the end of this recipe (step {last_step}"
+        words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
+        run.finish(0, f"{words}): nothing to do")
+        echo(f"{words}): nothing to do")
     else:
         run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
@@ -152,7 +162,8 @@ def _train(
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
-        run.describe(recipe, versions(ranks, device))
+        for change in run.describe(recipe, versions(ranks, device), start):
+            echo(f"from step {start} on {change}")
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
@@ -195,18 +206,17 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     if ranks.leads:
         for caution in cautions(bank, queries):
             echo(f"warning: {caution}", err=True)
-    bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
+        def features(one: Labelled) -> Pair:
+            return embed_labelled(encoder, one, monitor.feature, sight, ranks, stop)
+
+        classes = len(bank.classes)
         try:
-            features, asked = (
-                embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids, stop)
-                for one in (bank, queries)
-            )
+            neighbours = Neighbours(*features(bank), classes, monitor.k, monitor.t, ranks)
+            return {"knn_top1": neighbours.accuracy(*features(queries), stop)}
         except Stopped:
             return {}
-        neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
-        return {"knn_top1": neighbours.accuracy(asked, query_labels, ranks)}
 
     return knn
 

@@ -28,7 +28,7 @@ ORDER = [
     {"config"},
     {"strict"},
     {"classes", "files"},
-    {"errors", "memory", "terminal"},
+    {"cores", "errors", "memory", "terminal"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
 
