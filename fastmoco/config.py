@@ -1,18 +1,20 @@
 """The recipe: its schema, the shipped ones, and how one is read with its overrides."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastmoco.errors import UsageError
 from fastmoco.strict import Strict, near, parse_yaml, validate_as
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Triple = tuple[float, float, float]
 Stem = Literal["imagenet", "small", "small-stride2"]
@@ -42,8 +44,16 @@ class View(Strict):
     jitter_p: Unit = 1.0
     grayscale: Unit = 0.0
     blur: Unit = 0.0
-    blur_sigma: tuple[Annotated[float, Field(gt=0)], float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _bounds_ascend(self) -> "View":
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] needs 0 < low <= high")
+        return self
 
 
 class Subset(Strict):
@@ -105,11 +115,11 @@ class Optimizer(Strict):
         "apex_adam",
         "apex_lamb",
     ] = "sgd"
-    lr: Annotated[float, Field(gt=0)]
+    lr: Positive
     lr_batch: Count | None = None
     momentum: Unit | None = None
     betas: tuple[Beta, Beta] | None = None
-    trust: Annotated[float, Field(gt=0)] | None = None
+    trust: Positive | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
     def options(self) -> dict[str, Any]:
@@ -142,11 +152,11 @@ class Schedule(Strict):
     epochs: Count | None = None
     steps: Count | None = None
     milestones: tuple[int, ...] = ()
-    gamma: Annotated[float, Field(gt=0)] = 0.1
+    gamma: Positive = 0.1
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     update: Literal["epoch", "step"] | None = None
-    first_epoch: Literal[0, 1] = 0
+    first_epoch: Annotated[int, Field(ge=0, le=1)] = 0
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Schedule":
@@ -160,6 +170,8 @@ class Schedule(Strict):
             raise ValueError("the warm-up is as long as the schedule: shorten it")
         if self.name == "cosine" and self.milestones:
             raise ValueError("cosine has no milestones: leave them out, or choose name: step")
+        if [0, *self.milestones] != sorted({0, *self.milestones}):
+            raise ValueError("the milestones must ascend, from 1 on")
         if self.first_epoch and self.update == "step":
             raise ValueError("first_epoch counts only with update: epoch")
         return self
@@ -177,7 +189,7 @@ class Monitor(Strict):
     labels: str | None = None
     feature: Literal["head", "backbone"] = "head"
     k: Count = 200
-    t: Annotated[float, Field(gt=0)] = 0.1
+    t: Positive = 0.1
     every: Count = 1
 
 
@@ -224,7 +236,9 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         device: "auto": a GPU if there is one.
         executor: who decodes and augments; "torchvision" needs no DALI.
-        log_every, checkpoint_every: in steps.
+        log_every: in steps.
+        checkpoint_every, checkpoint_minutes: between checkpoints, in steps or in minutes of rank
+            0's clock: one of the two; neither: 30 minutes.
         keep: checkpoints kept, the newest ones.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
         stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
@@ -232,8 +246,13 @@ class Recipe(Strict):
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
-        threads: decoding threads a rank; 0: cores / ranks of this machine.
+        threads: decoding threads a rank; 0: its share of the cores that this process may keep
+            busy (affinity, CPU quota), at most 16.
         prefetch: batches that are made ahead.
+        decode: where JPEGs are decoded that DALI draws on a GPU: "cpu", or "mixed", by CPU and
+            GPU together; "auto": mixed for JPEGs of the area of 128 x 128 pixels and more.
+        hw_decoder_load: with mixed, the share of them for the JPEG engine that an A100, H100 or
+            newer GPU has.
     """
 
     name: str
@@ -251,7 +270,7 @@ class Recipe(Strict):
 
     image_size: Side = 224
     mean: Triple | None = (0.485, 0.456, 0.406)
-    std: Triple | None = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] | None = (0.229, 0.224, 0.225)
     views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
 
     batch: Count = 256
@@ -262,10 +281,10 @@ class Recipe(Strict):
     symmetric: bool = False
     queue: Count = 65536
     momentum: Unit = 0.999
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: Positive = 0.07
     optimizer: Optimizer
     accumulate: Count = 1
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: Positive | None = None
     schedule: Schedule
     stop_epoch: Count | None = None
 
@@ -276,15 +295,36 @@ class Recipe(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: Literal["dali", "torchvision"] = "dali"
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Count = 2
+    prefetch: Count = 3
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    hw_decoder_load: Unit = 0.65
 
     log_every: Count = 50
-    checkpoint_every: Count = 500
+    checkpoint_every: Count | None = None
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    stall_s: Annotated[float, Field(gt=0)] = 1800
+    stall_s: Positive = 1800
     max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_clock(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("checkpoint_every") is None:
+            return {"checkpoint_minutes": 30.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> "Recipe":
+        if (self.checkpoint_every is None) == (self.checkpoint_minutes is None):
+            raise ValueError("name either checkpoint_every or checkpoint_minutes, the other null")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
@@ -343,19 +383,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return validate(values, name_or_path)
 
 
-def _recipe_text(name_or_path: str) -> str:
+def _recipe_text(name_or_path: str) -> bytes:
     shipped, path = RECIPES / f"{name_or_path}.yaml", Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise UsageError(f"There is no recipe file {path}.")
-        return path.read_text()
+        return path.read_bytes()
     if not shipped.is_file():
         hint = near(name_or_path, recipe_names())
         raise UsageError(
             f"There is no recipe {name_or_path!r}{hint} Shipped: {', '.join(recipe_names())}; "
             "your own needs a path that ends in .yaml."
         )
-    return shipped.read_text()
+    return shipped.read_bytes()
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -367,24 +407,35 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         holder = _child(holder, parent, dotted)
     value = parse_yaml(text, dotted)
-    if isinstance(holder, list) and last.isdigit() and int(last) < len(holder):
-        holder[int(last)] = value
+    if isinstance(holder, list):
+        holder[_place(holder, last, dotted)] = value
     elif isinstance(holder, dict):
         holder[last] = value
     else:
-        raise UsageError(f"{dotted} does not name a key of the recipe.")
+        raise _no_key(dotted)
 
 
 def _child(holder: Any, key: str, dotted: str) -> Any:
-    if isinstance(holder, list) and key.isdigit() and int(key) < len(holder):
+    if isinstance(holder, list):
+        place = _place(holder, key, dotted)
         # YAML anchors share one mapping between views: an override must change one of them only.
-        holder[int(key)] = dict(holder[int(key)])
-        return holder[int(key)]
+        holder[place] = copy.copy(holder[place])
+        return holder[place]
     if isinstance(holder, dict):
-        if holder.get(key) is None:
-            holder[key] = {}
+        holder[key] = {} if holder.get(key) is None else copy.copy(holder[key])
         return holder[key]
-    raise UsageError(f"{dotted} does not name a key of the recipe.")
+    raise _no_key(dotted)
+
+
+def _place(holder: list[Any], key: str, dotted: str) -> int:
+    """Return the place in a list that a part of a key names."""
+    if key not in map(str, range(len(holder))):
+        raise _no_key(dotted)
+    return int(key)
+
+
+def _no_key(dotted: str) -> UsageError:
+    return UsageError(f"{dotted} does not name a key of the recipe.")
 
 
 def validate(values: Any, origin: str) -> Recipe:

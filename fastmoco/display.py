@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.config import Recipe
+from fastmoco.terminal import printable
 
 WIDE = 110  # columns
 
@@ -81,13 +82,13 @@ class LiveDisplay:
     def bad(self, row: dict[str, Any]) -> None:
         """Show damaged samples that the run goes on without."""
         for sample in row["samples"]:
-            self._console.print(
-                f"goes on without {sample}: damaged", markup=False, highlight=False, soft_wrap=True
-            )
+            words = printable(f"goes on without {sample}: damaged")
+            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     def unsaved(self, row: dict[str, Any]) -> None:
         """Show that a checkpoint could not be written."""
-        self._console.print(f"[bold red]{escape(row['message'])}[/bold red]", soft_wrap=True)
+        words = escape(printable(row["message"]))
+        self._console.print(f"[bold red]{words}[/bold red]", soft_wrap=True)
 
 
 def _for_ablations_only(recipe: Recipe) -> list[str]:

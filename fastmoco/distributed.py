@@ -6,14 +6,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.cores import cores_of
 from fastmoco.errors import UsageError
+
+T = TypeVar("T")
+# The newest torch renamed it, and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,16 @@ class Ranks:
         if self.size == 1:
             return rows
         everything = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        dist.all_gather_single(everything, rows.contiguous(), group=self.group)
+        _all_gather(everything, rows.contiguous(), group=self.group)
         return everything
+
+    def gather_shares(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Return all `count` rows, of which each rank holds its `share`."""
+        if self.size == 1:
+            return rows
+        equal = rows.new_zeros(-(-count // self.size), *rows.shape[1:])
+        equal[: len(rows)] = rows
+        return self.gather(equal)[:count]
 
     def exchange(
         self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
@@ -94,13 +107,16 @@ class Ranks:
         total: torch.Tensor = _Sum.apply(values, self.group)
         return total / self.size
 
+    def gather_object(self, value: T) -> list[T]:
+        """Return what each rank has, in rank order; it crosses between the hosts."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def union(self, values: set[int]) -> set[int]:
         """Return what is in the set of any rank."""
-        if self.size == 1:
-            return set(values)
-        found: list[set[int]] = [set()] * self.size
-        dist.all_gather_object(found, values, group=self.group)
-        return set().union(*found)
+        return set().union(*self.gather_object(values))
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module with its gradients averaged over the ranks.
@@ -110,9 +126,9 @@ class Ranks:
         """
         if self.size == 1:
             return module
-        return DistributedDataParallel(
-            module, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # the argument has another name in the newest torch
+        return wrapped
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which a wrapped module's gradients stay on this rank."""
@@ -139,9 +155,9 @@ class _Sum(torch.autograd.Function):
 
 
 class Vote:
-    """Whether a flag is up on any rank, known to all at the same call, without waiting for it.
+    """Which flags are up on any rank, known to all at the same call, without waiting for it.
 
-    A call's outcome is that of the flags of the call before: the exchange, four bytes between the
+    A call's outcome is that of the flags of the call before: the exchange, a few bytes between the
     hosts, runs beside the work in between.
 
     Args:
@@ -156,33 +172,36 @@ class Vote:
             self._group = cast(dist.ProcessGroup, group)
         self._cast: tuple[dist.Work, torch.Tensor] | None = None
 
-    def __call__(self, flag: bool) -> bool:
-        """Cast this rank's flag; return whether any rank's flag was up at the last call."""
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Cast this rank's flags; return which of them were up on any rank at the last call."""
         if self._group is None:
-            return flag
-        outcome = self._outcome()
-        votes = torch.tensor([int(flag)], dtype=torch.int32)
+            return list(flags)
+        outcome = self._outcome() or [False] * len(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
         work = dist.all_reduce(votes, group=self._group, async_op=True)
         assert work is not None
         self._cast = work, votes
         return outcome
 
-    def _outcome(self) -> bool:
+    def _outcome(self) -> list[bool]:
         if self._cast is None:
-            return False
+            return []
         work, votes = self._cast
         work.wait()
-        return bool(votes.item())
+        return votes.bool().tolist()
 
 
 def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device:
     """Return the device that a recipe's `device` means on this machine, for one of its ranks.
 
     Raises:
-        UsageError: "cuda" without a GPU, or more ranks than GPUs.
+        UsageError: "cuda" without a GPU, more ranks than GPUs, or a driver too old for this torch.
     """
+    if choice == "cpu":
+        return torch.device("cpu")
+    _check_driver()
     gpus = torch.cuda.device_count()
-    if choice == "cpu" or (choice == "auto" and not gpus):
+    if choice == "auto" and not gpus:
         return torch.device("cpu")
     needed = max(local_rank + 1, local_size)
     if needed > gpus:  # asked of every rank, so that all meet it
@@ -193,6 +212,32 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
     return torch.device("cuda", local_rank)
 
 
+def _number_in_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text} in the environment is no number: `unset {name}`.")
+    return int(text)
+
+
+def _check_driver() -> None:
+    """Refuse a driver that is too old for this torch, which counts its GPUs all the same.
+
+    Raises:
+        UsageError: it is. (Where there is no GPU, torch says something else.)
+    """
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        if "too old" not in str(error):
+            return
+        told, _, _ = str(error).partition(". ")
+        raise UsageError(
+            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, "
+            "install a torch that is built for the driver's CUDA (the cu126 build, say), or set "
+            "device=cpu."
+        ) from error
+
+
 @contextmanager
 def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the ranks that torchrun started, or be the only one.
@@ -200,23 +245,34 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     Args:
         device_choice: a recipe's `device`.
         timeout_s: how long a collective waits for a rank.
+
+    Raises:
+        UsageError: the environment is not that of torchrun.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    size = _number_in_environment("WORLD_SIZE", 1)
+    local_rank = _number_in_environment("LOCAL_RANK", 0)
+    local_size = _number_in_environment("LOCAL_WORLD_SIZE", size)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start several processes "
+            "by torchrun, or `unset WORLD_SIZE` for one."
+        )
     device = device_of(device_choice, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif size > 1:
-        # torchrun allows each process one thread, however many cores there are.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    # torchrun allows each process one thread, and torch alone takes no notice of a CPU quota.
+    cores = cores_of(local_size)
+    torch.set_num_threads(cores if size > 1 else min(cores, torch.get_num_threads()))
     if size == 1:
         yield Ranks(), device
         return
     timeout = timedelta(seconds=timeout_s)
     # Labels and votes stay on the hosts: NCCL has no path for them.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    # Told its GPU, NCCL connects at once, and never guesses it from the rank.
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=bound)
     yield Ranks(dist.get_rank(), size, local_rank, local_size, timeout=timeout), device
     # Not after an error: the clean-up would wait for ranks that are still in a collective.
     dist.destroy_process_group()

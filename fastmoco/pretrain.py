@@ -15,7 +15,7 @@ from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
-from fastmoco.evaluate.embed import Sight, Stopped, embed, sight_of
+from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
 from fastmoco.load.loader import Loader
@@ -24,7 +24,8 @@ from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
-from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
+from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -40,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A user's error is one plain line from the rank that met it, never a traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    leads = os.environ.get("RANK", "0") == "0"
     try:
-        if not arguments or arguments[0] in {"-h", "--help"}:
+        if {"-h", "--help"} & set(arguments):
+            echo(_USAGE)
+            return 0
+        if not arguments:
             raise UsageError(_USAGE)
         overrides = [argument for argument in arguments[1:] if argument != "--dry-run"]
         recipe = load_recipe(arguments[0], overrides)
@@ -52,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pretrain(recipe)
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if leads or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr)
+        if speaks() or isinstance(error, DataError):
+            echo(f"error: {error}", err=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        if leads:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if speaks():
+            echo(_interrupted(error), err=True)
         return 130
     return 0
 
@@ -72,7 +75,7 @@ def dry_run(recipe: Recipe) -> None:
         recipe, loader = _prepared(recipe, ranks, device)
         if ranks.leads:
             for name, value in outlook(recipe, loader.plan, ranks, device).items():
-                print(f"{name:<28}{value}")
+                echo(f"{name:<28}{value}")
 
 
 def pretrain(recipe: Recipe) -> RunFolder:
@@ -106,15 +109,20 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
             with suppress(OSError):
                 run.finish(error.exit_code, str(error))
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if ranks.leads:
-            run.finish(130, "interrupted: the same command goes on")
+            run.finish(130, _interrupted(error))
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
             with suppress(OSError):
                 run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
         raise
+
+
+def _interrupted(error: KeyboardInterrupt) -> str:
+    """Return in words where; no marker is left: nobody starts a run again that a person ended."""
+    return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
 def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
@@ -129,13 +137,18 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     last_step = recipe.last_step(plan.steps_per_epoch)
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
-        print(f"stopped at step {done} of {last_step}: the same command goes on")
+        echo(f"stopped at step {done} of {last_step}: the same command goes on")
+    elif done > last_step:
+        words = f"already at step {done}, past the end of this recipe (step {last_step}"
+        words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
+        run.finish(0, f"{words}): nothing to do")
+        echo(f"{words}): nothing to do")
     else:
         run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
         draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
     except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
+        echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
 
 def _train(
@@ -149,7 +162,8 @@ def _train(
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
-        run.describe(recipe, versions(ranks, device))
+        for change in run.describe(recipe, versions(ranks, device), start):
+            echo(f"from step {start} on {change}")
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
@@ -176,7 +190,7 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
     if ranks.leads:
         run.rewind(start if state else -1)
         for name in run.damaged:
-            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
+            echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
 
 
@@ -191,19 +205,18 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if ranks.leads:
         for caution in cautions(bank, queries):
-            print(f"warning: {caution}", file=sys.stderr)
-    bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
+            echo(f"warning: {caution}", err=True)
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
+        def features(one: Labelled) -> Pair:
+            return embed_labelled(encoder, one, monitor.feature, sight, ranks, stop)
+
+        classes = len(bank.classes)
         try:
-            features, asked = (
-                embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids, stop)
-                for one in (bank, queries)
-            )
+            neighbours = Neighbours(*features(bank), classes, monitor.k, monitor.t, ranks)
+            return {"knn_top1": neighbours.accuracy(*features(queries), stop)}
         except Stopped:
             return {}
-        neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
-        return {"knn_top1": neighbours.accuracy(asked, query_labels, ranks)}
 
     return knn
 

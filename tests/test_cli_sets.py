@@ -88,3 +88,23 @@ def test_views(run: Run, copied: Path, tmp_path: Path) -> None:
     code, out, err = run("views", copied, "executor=torchvision", *arguments)
     assert code == 0, err
     assert out.count("view 1: crop") == out.count("view 2: crop") == 2 and png.exists()
+
+
+def test_names_give_a_terminal_no_orders(
+    run: Run, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nor do they mix up its lines: control characters, and marks that turn the direction."""
+    odd = "a\x1b]0;pwned\x07\u202e"
+    make_images(tmp_path / "in", (odd, "b"))
+    assert run("shard", tmp_path / "in", tmp_path / "set")[0] == 0
+    (tmp_path / "l.csv").write_text(f"name,label\nabsent\x1b[31m,{odd}\n")
+    arguments = ("--recipe", "cifar10_r18", "--out", tmp_path / "views.png")
+    for command in (
+        ("inspect", tmp_path / "set"),
+        ("views", tmp_path / "set", "executor=torchvision", *arguments),
+        ("label", tmp_path / "set", tmp_path / "l.csv", "--name", "x"),
+        ("shard", tmp_path / odd, tmp_path / "other"),
+    ):
+        _, out, err = run(*command)
+        assert r"\x1b" in out + err, command
+        assert not set(out + err) & set("\x1b\x07\u202e"), command

@@ -1,9 +1,7 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
 
-import os
 import sys
 from collections.abc import Callable
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -12,6 +10,7 @@ from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
 from fastmoco.errors import FastmocoError
+from fastmoco.terminal import echo, speaks
 
 INTERRUPTED = 130
 
@@ -43,6 +42,7 @@ app = typer.Typer(
     name="fastmoco",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich" would take `[default: ...]` for markup and drop it
     add_completion=False,
 )
 for panel, commands in COMMANDS.items():
@@ -53,7 +53,7 @@ app.add_typer(bench_app, rich_help_panel="Benchmarks")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fastmoco {__version__}")
+        echo(f"fastmoco {__version__}")
         raise typer.Exit()
 
 
@@ -68,14 +68,11 @@ def of_all_commands(
 
 def main() -> None:
     """Run the command line; a user error ends in plain lines and its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # names may hold bytes that no terminal can show
-            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FastmocoError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
-            print(f"error: {error}", file=sys.stderr)
+        if speaks() or error.exit_code == 3:  # met by one rank alone
+            echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _end_interrupted()
@@ -86,5 +83,5 @@ def main() -> None:
 
 
 def _end_interrupted() -> None:
-    print("interrupted", file=sys.stderr)
+    echo("interrupted", err=True)
     sys.exit(INTERRUPTED)

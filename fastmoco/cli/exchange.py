@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastmoco.cli import options
+from fastmoco.terminal import echo
 
 
 def import_(
@@ -24,10 +25,10 @@ def import_(
     found = import_weights(file, out, layout, image_size)
     recipe = found.recipe
     head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
-    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, in the layout of {found.layout}")
+    echo(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, in the layout of {found.layout}")
     for note in found.notes:
-        print(f"  {note}")
-    print(f"next: fastmoco probe {out} --train SET --test SET")
+        echo(f"  {note}")
+    echo(f"next: fastmoco probe {out} --train SET --test SET")
 
 
 def export(
@@ -47,8 +48,8 @@ def export(
 
     encoder, recipe, step = load_encoder(RunFolder(run), torch.device("cpu"))
     done = write(encoder, recipe, out, to)
-    print(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
-    print(done.note)
+    echo(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
+    echo(done.note)
 
 
 def embed(
@@ -75,7 +76,7 @@ def embed(
     encoder, recipe, step = load_encoder(RunFolder(run), where)
     data = Collection.open([set])
     sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
-    features = features_of(encoder, data, feature, sight).numpy()
+    features = features_of(encoder, data, feature, sight).cpu().numpy()
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
     write_features(out, features, np.arange(len(features)), about)
-    print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")
+    echo(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +12,7 @@ from rich.console import Console
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import DataError
+from fastmoco.terminal import echo
 
 if TYPE_CHECKING:
     from fastmoco.shardset import Manifest
@@ -30,7 +30,7 @@ def shard(
         ),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of SOURCE. [default: recognised]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the global shuffle.")] = 0,
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
@@ -60,8 +60,12 @@ def shard(
     min_side: Annotated[
         int | None, typer.Option(min=1, help="Smallest height and width, in pixels. [default: 1]")
     ] = None,
-    max_mpixels: Annotated[float, typer.Option(help="Largest area, in megapixels.")] = 100,
-    max_mb: Annotated[float, typer.Option(help="Largest encoded image, in MiB.")] = 128,
+    max_mpixels: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest area, in megapixels.")
+    ] = 100,
+    max_mb: Annotated[
+        float, typer.Option(callback=options.positive, help="Largest encoded image, in MiB.")
+    ] = 128,
     workers: options.Workers = None,
     max_rejects: options.MaxRejects = None,
 ) -> None:
@@ -94,7 +98,7 @@ def shard(
     else:
         chosen = PackOptions(root=within, **given)
         sources = sources_for(source, out, chosen)
-    print("\n".join(understood(sources)), file=sys.stderr)
+    echo("\n".join(understood(sources)), err=True)
     with progress(f"packing {source}") as on_progress:
         manifests = pack_sources(sources, out, chosen, on_progress)
     for split, manifest in manifests.items():
@@ -119,10 +123,10 @@ def views(
     chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
-        print(shown.described)
+        echo(shown.described)
         for number, view in enumerate(shown.views, 1):
-            print(f"  view {number}: {view}")
-    print(f"drawn in {out}")
+            echo(f"  view {number}: {view}")
+    echo(f"drawn in {out}")
 
 
 def verify(
@@ -139,13 +143,13 @@ def verify(
     with progress(f"verifying {root}") as on_progress:
         findings = run(root, full, on_progress, _processes(workers))
     for finding in findings:
-        print(finding)
+        echo(finding)
     if findings:
         raise DataError(f"{root} has {len(findings)} defect(s): copy it again, or pack it anew.")
-    print(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
+    echo(f"{root}: sound" + ("" if full else " in sizes and counts; --full reads every image"))
     older = unhashed(root)
     if older:
-        print(f"  written before there were hashes, a change would not show: {', '.join(older)}")
+        echo(f"  written before there were hashes, a change would not show: {', '.join(older)}")
 
 
 def inspect(
@@ -154,7 +158,7 @@ def inspect(
         Path | None, typer.Option(help="Draw random samples into this PNG.", metavar="PNG")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    seed: Annotated[int, options.of_seed("Of their choice.")] = 0,
 ) -> None:
     """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
     from fastmoco.pack.summary import contact_sheet, inspect_set, show
@@ -162,7 +166,7 @@ def inspect(
     show(inspect_set(root), Console())
     if sheet:
         contact_sheet(root, sheet, count, seed)
-        print(f"\n{sheet}")
+        echo(f"\n{sheet}")
 
 
 def index(
@@ -197,7 +201,7 @@ def index(
         _summarise((out or folder) / split, manifest)
         if manifest.options["rotated"]:
             first = ", ".join(map(repr, manifest.options["rotated_first"]))
-            print(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+            echo(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
 
 
 def label(
@@ -219,9 +223,9 @@ def label(
 
     named = read_classes(classes) if classes else None
     done = run(root, table, name, named, replace, folder)
-    print(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
+    echo(f"{done.path}: {done.labels} labels, {len(done.classes)} classes")
     for note in done.notes:
-        print(f"  {note}")
+        echo(f"  {note}")
 
 
 def _processes(workers: int | None) -> int:
@@ -231,19 +235,19 @@ def _processes(workers: int | None) -> int:
 def _summarise(out: Path, manifest: "Manifest") -> None:
     size = sum(entry.bytes for entry in manifest.shards) / 1e6
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(
+    echo(
         f"{out}: {manifest.samples} images, {labels}, {len(manifest.shards)} shards, {size:.1f} MB"
     )
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
-        print(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
-    print(f"  set  {manifest.set_id[:16]}")
+        echo(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
+    echo(f"  set  {manifest.set_id[:16]}")
     counts = zip(manifest.classes, manifest.class_counts, strict=True)
     empty = [name for name, count in counts if not count]
     if empty:
         more = ", ..." if len(empty) > 3 else ""
-        print(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
+        echo(f"  {len(empty)} classes have no image: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
-        print(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
+        echo(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)
 
 
@@ -251,4 +255,4 @@ def _print_rejects(path: Path, count: int) -> None:
     with path.open() as lines:
         for line in islice(lines, count):
             reject = json.loads(line)
-            print(f"    {reject['name']!r} {reject['reason']}")
+            echo(f"    {reject['name']!r} {reject['reason']}")

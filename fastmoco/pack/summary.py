@@ -22,6 +22,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.files import write_bytes
 from fastmoco.pack.index import index_path, read_header, read_lines
 from fastmoco.shardset import CHUNK, ShardSet
+from fastmoco.terminal import printable
 
 IMAGES = ("jpg", "png", "webp")
 _SHOWN_CLASSES = 20
@@ -232,12 +233,7 @@ def _histogram(spread: Spread) -> Table:
 
 
 def _plain(text: str) -> Text:
-    return Text(_printable(text))  # not markup
-
-
-def _printable(text: str) -> str:
-    """Return a text without the control characters that a file name may hold."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return Text(printable(text))  # not markup
 
 
 def contact_sheet(root: Path, path: Path, count: int = 64, seed: int = 0) -> None:
@@ -282,7 +278,7 @@ def _draw(sheet: Image.Image, corner: tuple[int, int], picture: Image.Image, cap
 def _caption(shard_set: ShardSet, row: int) -> str:
     label, classes = int(shard_set.samples["label"][row]), shard_set.manifest.classes
     name = classes[label] if 0 <= label < len(classes) else ""
-    return _printable(f"{row} {name}")
+    return printable(f"{row} {name}")
 
 
 def _thumbnail(shard_set: ShardSet, row: int) -> Image.Image:

@@ -1,6 +1,10 @@
 """The DALI graph: one for both devices, checked without a GPU; its pixels checked with one."""
 
+import struct
+import weakref
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import nvidia.dali.backend as backend
@@ -28,10 +32,18 @@ LOOKS = {
 }
 
 
-def built(device: str, stages: tuple[Stages, ...]) -> Pipeline:
+def built(device: str, stages: tuple[Stages, ...], decoder: str | None = None) -> Pipeline:
     look = Look(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), stages)
     return dali.build(
-        lambda info: [], look, batch=4, threads=1, prefetch=2, device=device, device_id=None
+        lambda info: [],
+        look,
+        batch=4,
+        threads=1,
+        prefetch=2,
+        device=device,
+        device_id=None,
+        decoder=decoder or {"cpu": "cpu", "gpu": "mixed"}[device],
+        hw_decoder_load=0.375,
     )
 
 
@@ -70,6 +82,71 @@ def test_an_image_is_decoded_once_for_all_views(device: str) -> None:
     assert len([name for name in names if name == "Resize"]) == 2
 
 
+def test_images_decoded_on_the_cpu_are_drawn_on_the_gpu() -> None:
+    on_cpu, on_gpu = (built("gpu", LOOKS["two full views"], d) for d in ("cpu", "mixed"))
+    for (name, device), (other, there) in zip(operators(on_cpu), operators(on_gpu), strict=True):
+        assert (name, device) == (other, "cpu" if there == "mixed" else there)
+    assert len(on_cpu.serialize()) > 1000
+
+
+def test_a_gpu_decodes_as_it_is_told_and_its_chroma_as_a_cpu_does() -> None:
+    graph = built("gpu", LOOKS["evaluation"]).serialize()
+    # In protobuf: name, type, value.
+    assert b"hw_decoder_load\x12\x05float\x1d" + struct.pack("<f", 0.375) in graph
+    assert b"jpeg_fancy_upsampling\x12\x04bool\x30\x01" in graph
+
+
+class _Stream(Exception):
+    """Tells the stream that a pipeline was run on."""
+
+
+def test_the_gpu_hands_over_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipe:
+        def run(self, stream: object) -> None:
+            raise _Stream(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for device, stream in (("cuda:1", "stream of cuda:1"), ("cpu", None)):
+        with pytest.raises(_Stream) as told:
+            dali._next(Pipe(), deque(), torch.device(device))
+        assert told.value.args == (stream,)
+
+
+def test_memory_of_the_gpu_is_kept_until_torch_is_done_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: dict[int, weakref.ref[torch.Tensor]] = {}
+    done: list[int] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = len(alive) - 1
+
+        def synchronize(self) -> None:
+            assert alive[self.number]() is not None
+            done.append(self.number)
+
+    def drawn(output: object) -> torch.Tensor:
+        view = torch.zeros(1)
+        alive[len(alive)] = weakref.ref(view)
+        return view
+
+    def build(feed: Callable[[object], list[object]], *_: object, **__: object) -> object:
+        info = SimpleNamespace(iteration=0)
+        return SimpleNamespace(build=lambda: None, run=lambda stream: feed(info))
+
+    stream = SimpleNamespace(record_event=Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(dali, "build", build)
+    monkeypatch.setattr(dali, "to_torch", drawn)
+    look, settings = Look(32, (0, 0, 0), (1, 1, 1), ()), Settings(device=torch.device("cuda", 0))
+    batches = dali.render(lambda number: Work(np.arange(1), [], []), look, 1, settings)
+    for number in range(6):
+        next(batches)
+        gone = [i for i in range(number) if alive[i]() is None]
+        assert gone == done == list(range(number - dali._KEPT))
+
+
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_no_operator_draws_numbers_of_its_own(device: str) -> None:
     names = [name for name, _ in operators(built(device, LOOKS["two full views"]))]
@@ -85,8 +162,9 @@ def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decode", ["cpu", "mixed"])
 def test_the_gpu_draws_what_the_cpu_draws(
-    make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray]
+    make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray], decode: str
 ) -> None:
     images = [make_picture(i, (64, 48)) for i in range(8)]
     view = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
@@ -94,8 +172,8 @@ def test_the_gpu_draws_what_the_cpu_draws(
     work = Work(np.arange(8), [encode(image, "jpeg") for image in images], [numbers])
     look = Look(32, (0.5, 0.5, 0.5), (1 / 255,) * 3, (Stages(True, True),))
     cpu, gpu = (
-        next(dali.render(lambda i: None if i else work, look, 8, Settings(device=device))).views[0]
-        for device in (torch.device("cpu"), torch.device("cuda", 0))
+        next(dali.render(lambda i: None if i else work, look, 8, settings)).views[0]
+        for settings in (Settings(), Settings(device=torch.device("cuda", 0), decode=decode))
     )
     assert gpu.is_cuda and gpu.dtype == torch.float16
     assert gpu.is_contiguous(memory_format=torch.channels_last)

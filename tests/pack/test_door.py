@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from fastmoco.shardset import ShardSet
 
@@ -121,12 +121,14 @@ def test_content_decides_not_the_name(shard: Callable[..., str], tmp_path: Path)
         for kind in ("cat", "dog"):
             put(tmp_path / "crawl" / kind / name, encoded(number, "PNG" if number % 2 else "JPEG"))
     put(tmp_path / "crawl/cat/checksums", b"no image")
-    for number in range(3):
-        put(tmp_path / f"crawl/dog/{number}.avif", encoded(number, "AVIF"))
+    if features.check("avif"):  # since Pillow 11.3
+        put(tmp_path / "crawl/dog/9.avif", encoded(9, "AVIF"))
+    else:
+        put(tmp_path / "crawl/dog/9.avif", encoded(9, "PNG"))
     assert "passed over: files of other kinds, 1 (cat/checksums)" in shard(
         "crawl", "set", "--max-rejects", "0"
     )
-    assert counts(tmp_path / "set") == {"cat": 6, "dog": 9}
+    assert counts(tmp_path / "set") == {"cat": 6, "dog": 7}
 
 
 def test_what_systems_leave_behind_is_passed_over(

@@ -103,7 +103,7 @@ def test_the_checksums_are_those_of_torchvision():
         ("about:", "abuot:", "unknown key 'abuot': did you mean 'about'?"),
         ("images: 4", "imges: 4", "unknown key 'splits.train.imges': did you mean 'images'?"),
         ("images: 4", "images: 0", "splits.train.images: Input should be greater than or equal"),
-        ("images: 4", "images: true", "images must not be a boolean"),
+        ("images: 4", "images: true", "images: Input should be a valid integer"),
         ("format: folder", "format: foldr", "no format 'foldr': did you mean 'folder'?"),
         ("format: folder", "", "the key 'format' is missing"),
         ("classes:", "options: {shards_mb: 3}\nclasses:", "'options.shards_mb': did you mean"),

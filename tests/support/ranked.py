@@ -3,6 +3,7 @@
 They come out of a server that has imported torch once: thirty starts would else be mostly imports.
 """
 
+import itertools
 import os
 import resource
 import runpy
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +188,14 @@ def _slow(rank: int, seconds: str) -> None:
     MoCo.step = slow
 
 
+def _skewed_clock(rank: int, seconds: str) -> None:
+    """Rank 0's clock goes on by so much each time that it is read, rank 1's by three times that."""
+    from fastmoco.train import loop
+
+    ticks = itertools.count(0, int(seconds) * (1 + 2 * rank))
+    loop.time = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+
+
 def _slow_monitor(rank: int, seconds: str) -> None:
     """The monitor takes so long for each image."""
     from fastmoco.evaluate import embed
@@ -206,5 +216,6 @@ FAULTS = {
     "stall": _at_step(lambda: time.sleep(3600)),
     "die": _at_step(lambda: os._exit(9)),
     "slow": _slow,
+    "skewed_clock": _skewed_clock,
     "slow_monitor": _slow_monitor,
 }

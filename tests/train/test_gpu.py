@@ -1,17 +1,28 @@
 """The same step on a GPU: what the CPU gives, and never a wait for the device."""
 
+import copy
+
 import pytest
 import torch
+from states import tensors
 
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.train.moco import MoCo
+from fastmoco.train.snapshot import snapshot
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep fp32 products fp32, or the CPU's numbers could not be expected."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def engine(worker, device: torch.device, **options: object) -> MoCo:
@@ -42,6 +53,21 @@ def test_a_step_never_waits(worker, precision, name, more):
         moco.step(*views, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_snapshot_is_of_its_step_and_never_waits(worker):
+    moco = engine(worker, GPU, precision="bf16")
+    views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
+    moco.step(*views, 0)
+    before = tensors(copy.deepcopy(moco.state()))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finished = snapshot(moco.state(), GPU)
+        moco.step(*views, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ours = tensors(finished())
+    assert all(torch.equal(ours[name], before[name].cpu()) for name in before)
 
 
 def test_a_bad_step_leaves_all_as_it_was(worker):

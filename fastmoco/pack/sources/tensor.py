@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import Found, is_no_label
 from fastmoco.errors import DataError
 from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
@@ -30,7 +31,7 @@ def open_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 
     Args:
         path: a .npy or .pt file with uint8 images of shape (N, 3, H, W), (N, H, W, 3), (N, H, W),
-            (N, 1, H, W) or (N, H, W, 1).
+            (N, 1, H, W) or (N, H, W, 1); 4 channels are colors and alpha, which is dropped.
         unlabelled: look for no labels.
 
     Returns:
@@ -45,8 +46,8 @@ def open_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     beside = None if unlabelled else _one_of([path.with_name(f"{path.stem}_labels")])
     if beside is None:
         return {"": source_of(names, inputs, None, [], str(path))}
-    labels = as_labels(_array(beside), len(images), str(beside))
-    return {"": source_of(names, inputs, labels, number_names(labels), str(beside))}
+    labels, classes = _read_labels(beside, len(images))
+    return {"": source_of(names, inputs, labels, classes, str(beside))}
 
 
 def is_png_tensor(path: Path) -> bool:
@@ -140,11 +141,23 @@ def _numbered_files(folder: Path) -> tuple[dict[int, str], list[Reject]]:
     return dict(sorted(found.items())), sorted(left_out, key=by_name)
 
 
+def _read_labels(path: Path, count: int) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return class numbers, -1 for none, and class names, from numbers or from names."""
+    array = _array(path)
+    if array.dtype.kind != "U" or array.shape != (count,):
+        labels = as_labels(array, count, str(path), missing=True)
+        return labels, number_names(labels)
+    found = Found()
+    codes = [-1 if is_no_label(value) else found.code(value) for value in array.tolist()]
+    numbers, classes = found.as_classes()
+    return np.append(numbers, np.int32(-1))[codes], classes
+
+
 def _labels_of(folder: Path, numbers: list[int]) -> npt.NDArray[np.int32] | None:
     file = _label_file(folder)
     if file is None:
         return None
-    labels = as_labels(_array(file), len(numbers), str(file))
+    labels = as_labels(_array(file), len(numbers), str(file), missing=True)
     if numbers[-1] != len(numbers) - 1:
         gap = next(row for row, number in enumerate(numbers) if row != number)
         raise DataError(f"{folder} has no {gap}.png: the labels of {file.name} run from 0 on.")
@@ -172,6 +185,8 @@ def _as_images(array: npt.NDArray[Any], path: Path) -> Bytes:
             f"{path} holds {array.dtype} values; images are whole numbers 0..255: convert them to "
             "uint8 and save again (values 0..1: times 255, rounded)."
         )
+    if array.ndim == 4 and 4 in (array.shape[1], array.shape[3]):  # alpha is dropped
+        array = array[..., :3] if array.shape[3] == 4 else array[:, :3]
     shape = array.shape
     if 0 in shape or len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] == shape[3] == 3):
         raise _odd_shape(path, shape)
