@@ -19,6 +19,7 @@ class PackOptions:
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
         root: holds the images that a CSV lists; None: the folder of the CSV.
+        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognised.
         like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
@@ -30,7 +31,7 @@ class PackOptions:
         quality: of the JPEGs that shrinking gives.
         levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
         workers: processes that decode; the bytes written do not depend on it.
-        max_rejects: the number of unfit images above which nothing is packed;
+        max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
     """
 
@@ -38,6 +39,7 @@ class PackOptions:
     seed: int = 0
     root: Path | None = None
     unlabelled: bool = False
+    classes_at: str | None = None
     like: Path | None = None
     splits: tuple[tuple[str, float], ...] = ()
     dedupe: bool = False
@@ -65,7 +67,7 @@ class PackOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "root", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         if self.levels is None:
             del chosen["levels"]
@@ -90,7 +92,7 @@ def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
     sound = all(re.fullmatch(r"[\w-]+", name) for name in names) and len(set(names)) == len(names)
     if (
         not sound
-        or min(share for _, share in splits) <= 0
+        or not all(share > 0 for _, share in splits)  # nor a NaN
         or abs(sum(dict(splits).values()) - 1) > 1e-6
     ):
         raise UsageError(form)
