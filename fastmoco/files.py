@@ -122,12 +122,14 @@ def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
         begun: says what is being made, as a hash of everything that decides the content.
 
     Raises:
-        UsageError: another process is at it.
+        UsageError: another process is at it, or was.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     mark = partial / ".begun"
     with locked(final.with_name(f".{final.name}.lock"), final):
+        if os.path.lexists(final):  # another process was quicker
+            raise UsageError(f"{final} exists already: remove it or choose another name.")
         if not mark.exists() or mark.read_text() != begun:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PlainValidator, ValidationError
 
 from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
@@ -46,6 +46,14 @@ LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
 CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name is a text")
+    return value
+
+
+# Names are bytes: what is not UTF-8 stands as surrogates, which pydantic takes for no text.
+ClassName = Annotated[str, PlainValidator(_text)]
 Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 
 
@@ -70,7 +78,7 @@ class Manifest(BaseModel):
     samples: int
     rejected: int
     progressive: int
-    classes: list[str]
+    classes: list[ClassName]
     class_counts: list[int]
     mean: Channels
     std: Channels
@@ -230,12 +238,13 @@ def _read_manifest(root: Path) -> Manifest:
             f"{root} is not a shard set (no manifest.json): make it by `fastmoco shard`."
         )
     text = path.read_bytes()
+    manifest: Manifest | None
     try:
         # Straight from the text: half the time of `json.loads` first, which 11,000 shards show.
         manifest = Manifest.model_validate_json(text)
         version = manifest.format_version
     except ValidationError:
-        manifest, version = None, _version_of(text)
+        manifest, version = _with_surrogates(text), _version_of(text)
     if version > FORMAT_VERSION:
         raise DataError(
             f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
@@ -244,6 +253,14 @@ def _read_manifest(root: Path) -> Manifest:
     if manifest is None:
         raise DataError(f"{path} is damaged: pack the set anew.")
     return manifest
+
+
+def _with_surrogates(text: bytes) -> Manifest | None:
+    """Return a manifest in which class names are not UTF-8, None if that is not what is wrong."""
+    try:
+        return Manifest.model_validate(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _version_of(text: bytes) -> int:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -68,6 +69,9 @@ def of_all_commands(
 
 def main() -> None:
     """Run the command line; a user error ends in plain lines and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names may hold bytes that no terminal can show
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FastmocoError as error:

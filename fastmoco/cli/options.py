@@ -26,6 +26,10 @@ Classes = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Decoding processes. [default: one for each CPU]")
 ]
+MaxRejects = Annotated[
+    int | None,
+    typer.Option(min=0, help="Left-out images to put up with. [default: 1 %, at least 10]"),
+]
 Run = Annotated[Path, typer.Argument(help="The run's folder.")]
 Labels = Annotated[
     str | None, typer.Option(help="Those of `fastmoco label`. [default: the monitor's, or packed]")

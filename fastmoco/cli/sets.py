@@ -4,7 +4,7 @@ import json
 import os
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,10 @@ def shard(
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the labels, store none.")
     ] = False,
+    classes_at: Annotated[
+        Literal["1", "2", "leaf", "path"] | None,
+        typer.Option(help="Which folders are the classes. [default: recognised]"),
+    ] = None,
     like: Annotated[
         Path | None, typer.Option(help="A set that numbers the classes (train for val).")
     ] = None,
@@ -63,20 +67,19 @@ def shard(
         float, typer.Option(callback=options.positive, help="Largest encoded image, in MiB.")
     ] = 128,
     workers: options.Workers = None,
-    max_rejects: Annotated[
-        int | None,
-        typer.Option(min=0, help="Unfit images to put up with. [default: 1 %, at least 10]"),
-    ] = None,
+    max_rejects: options.MaxRejects = None,
 ) -> None:
     """Check, shuffle and pack images into a shard set; after an interruption, go on."""
     from fastmoco.pack.options import PackOptions, parse_splits
-    from fastmoco.pack.spec import pack_known
-    from fastmoco.pack.writer import pack
+    from fastmoco.pack.spec import open_known
+    from fastmoco.pack.understood import understood
+    from fastmoco.pack.writer import pack_sources, sources_for
 
     given: dict[str, Any] = {
         "format": format,
         "seed": seed,
         "unlabelled": unlabelled,
+        "classes_at": classes_at,
         "like": like,
         "splits": parse_splits(splits),
         "dedupe": dedupe,
@@ -90,11 +93,14 @@ def shard(
         "max_rejects": max_rejects,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if source.suffix == ".yaml":
+        chosen, sources = open_known(source, within, out, given)
+    else:
+        chosen = PackOptions(root=within, **given)
+        sources = sources_for(source, out, chosen)
+    echo("\n".join(understood(sources)), err=True)
     with progress(f"packing {source}") as on_progress:
-        if source.suffix == ".yaml":
-            manifests = pack_known(source, within, out, given, on_progress)
-        else:
-            manifests = pack(source, out, PackOptions(root=within, **given), on_progress)
+        manifests = pack_sources(sources, out, chosen, on_progress)
     for split, manifest in manifests.items():
         _summarise(out / split, manifest)
 
@@ -176,9 +182,10 @@ def index(
     ] = False,
     classes: options.Classes = None,
     workers: options.Workers = None,
+    max_rejects: options.MaxRejects = None,
 ) -> None:
     """Adopt tar shards that others wrote, in place: check every image, add tables and indexes."""
-    from fastmoco.pack.adopt import AdoptOptions, adopt
+    from fastmoco.pack.adopt import AdoptOptions, adopt_each
     from fastmoco.pack.labels import read_classes
 
     options = AdoptOptions(
@@ -186,13 +193,15 @@ def index(
         unlabelled=unlabelled,
         classes=tuple(read_classes(classes)) if classes else (),
         workers=_processes(workers),
+        max_rejects=max_rejects,
     )
     with progress(f"reading {folder}") as on_progress:
-        manifest = adopt(folder, out, options, on_progress)
-    _summarise(out or folder, manifest)
-    if manifest.options["rotated"]:
-        first = ", ".join(map(repr, manifest.options["rotated_first"]))
-        echo(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
+        manifests = adopt_each(folder, out, options, on_progress)
+    for split, manifest in manifests.items():
+        _summarise((out or folder) / split, manifest)
+        if manifest.options["rotated"]:
+            first = ", ".join(map(repr, manifest.options["rotated_first"]))
+            echo(f"  rotated by EXIF {manifest.options['rotated']}, seen unrotated: {first}, ...")
 
 
 def label(

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from pydantic import ValidationError
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
 from fastmoco.files import locked, new_folder, sha256_of, sync, write_json
-from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
+from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
 from fastmoco.pack.parallel import mapped
+from fastmoco.pack.sources.tree import is_training
+from fastmoco.pack.sources.webdataset import splits_of
 from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
@@ -56,12 +58,15 @@ class AdoptOptions:
         classes: the names of the labels 0, 1, ...; by default the values that occur, and for
             whole numbers all from 0 to the largest.
         workers: processes that decode; what is written does not depend on it.
+        max_rejects: the number of images left out above which nothing is adopted; by default 1 %
+            of the images, and at least 10.
     """
 
     label_key: str | None = None
     unlabelled: bool = False
     classes: tuple[str, ...] = ()
     workers: int = 1
+    max_rejects: int | None = None
 
 
 def adopt(
@@ -83,18 +88,68 @@ def adopt(
         are rotated by EXIF, with the names of the first.
 
     Raises:
-        UsageError: no tars there, a set already, or files in the way.
-        DataError: a shard is damaged or compressed, or nothing in them is fit.
+        UsageError: no tars there, a set already, files in the way, or shards of several splits.
+        DataError: a shard is damaged or compressed, or too little in them is fit.
     """
     shards = _shards(folder)
+    splits = splits_of(shards)
+    if len(splits) > 1:
+        held = ", ".join(f"{split} {len(mine)}" for split, mine in splits.items())
+        raise UsageError(
+            f"{folder} holds shards of several splits ({held}), and a set is one of them: "
+            f"--out DIR makes a set of each, {', '.join(f'DIR/{split}' for split in splits)}."
+        )
+    with _told(out or folder), _place(folder, out, shards) as aside:
+        return _write_set(aside, shards, options, on_progress)
+
+
+def adopt_each(
+    folder: Path,
+    out: Path | None = None,
+    options: AdoptOptions = AdoptOptions(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Manifest]:
+    """Make a shard set of each split that the names of the shards say; see `adopt`.
+
+    The classes are those of the first split to train on.
+
+    Returns:
+        The manifests, by split; "" without splits.
+    """
+    splits = splits_of(_shards(folder))
+    if len(splits) == 1 or out is None:
+        return {"": adopt(folder, out, options, on_progress)}
+    _refuse_taken(out)
+    manifests: dict[str, Manifest] = {}
+    with _told(out), new_folder(out) as aside:
+        for split in sorted(splits, key=lambda split: not is_training(split)):
+            (aside / split).mkdir()
+            _link(splits[split], aside / split)
+            found = _write_set(aside / split, splits[split], options, on_progress)
+            manifests[split] = found
+            options = replace(options, classes=options.classes or tuple(found.classes))
+    return manifests
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
     try:
-        with _place(folder, out, shards) as aside:
-            return _write_set(aside, shards, options, on_progress)
+        yield
     except OSError as error:
         raise DataError(
-            f"{out or folder} cannot be written: {error.strerror or error}. With --out the set "
-            "goes elsewhere."
+            f"{out} cannot be written: {error.strerror or error}. With --out the set goes "
+            "elsewhere."
         ) from error
+
+
+def _refuse_taken(out: Path) -> None:
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists already: remove it or choose another name.")
+
+
+def _link(shards: Sequence[Path], folder: Path) -> None:
+    for shard in shards:
+        (folder / shard.name).symlink_to(shard.resolve())
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -131,11 +186,9 @@ def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[P
         with _beside(folder, shards) as aside:
             yield aside
         return
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already: remove it or choose another name.")
+    _refuse_taken(out)
     with new_folder(out) as aside:
-        for shard in shards:
-            (aside / shard.name).symlink_to(shard.resolve())
+        _link(shards, aside)
         yield aside
 
 
@@ -194,6 +247,7 @@ class _Gathered:
         rotated: names of the first images that EXIF rotates.
         rotations: their number.
         damaged: what is wrong with shards that cannot be used.
+        seen: the codes of all labels, those of unfit images included.
     """
 
     known: Known
@@ -204,6 +258,7 @@ class _Gathered:
     rotated: list[str] = field(default_factory=list)
     rotations: int = 0
     damaged: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
     def add(self, path: Path, found: Adopted) -> None:
         """Note a shard.
@@ -218,6 +273,7 @@ class _Gathered:
         self.rotations += len(found.rotated)
         self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
         codes = [self._code(path, value) for value in found.values]
+        self.seen.update(codes)
         labelled = found.rows["label"] >= 0
         self.labelled |= bool(labelled.any())
         found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
@@ -248,7 +304,7 @@ class _Tables:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.samples = self.rejected = 0
+        self.samples = self.rejected = self.lost = 0  # the lost are those rejects that count
         self._end = np.uint64(0)  # of names.txt
 
     def __enter__(self) -> "_Tables":
@@ -277,6 +333,7 @@ class _Tables:
             self._rejects.write(line.encode())
         self.samples += len(found.rows)
         self.rejected += len(found.rejects)
+        self.lost += sum(reason != BESIDE for _, reason in found.rejects)
         header = f"v1.2 {len(found.rows)}\n".encode()
         index_path(self.folder / path.name).write_bytes(header + found.index)
 
@@ -321,7 +378,7 @@ def _write_set(
             tables.add(path, found)
             if on_progress:
                 on_progress(done, len(shards))
-    _refuse_unusable(gathered, tables)
+    _refuse_unusable(gathered, tables, options, shards[0].parent)
     if options.label_key and not gathered.labelled:
         raise DataError(
             f"No sample has a label in the field {options.label_key!r} of its JSON: name another "
@@ -329,21 +386,39 @@ def _write_set(
         )
     labels, classes = gathered.labels()
     counts = tables.finish(labels)
+    there = set(np.flatnonzero(counts).tolist())
+    gone = sorted({int(labels[code]) for code in gathered.seen} - there)
+    if gone:
+        raise DataError(
+            f"All images of the class {classes[gone[0]]} would be left out: "
+            f"fastmoco shard {shards[0].parent} OUT re-encodes what can be read."
+        )
     return write_manifest(aside, _manifest(aside, gathered, tables, classes, counts, options))
 
 
-def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:
+def _refuse_unusable(
+    gathered: _Gathered, tables: _Tables, options: AdoptOptions, folder: Path
+) -> None:
     if gathered.damaged:
         named = "".join(f"\n  {what}" for what in gathered.damaged[:_SHOWN])
         raise DataError(
             f"{len(gathered.damaged)} shard(s) are damaged; fetch them again, or move them away. "
             f"The first:{named}"
         )
+    total = tables.samples + tables.lost
+    limit = max(10, total // 100) if options.max_rejects is None else options.max_rejects
+    if tables.samples and tables.lost <= limit:
+        return
+    with (tables.folder / "rejects.jsonl").open() as lines:
+        rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
+    first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
     if not tables.samples:
-        with (tables.folder / "rejects.jsonl").open() as lines:
-            rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
-        first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
         raise DataError(f"The shards hold no image that can be read in place.{first}")
+    raise DataError(
+        f"{tables.lost} of {total} images would be left out, more than {limit}, so nothing was "
+        f"adopted: --max-rejects {tables.lost} puts up with them; fastmoco shard {folder} OUT "
+        f"re-encodes what can be read. The first:{first}"
+    )
 
 
 def _manifest(

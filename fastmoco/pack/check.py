@@ -2,10 +2,11 @@
 
 DALI cannot skip a damaged image, so every image is decoded here. Bytes are kept where the training
 decoder is sure to read them as PIL does: 8-bit Huffman-coded JPEG, sequential or progressive, with
-1 or 3 components; 8-bit PNG; still WebP; each without EXIF rotation. All other JPEG becomes JPEG of
-quality 95 without chroma subsampling, all other formats and raw pixels become PNG, upright and
-8-bit: 16-bit grey is rounded, of 16-bit colour PIL gives the high byte, alpha is dropped, of an
-animation the first frame stays. With a short side to shrink to, larger images become JPEG.
+1 or 3 components; 8-bit PNG; still WebP whose EXIF is in step; each without EXIF rotation. All
+other JPEG becomes JPEG of quality 95 without chroma subsampling, all other formats and raw pixels
+become PNG, upright and 8-bit: 16-bit grey is rounded, of 16-bit colour PIL gives the high byte,
+alpha is dropped, of an animation the first frame stays. With a short side to shrink to, larger
+images become JPEG.
 
 A large JPEG may be decoded at an eighth of its size: the entropy-coded data is read to its end all
 the same, so the same files are refused (held by a test), at a third of the time.
@@ -16,16 +17,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastmoco.pack.inputs import Input, Pixels, Unreadable
+from fastmoco.pack.kinds import START, by_content, heif_is_read
 
 MAX_SIDE = 2**16 - 1  # the sample table holds sides as uint16
 
 # A closed list: PIL's other plugins are attack surface (EPS starts Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    FORMATS += ("AVIF",)
+if heif_is_read():
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 ORIENTATION = 0x0112
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -117,7 +127,8 @@ def check_image(content: bytes, rules: Rules = Rules(), measure: bool = True) ->
     try:
         return _check(content, rules, measure)
     except UnidentifiedImageError:
-        return "is not an image of a known format"
+        kind = by_content(content[:START])
+        return (kind and kind.about) or "is not an image of a known format"
     except Image.DecompressionBombError:
         return _too_many_pixels(rules)
     except _Unfit as reason:
@@ -188,7 +199,23 @@ def _is_kept(image: Image.Image, content: bytes) -> bool:
     if image.format == "PNG":
         # The bit depth stands in the header, which must come first; PIL pardons a damaged end.
         return content[24] == 8 and PNG_END in content
-    return image.format == "WEBP"
+    return image.format == "WEBP" and not _has_exif_out_of_step(content)
+
+
+def _has_exif_out_of_step(webp: bytes) -> bool:
+    """Return whether EXIF stands behind a chunk of odd length.
+
+    Such a chunk is padded to an even one, which the parser before DALI's decoder does not know: on
+    its way to the EXIF, which it wants for the rotation, it loses step and fails.
+    """
+    at, odd = 12, False
+    while at + 8 <= len(webp):
+        name, size = webp[at : at + 4], int.from_bytes(webp[at + 4 : at + 8], "little")
+        if name == b"EXIF":
+            return odd
+        odd = odd or size % 2 == 1
+        at += 8 + size + size % 2
+    return False
 
 
 def _is_rotated(image: Image.Image) -> bool:

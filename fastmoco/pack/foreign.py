@@ -30,6 +30,7 @@ from fastmoco.shardset import SAMPLE_DTYPE
 IMAGES = frozenset(
     ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
 )
+BESIDE = "is another image of a sample that has one"  # its mask, perhaps: no image that is lost
 _MAX_LABEL = 4096  # bytes of a `.cls`
 _MAX_JSON = 2**24
 _MEASURED, _STRIDE = 64, 16  # images that enter the statistics: the first, then one of so many
@@ -66,7 +67,7 @@ class Adopted:
         rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
         names: the original name of each row, encoded.
         index: the lines of DALI's index.
-        values: the different labels as they are written.
+        values: the different labels as they are written, those of unfit images included.
         rejects: (name, reason) of the images that are no samples.
         rotated: names of the samples that EXIF says to rotate.
         totals: over the samples; the statistics over some of them.
@@ -99,16 +100,16 @@ def _adopt(task: AdoptTask) -> Adopted:
         if isinstance(member, Damage):
             return Adopted(damage=member.reason)
         members.append(member)
-    contents = _Contents(members)
+    contents = Contents(members)
     rows, lines, codes = [], [], dict[str, int]()
     with task.path.open("rb") as stream:
         for image in contents.samples(found, task.path.name):
+            value = None if task.unlabelled else label_of(stream, contents, image, task.label_key)
+            label = -1 if value is None else codes.setdefault(value, len(codes))
             checked = _checked(stream, image, found, _name(task, image))
             if checked is None:
                 continue
             side = contents.side(image, "cls")
-            value = None if task.unlabelled else _label(stream, contents, image, task.label_key)
-            label = -1 if value is None else codes.setdefault(value, len(codes))
             rows.append(row_of(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
             lines.append(index_line([_component(m) for m in _in_order(image, side)]))
@@ -121,7 +122,7 @@ def _name(task: AdoptTask, member: Member) -> str:
     return f"{task.path.name}!{member.name}"
 
 
-class _Contents:
+class Contents:
     """The members of a shard by what they are; those of a sample need not be neighbours."""
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -142,8 +143,10 @@ class _Contents:
             reason = None
             if not image.regular:
                 reason = "is not a regular file"
-            elif stem in used or (stem not in self.plain and _root(stem) in self.plain):
-                reason = "is another image of a sample that has one"
+            elif stem not in self.plain and _root(stem) in self.plain:
+                reason = BESIDE
+            elif stem in used:
+                reason = "has the key of an image before it"
             if reason:
                 found.rejects.append((f"{shard}!{image.name}", reason))
             else:
@@ -242,10 +245,10 @@ def _why_not(content: bytes) -> str:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             what = f"{image.format} of mode {image.mode}"
-    return f"would have to be re-encoded ({what}): pack the shards by `fastmoco shard`"
+    return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 
-def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None) -> str | None:
+def label_of(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
     """Return the label of a sample as it is written, None if there is none."""
     side = contents.side(image, "json" if key else "cls")
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):

@@ -18,6 +18,7 @@ class PackOptions:
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
         root: holds the images that a CSV lists; None: the folder of the CSV.
+        classes_at: which folders are the classes, one of `layout.CLASSES_AT`; None: recognised.
         like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
@@ -28,7 +29,7 @@ class PackOptions:
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
         quality: of the JPEGs that shrinking gives.
         workers: processes that decode; the bytes written do not depend on it.
-        max_rejects: the number of unfit images above which nothing is packed;
+        max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
     """
 
@@ -36,6 +37,7 @@ class PackOptions:
     seed: int = 0
     root: Path | None = None
     unlabelled: bool = False
+    classes_at: str | None = None
     like: Path | None = None
     splits: tuple[tuple[str, float], ...] = ()
     dedupe: bool = False
@@ -61,7 +63,7 @@ class PackOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "root", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**chosen, "splits": dict(self.splits)}
 
@@ -84,7 +86,7 @@ def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
     sound = all(re.fullmatch(r"[\w-]+", name) for name in names) and len(set(names)) == len(names)
     if (
         not sound
-        or min(share for _, share in splits) <= 0
+        or not all(share > 0 for _, share in splits)  # nor a NaN
         or abs(sum(dict(splits).values()) - 1) > 1e-6
     ):
         raise UsageError(form)

@@ -11,15 +11,19 @@ import numpy as np
 
 from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.sources.agree import few
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
 from fastmoco.pack.sources.folder import open_folder
 from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
+from fastmoco.pack.sources.layout import How
 from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
+from fastmoco.pack.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
+from fastmoco.pack.sources.webdataset import is_webdataset, open_webdataset
 
 Adapter = Callable[[Path, bool], dict[str, Source]]
 
@@ -34,7 +38,11 @@ FORMATS: dict[str, Adapter] = {
     "imagenet": open_imagenet,
     "tensor": open_tensor,
     "png-tensor": open_png_tensor,
+    "tiny-imagenet": open_tiny_imagenet,
+    "webdataset": open_webdataset,
 }
+
+BY_LAYOUT = {"folder": open_folder, "zip": open_zip, "tar": open_tar}
 
 # In this order, and before the general formats: the first that knows a source opens it.
 KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
@@ -43,8 +51,10 @@ KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "stl10": is_stl10,
     "svhn": is_svhn,
     "png-tensor": is_png_tensor,
+    "tiny-imagenet": is_tiny_imagenet,
+    "webdataset": is_webdataset,
 }
-KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn")}
+KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset")}
 SUFFIXES = {".zip": "zip", ".tar": "tar", ".csv": "csv", ".npy": "tensor", ".pt": "tensor"}
 
 
@@ -53,6 +63,7 @@ def open_sources(
     format: str | None = None,
     unlabelled: bool = False,
     like: list[str] | None = None,
+    classes_at: str | None = None,
     folder: Path | None = None,
 ) -> dict[str, Source]:
     """Open a source of images.
@@ -62,6 +73,7 @@ def open_sources(
         format: a name of `FORMATS`; None: recognised.
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
+        classes_at: one of `CLASSES_AT`, for folders and archives.
         folder: holds the images that a CSV lists; see `open_table`.
 
     Returns:
@@ -82,7 +94,12 @@ def open_sources(
     if folder is not None and chosen != "csv":
         raise UsageError(f"--root says where the images of a CSV lie; {path} is a {chosen}.")
     try:
-        if folder is not None:
+        if chosen in BY_LAYOUT:
+            how = How(unlabelled, classes_at, tuple(like or ()))
+            sources = BY_LAYOUT[chosen](path, unlabelled, how)
+        elif classes_at:
+            raise UsageError(f"--classes-at reads folders; {path} is of the format {chosen}.")
+        elif folder is not None:
             sources = open_table(path, unlabelled, folder)
         else:
             sources = FORMATS[chosen](path, unlabelled)
@@ -132,12 +149,7 @@ def _agreed(source: Source, expected: list[str]) -> Source:
     unknown = [source.classes[label] for label in used if codes[label] is None]
     if unknown:
         raise DataError(
-            f"The classes differ from those of the set to be like: unknown there {_few(unknown)}."
+            f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
         )
     numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
     return replace(source, labels=numbers[source.labels], classes=list(expected))
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

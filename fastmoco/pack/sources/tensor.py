@@ -19,8 +19,8 @@ from fastmoco.errors import DataError
 from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, no_labels
-from fastmoco.pack.sources.layout import SPLIT
 from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, number_names, source_of
+from fastmoco.pack.sources.tree import is_split
 
 SUFFIXES = (".npy", ".pt")
 NUMBERED = re.compile(r"(\d{1,18})\.png", re.IGNORECASE | re.ASCII)
@@ -87,7 +87,7 @@ def open_png_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 
 
 def _taken(path: Path) -> list[Path]:
-    return [f for f in _folders(path) if SPLIT.fullmatch(_stem(f)) or _label_file(f)]
+    return [f for f in _folders(path) if is_split(_stem(f)) or _label_file(f)]
 
 
 def _folders(path: Path) -> list[Path]:

@@ -69,6 +69,8 @@ def test_like_demands_the_same_classes_and_gives_their_numbers(tmp_path, touch):
     assert len(open_sources(tmp_path, like=["ant", "bee", "ape", "cow"])[""].classes) == 4
     with pytest.raises(DataError, match="unknown there bee"):
         open_sources(tmp_path, like=["ape", "bear", "cow"])
+    found = open_sources(tmp_path, like=["ape", "ass", "bee", "cow"])[""]
+    assert set(found.labels.tolist()) == {0, 2, 3}
     with pytest.raises(UsageError, match="--like"):
         open_sources(tmp_path, unlabelled=True, like=["ape"])
 
