@@ -24,6 +24,7 @@ class LiveDisplay:
 
     def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int) -> None:
         self._console = Console()
+        self._console.soft_wrap = not self._console.is_terminal  # a log has no width
         last_step = recipe.last_step(steps_per_epoch)
         self._epochs = math.ceil(last_step / steps_per_epoch)
         # On 80 columns the time left matters more than a bar.

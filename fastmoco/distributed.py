@@ -212,13 +212,6 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
     return torch.device("cuda", local_rank)
 
 
-def _number_in_environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UsageError(f"{name}={text} in the environment is no number: `unset {name}`.")
-    return int(text)
-
-
 def _check_driver() -> None:
     """Refuse a driver that is too old for this torch, which counts its GPUs all the same.
 
@@ -236,6 +229,13 @@ def _check_driver() -> None:
             "install a torch that is built for the driver's CUDA (the cu126 build, say), or set "
             "device=cpu."
         ) from error
+
+
+def _number_in_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text} in the environment is no number: `unset {name}`.")
+    return int(text)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 
 from fastmoco.errors import FastmocoError, UsageError
 
+SOFTWARE = "fastmoco"
+"""What the PNGs that are drawn here say of their origin, by the key of that name."""
+
 
 def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
@@ -52,9 +55,12 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` with `content` in one atomic rename."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,6 +80,20 @@ def make_parent(final: Path) -> None:
         raise UsageError(
             f"Cannot write {final} ({error.strerror}): choose another place."
         ) from error
+
+
+def check_replaceable(png: Path) -> None:
+    """Refuse to draw a PNG on top of anything but one that was drawn here.
+
+    Raises:
+        UsageError: the name has another ending, or is that of something else.
+    """
+    if png.suffix != ".png":
+        raise UsageError(f"{png} must end in .png.")
+    if os.path.lexists(png):
+        with png.open("rb") as stream:
+            if f"tEXtSoftware\0{SOFTWARE}".encode() not in stream.read(4096):
+                raise UsageError(f"{png} exists and was not drawn here: choose another name.")
 
 
 @contextmanager

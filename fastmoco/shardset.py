@@ -23,7 +23,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+)
 
 from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
@@ -85,6 +93,12 @@ class Manifest(BaseModel):
     options: dict[str, Any]
     shards: list[Shard]
     sha256: dict[str, str] = {}  # not part of the set's identity; older sets have none
+
+    @field_validator("std")
+    @classmethod
+    def _no_zero(cls, std: list[float]) -> list[float]:
+        """Let a channel that is the same everywhere be divided by 1."""
+        return [value or 1.0 for value in std]
 
 
 MANIFEST = "manifest.json"

@@ -28,7 +28,8 @@ ORDER = [
     {"config"},
     {"strict"},
     {"classes", "files"},
-    {"cores", "errors", "memory", "terminal"},
+    {"cores", "errors", "memory", "streams"},
+    {"terminal"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
 

@@ -214,9 +214,13 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
-        accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
+        accuracies = "diverged"
+        if "diverged" not in score:
+            accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
         echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
     echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
+    if "unrecorded" in found:
+        raise UsageError(f"Not all is recorded: {found['unrecorded']}.")
     echo(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")

@@ -14,6 +14,8 @@ from fastmoco.cli.terminal import progress
 from fastmoco.errors import DataError
 from fastmoco.terminal import echo
 
+WIDEST = 1000  # columns
+
 if TYPE_CHECKING:
     from fastmoco.shardset import Manifest
 
@@ -54,6 +56,12 @@ def shard(
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Of shrunk JPEGs. [default: 90]")
     ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Black and white of more than 8 bits. [default: all of 16]", metavar="LOW:HIGH"
+        ),
+    ] = None,
     shard_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound of a shard's size, in MB. [default: 128]")
     ] = None,
@@ -70,6 +78,7 @@ def shard(
     max_rejects: options.MaxRejects = None,
 ) -> None:
     """Check, shuffle and pack images into a shard set; after an interruption, go on."""
+    from fastmoco.pack.levels import parse_levels
     from fastmoco.pack.options import PackOptions, parse_splits
     from fastmoco.pack.spec import open_known
     from fastmoco.pack.understood import understood
@@ -85,6 +94,7 @@ def shard(
         "dedupe": dedupe,
         "short_side": short_side,
         "quality": quality,
+        "levels": parse_levels(levels),
         "shard_mb": shard_mb,
         "min_side": min_side,
         "max_mpixels": max_mpixels,
@@ -114,12 +124,16 @@ def views(
         list[str] | None, typer.Argument(help="key=value, such as views.0.blur=0.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
-    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("views.png"),
+    out: Annotated[
+        Path, typer.Option(help="The PNG; one that was drawn before is replaced.")
+    ] = Path("views.png"),
 ) -> None:
     """Draw what a recipe makes of the first samples of a set, before GPU-days go into it."""
     from fastmoco.config import load_recipe
+    from fastmoco.figures import check_plot
     from fastmoco.preview import preview
 
+    check_plot(out)
     chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
@@ -161,9 +175,13 @@ def inspect(
     seed: Annotated[int, options.of_seed("Of their choice.")] = 0,
 ) -> None:
     """Show what a set holds: counts, classes, sizes; and a sheet of samples."""
+    from fastmoco.files import check_replaceable
     from fastmoco.pack.summary import contact_sheet, inspect_set, show
 
-    show(inspect_set(root), Console())
+    if sheet:
+        check_replaceable(sheet)
+    # A file or a pipe has no width: nothing is broken there.
+    show(inspect_set(root), Console(width=None if sys.stdout.isatty() else WIDEST))
     if sheet:
         contact_sheet(root, sheet, count, seed)
         echo(f"\n{sheet}")
@@ -241,6 +259,13 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
         echo(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
     echo(f"  set  {manifest.set_id[:16]}")
+    colors = zip(("red", "green", "blue"), manifest.std, strict=True)
+    if constant := [color for color, value in colors if value == 1]:  # else it is 0.5 at most
+        echo(
+            f"warning: {' and '.join(constant)} has one value in all images: its deviation is "
+            "taken for 1",
+            err=True,
+        )
     counts = zip(manifest.classes, manifest.class_counts, strict=True)
     empty = [name for name, count in counts if not count]
     if empty:

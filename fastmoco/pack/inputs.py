@@ -125,7 +125,18 @@ class Pixels:
     array: npt.NDArray[np.uint8]
 
 
-Input = File | Span | Zipped | Pixels
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An encoded image whose bytes travel with it."""
+
+    content: bytes
+
+    def read(self, limit: int) -> bytes:
+        """Return the bytes; see `File.read`."""
+        return _bounded(self.content, limit)
+
+
+Input = File | Span | Zipped | Pixels | Held
 
 
 class Inputs(ABC):

@@ -1,4 +1,4 @@
-"""A CSV of images, as people and spreadsheets write them.
+"""A CSV of images, as people and spreadsheets write them; or JSON lines, one object an image.
 
 Comma, semicolon, tab or bar between the fields; a header in any case, with the usual names for what
 is in a column; paths with backslashes. Bytes that are not UTF-8 stand as surrogates: file names may
@@ -6,12 +6,14 @@ hold them.
 """
 
 import csv
+import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from fastmoco.errors import DataError
 
@@ -51,7 +53,7 @@ class Listing:
 
     def called(self, role: str) -> str:
         """Return what the column of a role is called, in small letters without spaces."""
-        return _plain(self.header[self.columns[role]])
+        return plain(self.header[self.columns[role]])
 
     def unread(self) -> list[str]:
         """Return the columns that have no role."""
@@ -72,6 +74,12 @@ def opened(path: Path, roles: Sequence[str]) -> Iterator[Listing]:
     """
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            if path.suffix.lower() == ".jsonl":
+                objects = list(_objects(stream, path))
+                header = list(objects[0][1]) if objects else []
+                rows = ((line, [cells.get(key, "") for key in header]) for line, cells in objects)
+                yield Listing(path, header, _columns(header, roles, path), rows)
+                return
             first = stream.readline()
             stream.seek(0)
             reader = csv.reader(stream, delimiter=_delimiter(first, roles), strict=True)
@@ -84,18 +92,30 @@ def opened(path: Path, roles: Sequence[str]) -> Iterator[Listing]:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def _objects(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the line and the fields, as text, of each object; null is an empty field."""
+    for line, text in enumerate(stream, 1):
+        if not text.strip():
+            continue
+        try:
+            found = json.loads(text)
+            yield line, {str(k): "" if v is None else str(v) for k, v in found.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}, line {line}: is no JSON object ({error}).") from error
+
+
 def _delimiter(first: str, roles: Sequence[str]) -> str:
     """Return what stands between the fields: that by which most columns are known."""
     known = {alias for role in roles for alias in ALIASES[role]}
 
     def columns(delimiter: str) -> int:
-        return len(known & {_plain(cell.strip('"')) for cell in first.strip().split(delimiter)})
+        return len(known & {plain(cell.strip('"')) for cell in first.strip().split(delimiter)})
 
     return max(_DELIMITERS, key=columns)
 
 
 def _columns(header: list[str], roles: Sequence[str], path: Path) -> dict[str, int]:
-    names = list(map(_plain, header))
+    names = list(map(plain, header))
     found = {}
     for role in roles:
         here = [name for name in ALIASES[role] if name in names]
@@ -108,7 +128,8 @@ def _columns(header: list[str], roles: Sequence[str], path: Path) -> dict[str, i
     return found
 
 
-def _plain(cell: str) -> str:
+def plain(cell: str) -> str:
+    """Return the name of a column in small letters, without what joins its words."""
     return _JOINT.sub("", cell).lower()
 
 

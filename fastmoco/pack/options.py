@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmoco.errors import UsageError
 from fastmoco.pack.check import Rules
+from fastmoco.pack.levels import Levels
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PackOptions:
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
         root: holds the images that a CSV lists; None: the folder of the CSV.
-        classes_at: which folders are the classes, one of `layout.CLASSES_AT`; None: recognised.
+        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognised.
         like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
@@ -28,6 +29,7 @@ class PackOptions:
         max_mb: the largest encoded image allowed, in MiB.
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
         quality: of the JPEGs that shrinking gives.
+        levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
         workers: processes that decode; the bytes written do not depend on it.
         max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
@@ -47,6 +49,7 @@ class PackOptions:
     max_mb: float = 128
     short_side: int | None = None
     quality: int = 90
+    levels: Levels | None = None
     workers: int = 1
     max_rejects: int | None = None
 
@@ -59,12 +62,15 @@ class PackOptions:
             max_bytes=int(self.max_mb * 2**20),
             short_side=self.short_side,
             quality=self.quality,
+            levels=self.levels,
         )
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
         left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if self.levels is None:
+            del chosen["levels"]
         return {**chosen, "splits": dict(self.splits)}
 
 

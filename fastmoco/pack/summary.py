@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import write_bytes
+from fastmoco.files import SOFTWARE, write_bytes
 from fastmoco.pack.index import index_path, read_header, read_lines
 from fastmoco.shardset import CHUNK, ShardSet
 from fastmoco.terminal import printable
@@ -259,7 +260,9 @@ def contact_sheet(root: Path, path: Path, count: int = 64, seed: int = 0) -> Non
         corner = number % columns * pitch[0] + _GAP, number // columns * pitch[1] + _GAP
         _draw(sheet, corner, _thumbnail(shard_set, row), _caption(shard_set, row))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    sheet.save(buffer, "PNG", pnginfo=mark)
     try:
         write_bytes(path, buffer.getvalue())
     except OSError as error:

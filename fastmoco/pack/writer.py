@@ -17,6 +17,7 @@ from fastmoco.files import resumed_folder
 from fastmoco.pack.duplicates import without_duplicates
 from fastmoco.pack.fragment import Fragment, make_fragment
 from fastmoco.pack.journal import Journal
+from fastmoco.pack.levels import SAMPLE, Span, judge
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.parallel import ordered_map
 from fastmoco.pack.schedule import Schedule, divided
@@ -210,6 +211,8 @@ def _write_set(
     runs = (run for shard in missing for run in schedule.runs(shard, folder))
     with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
         watched = _watched(fragments, unfit, report)
+        if options.levels is None:
+            watched = _judged(watched)
         try:
             for shard, its_fragments in groupby(watched, key=lambda fragment: fragment.shard):
                 journal.write(shard, its_fragments)
@@ -270,3 +273,15 @@ def _watched(
             yield fragment
     if unfit.rejects.too_many:
         raise _TooManyRejects
+
+
+def _judged(fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+    """Pass fragments on unless their images of more than 8 bits need levels."""
+    spans: list[Span] = []
+    for fragment in fragments:
+        if len(spans) < SAMPLE:
+            spans += fragment.spans
+            if len(spans) >= SAMPLE:
+                judge(spans)
+        yield fragment
+    judge(spans[:SAMPLE])

@@ -211,7 +211,6 @@ def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
         "cut jpeg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
         "cut png": (png[: len(png) // 2], "cannot be decoded"),
         "damaged png": (bytes(damaged), "cannot be decoded"),
-        "float": (encode(image.convert("F"), "TIFF"), "32-bit values"),
         "huge": (png_header(10_001, 10_000), "more than 100 million pixels"),
         "bomb": (png_header(60_000, 60_000), "more than 100 million pixels"),
         "long": (png_header(65_536, 9), "a side of more than 65535"),

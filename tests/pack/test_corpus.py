@@ -92,7 +92,6 @@ def pictures(image: Image.Image) -> Corpus:
         "black and white.png": (encode(image.convert("1"), "PNG"), CONVERTED),
         "16-bit.png": (encode(deep, "PNG"), CONVERTED),
         "16-bit.tiff": (encode(deep, "TIFF"), CONVERTED),
-        "float.tiff": (encode(image.convert("F"), "TIFF"), "32-bit values"),
         "pages.tiff": (encode(image, "TIFF", **frames), CONVERTED),
         "plain.gif": (encode(image, "GIF"), CONVERTED),
         "moving.gif": (encode(image, "GIF", **frames), CONVERTED),

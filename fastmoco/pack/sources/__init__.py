@@ -7,17 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.sources.agree import few
+from fastmoco.pack.sources.agree import agreed
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
+from fastmoco.pack.sources.arrow import is_arrow, open_arrow
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
 from fastmoco.pack.sources.folder import open_folder
 from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
-from fastmoco.pack.sources.layout import How
+from fastmoco.pack.sources.metadata import is_metadata, open_metadata
+from fastmoco.pack.sources.reader import How
 from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
@@ -39,6 +38,8 @@ FORMATS: dict[str, Adapter] = {
     "tensor": open_tensor,
     "png-tensor": open_png_tensor,
     "tiny-imagenet": open_tiny_imagenet,
+    "metadata": open_metadata,
+    "arrow": open_arrow,
     "webdataset": open_webdataset,
 }
 
@@ -52,10 +53,21 @@ KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "svhn": is_svhn,
     "png-tensor": is_png_tensor,
     "tiny-imagenet": is_tiny_imagenet,
+    "metadata": is_metadata,
+    "arrow": is_arrow,
     "webdataset": is_webdataset,
 }
-KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset")}
-SUFFIXES = {".zip": "zip", ".tar": "tar", ".csv": "csv", ".npy": "tensor", ".pt": "tensor"}
+KNOWN_FILES = {
+    name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset", "arrow")
+}
+SUFFIXES = {
+    ".zip": "zip",
+    ".tar": "tar",
+    ".csv": "csv",
+    ".jsonl": "csv",
+    ".npy": "tensor",
+    ".pt": "tensor",
+}
 
 
 def open_sources(
@@ -109,7 +121,7 @@ def open_sources(
     if unlabelled:
         sources = {split: _without_labels(source) for split, source in sources.items()}
     if like:
-        sources = {split: _agreed(source, like) for split, source in sources.items()}
+        sources = {split: agreed(source, like) for split, source in sources.items()}
     return sources
 
 
@@ -137,19 +149,3 @@ def _first(known: dict[str, Callable[[Path], bool]], path: Path) -> str | None:
 
 def _without_labels(source: Source) -> Source:
     return replace(source, labels=no_labels(len(source)), classes=[])
-
-
-def _agreed(source: Source, expected: list[str]) -> Source:
-    """Return the source with the class numbers of another set, which may have further classes."""
-    if not source.classes:
-        raise DataError("The source has no labels, which --like needs: pack it without --like.")
-    known = Known(expected)
-    codes = list(map(known.code, source.classes))
-    used = np.unique(source.labels[source.labels >= 0])
-    unknown = [source.classes[label] for label in used if codes[label] is None]
-    if unknown:
-        raise DataError(
-            f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
-        )
-    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
-    return replace(source, labels=numbers[source.labels], classes=list(expected))

