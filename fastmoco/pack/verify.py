@@ -111,7 +111,7 @@ def _changed(shard_set: ShardSet, full: bool) -> Iterator[Finding]:
         present = (name for name in hashes if (shard_set.root / name).is_file())
         found |= {name: sha256_of(shard_set.root / name) for name in present if name in HASHED}
     for name, digest in found.items():
-        if hashes.get(name, digest) != digest:
+        if hashes and hashes.get(name) != digest:
             yield Finding(name, "its SHA-256 has changed")
 
 

@@ -92,6 +92,8 @@ def test_missing_are_listed_and_links_followed(table, tmp_path, touch):
         "FILE\tCategory\tnote\na/1.png\tx\t1\nb/2.png\ty\t2\n",
         " path , label \n a/1.png , x \nb/2.png,y\n",
         "id,file name,Class\n7,a/1.png,x\n8,b/2.png,y\n",
+        "sep=;\r\npath;label\r\na/1.png;x\r\nb/2.png;y\r\n",
+        "path\tlabel\na/1.png\tx\nb/2.png\ty\n".encode("utf-16"),
     ],
 )
 def test_as_people_write_it(table, labels_of, text):
