@@ -27,6 +27,8 @@ def test_rows_become_samples_sorted_by_name(table, bytes_of, labels_of):
     found = open_sources(path)
     assert list(found) == [""]
     assert labels_of(found[""]) == {"a.png": "cat", "b/2.png": "dog"}
+    assert found[""].labels_from == "the column label"
+    assert found[""].notes == ["columns that were not read: 'note'"]
     assert bytes_of(found[""]) == {"a.png": b"a.png", "b/2.png": b"b/2.png"}
     assert found[""].left_out == []
 
