@@ -129,10 +129,9 @@ def _named(rows: list[Row], path: Path, unlabelled: bool, folder: Path | None) -
             )
         other = found.setdefault(name, row)
         if other is not row and not unlabelled:
-            again = f"{where}: {name} stands in line {other.line} already"
             if other.label != row.label:
-                raise several_labels(f"{again}, as {other.label!r}, which")
-            raise DataError(f"{again}: keep one.")
+                raise several_labels(f"{where}: {name} has another label in line {other.line}")
+            raise DataError(f"{where}: {name} stands in line {other.line} already: keep one.")
     return found
 
 

@@ -125,9 +125,9 @@ def test_another_root(table, tmp_path, labels_of, where):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\n1.png,a|b\n2.png,b\n3.png,a\n", "label 'a|b' gives an image several labels"),
+        ("path,label\n1.png,a|b\n2.png,b\n3.png,a\n", "label 'a|b' is a list: several labels"),
         ("path,label\n1.png,\"['a', 'b']\"\n2.png,a\n3.png,b\n", "several labels"),
-        ("path,label\n1.png,a\n1.png,b\n", "line 3: 1.png stands in line 2 .* several labels"),
+        ("path,label\n1.png,a\n1.png,b\n", "line 3: 1.png has another label in line 2: several"),
         ("path,a,b\n1.png,1,0\n2.png,1,1\n", "no column `label`, but 'a', 'b'"),
     ],
 )
