@@ -133,7 +133,7 @@ def _refuse_lists(values: Iterable[str]) -> None:
     times = Counter(part for found in parts.values() for part in set(found))
     for value, found in parts.items():
         if len(found) > 1 and all(times[part] > 1 for part in found):
-            raise several_labels(f"The label {value!r}")
+            raise several_labels(f"The label {value!r} is a list")
 
 
 def _parts(value: str) -> list[str]:
@@ -144,8 +144,8 @@ def _parts(value: str) -> list[str]:
 
 
 def several_labels(what: str) -> DataError:
-    """Return the refusal of several labels an image."""
+    """Return the refusal of several labels an image, after words that say where they are."""
     return DataError(
-        f"{what} gives an image several labels, which are not supported: keep one class an image, "
-        "or pack without labels by --unlabelled."
+        f"{what}: several labels an image are not supported; keep one class for each, or pack "
+        "without labels by --unlabelled."
     )

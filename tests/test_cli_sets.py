@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -80,6 +82,39 @@ def test_label(run: Run, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("name,label\nnowhere.jpg,ape\n")
     code, _, err = run("label", copied, tmp_path / "bad.csv", "--name", "other")
     assert code == 3 and "nowhere.jpg" in err and not (copied / "labels/other.npy").exists()
+
+
+def test_what_an_error_about_labels_tells_to_do_works(
+    run: Run, copied: Path, tmp_path: Path
+) -> None:
+    names = ["ape/0003.jpg", "bee/0001.jpg"]
+
+    def told(*lines: str, option: tuple[object, ...] = ()) -> tuple[int, str]:
+        (tmp_path / "l.csv").write_text("\n".join(lines))
+        code, out, err = run("label", copied, tmp_path / "l.csv", "--name", "x", *option)
+        return code, out + err
+
+    code, words = told("path,label", *(f"/their disk/{name},{name[:3]}" for name in names))
+    (root,) = re.findall("pass --root (.*)[.]", words)
+    assert code == 3
+    rows = [f"/their disk/{name},{name[:3]}" for name in names]
+    assert told("path,label", *rows, option=("--root", *shlex.split(root)))[0] == 0
+    code, words = told("id,label", "3,ape", "5,bee", option=("--replace",))
+    assert code == 3 and "call the column `sample`" in words
+    code, words = told("sample,label", "3,ape", "5,bee")
+    assert code == 2 and "--replace" in words
+    assert told("sample,label", "3,ape", "5,bee", option=("--replace",))[0] == 0
+    code, words = told("sample,label", "3,0", "5,1", option=("--replace",))
+    assert code == 0 and "pass --classes SET" in words
+    assert told("sample,label", "3,0", "5,1", option=("--replace", "--classes", copied))[0] == 0
+    assert ShardSet(copied).labels("x")[[3, 5]].tolist() == [0, 1]
+    code, words = told("sample,label", "3,ape", "5,dog", option=("--replace",))
+    assert code == 3 and "--classes FILE" in words
+    code, words = told("sample,label", "3,APE", "5,DOG", option=("--replace",))
+    assert code == 3 and "in case only" in words and "--classes FILE" in words
+    (tmp_path / "c.txt").write_text("APE\nDOG\n")
+    option = ("--replace", "--classes", tmp_path / "c.txt")
+    assert told("sample,label", "3,APE", "5,DOG", option=option)[0] == 0
 
 
 def test_views(run: Run, copied: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import locked, new_folder, sha256_of, sync, write_json
+from fastmoco.files import locked, make_parent, new_folder, sha256_of, sync, write_json
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
@@ -119,9 +119,8 @@ def adopt_each(
     splits = splits_of(_shards(folder))
     if len(splits) == 1 or out is None:
         return {"": adopt(folder, out, options, on_progress)}
-    _refuse_taken(out)
     manifests: dict[str, Manifest] = {}
-    with _told(out), new_folder(out) as aside:
+    with _told(out), _new(out) as aside:
         for split in sorted(splits, key=lambda split: not is_training(split)):
             (aside / split).mkdir()
             _link(splits[split], aside / split)
@@ -142,9 +141,15 @@ def _told(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_taken(out: Path) -> None:
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already: remove it or choose another name.")
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out`, of one call at a time."""
+    make_parent(out)
+    with locked(out.with_name(f".{out.name}.lock"), out):
+        if os.path.lexists(out):
+            raise UsageError(f"{out} exists already: remove it or choose another name.")
+        with new_folder(out) as aside:
+            yield aside
 
 
 def _link(shards: Sequence[Path], folder: Path) -> None:
@@ -186,8 +191,7 @@ def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[P
         with _beside(folder, shards) as aside:
             yield aside
         return
-    _refuse_taken(out)
-    with new_folder(out) as aside:
+    with _new(out) as aside:
         _link(shards, aside)
         yield aside
 

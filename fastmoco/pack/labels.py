@@ -249,6 +249,7 @@ def _classes(
     codes = [known.code(value) for value in table.found.values]
     strange = [value for value, code in zip(table.found.values, codes, strict=True) if code is None]
     if not given and len(strange) == len(codes):  # of another kind than those of the set
+        _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
         told = f"classes of its own ({_some(names)}), not the set's ({_some(packed)})"
         if all(number_of(name) is not None for name in names):
@@ -265,6 +266,17 @@ def _classes(
                 "classes, one a line of a text file, by --classes FILE."
             )
     return np.array([code or 0 for code in codes], dtype=np.int32), known.names, None
+
+
+def _refuse_other_case(table: _Table, packed: list[str]) -> None:
+    alike = {name.casefold(): name for name in packed}
+    for value in table.found.values:
+        if value.casefold() in alike:
+            raise DataError(
+                f"The label {value!r} of {table.listing.path} differs from the class "
+                f"{alike[value.casefold()]!r} of the set in case only: write it alike, or name all "
+                "classes, one a line of a text file, by --classes FILE."
+            )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ is in a column; paths with backslashes. Bytes that are not UTF-8 stand as surrog
 hold them.
 """
 
+import codecs
 import csv
 import json
 import posixpath
@@ -32,6 +33,7 @@ ALIASES = {
 }
 """What columns are called, by what is in them; of several for a name the first one counts."""
 _DELIMITERS = ",;\t|"
+_TOLD = re.compile(r"sep=(.)\r?\n")  # the first line, as Excel writes it
 _JOINT = re.compile(r"[\s_.-]")
 
 
@@ -73,7 +75,7 @@ def opened(path: Path, roles: Sequence[str]) -> Iterator[Listing]:
         DataError: it cannot be read, is no CSV, or two columns could be the label.
     """
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        with _text(path) as stream:
             if path.suffix.lower() == ".jsonl":
                 objects = list(_objects(stream, path))
                 header = list(objects[0][1]) if objects else []
@@ -81,15 +83,27 @@ def opened(path: Path, roles: Sequence[str]) -> Iterator[Listing]:
                 yield Listing(path, header, _columns(header, roles, path), rows)
                 return
             first = stream.readline()
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=_delimiter(first, roles), strict=True)
+            told = _TOLD.fullmatch(first)
+            skipped = 1 if told else stream.seek(0)
+            delimiter = told[1] if told else _delimiter(first, roles)
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
-            rows = ((reader.line_num, fields) for fields in reader if fields)
+            rows = ((reader.line_num + skipped, fields) for fields in reader if fields)
             yield Listing(path, header, _columns(header, roles, path), rows)
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV: line {reader.line_num}: {error}.") from error
+    except UnicodeError as error:
+        raise DataError(f"{path} is no text ({error}): save it as CSV in UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _text(path: Path) -> TextIO:
+    """Open a file in UTF-8, or in UTF-16 if it says so, as spreadsheets save it."""
+    with path.open("rb") as stream:
+        utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
+    return path.open(encoding=encoding, errors=errors, newline="")
 
 
 def _objects(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:

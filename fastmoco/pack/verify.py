@@ -106,12 +106,14 @@ def _json(path: Path) -> Any:
 def _changed(shard_set: ShardSet, full: bool) -> Iterator[Finding]:
     """Yield the tables whose bytes are not those of the manifest, and the manifest if changed."""
     hashes = shard_set.manifest.sha256
+    if not hashes:  # of an older set
+        return
     found = {MANIFEST: manifest_sha256(_json(shard_set.root / MANIFEST))}
     if full:
-        present = (name for name in hashes if (shard_set.root / name).is_file())
-        found |= {name: sha256_of(shard_set.root / name) for name in present if name in HASHED}
+        present = (name for name in HASHED if (shard_set.root / name).is_file())
+        found |= {name: sha256_of(shard_set.root / name) for name in present}
     for name, digest in found.items():
-        if hashes.get(name, digest) != digest:
+        if hashes.get(name) != digest:
             yield Finding(name, "its SHA-256 has changed")
 
 

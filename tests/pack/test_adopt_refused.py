@@ -103,7 +103,8 @@ if moment == "rename":
     renames = iter(range(100))
     rename = Path.rename
     Path.rename = lambda path, to: stall() if next(renames) == 3 else rename(path, to)
-station.adopt(Path(sys.argv[1]), on_progress=stall if moment == "check" else None)
+out = Path(sys.argv[3]) if sys.argv[3:] else None
+station.adopt(Path(sys.argv[1]), out, on_progress=stall if moment == "check" else None)
 """
 
 
@@ -138,17 +139,19 @@ def test_an_interrupted_call_leaves_no_set(
     }
 
 
-def test_two_calls_at_once(folder: Path) -> None:
-    command = [sys.executable, "-c", STALLED, str(folder), "check"]
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_two_calls_at_once(folder: Path, tmp_path: Path, elsewhere: bool) -> None:
+    out = tmp_path / "out" if elsewhere else None
+    command = [sys.executable, "-c", STALLED, str(folder), "check", *[str(out)] * elsewhere]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout and process.stdout.readline() == b"stalled\n"
-        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         with pytest.raises(UsageError, match="Another process is writing"):
-            adopt(folder)
-        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            adopt(folder, out)
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         process.kill()
     assert before == after
-    adopt(folder)
+    adopt(folder, out)
 
 
 def test_a_full_disk_is_plain_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def open_table(
     Raises:
         DataError: a fault of the file, by line; see the module.
     """
-    rows = _read(path, unlabelled)
+    rows, origin, notes = _read(path, unlabelled)
     if not rows:
         raise DataError(f"{path} lists no images.")
     if len({bool(row.split) for row in rows}) > 1:
@@ -68,11 +69,13 @@ def open_table(
         chosen = [number for number, row in enumerate(rows) if row.split == split]
         where = f"{path} {split}".rstrip()
         its_names = [names[number] for number in chosen]
-        sources[split] = _split(folder or path.parent, its_names, labels[chosen], classes, where)
+        found = _split(folder or path.parent, its_names, labels[chosen], classes, where)
+        sources[split] = replace(found, labels_from=origin if classes else "", notes=notes)
     return sources
 
 
-def _read(path: Path, unlabelled: bool) -> list[Row]:
+def _read(path: Path, unlabelled: bool) -> tuple[list[Row], str, list[str]]:
+    """Return the rows, where their labels come from, and what is worth saying, in words."""
     with opened(path, ("name", "label", "split")) as listing:
         if "name" not in listing.columns:
             raise DataError(
@@ -85,7 +88,12 @@ def _read(path: Path, unlabelled: bool) -> list[Row]:
                 f"{path} has no column `label`, but {unread}: call the one with the class of each "
                 "image `label` (a column for each class is not read), or pass --unlabelled."
             )
-        return [_row(listing, fields, line, unlabelled) for line, fields in listing.rows]
+        label = listing.columns.get("label")
+        origin = "" if label is None else f"the column {listing.header[label].strip()}"
+        unread = ", ".join(map(repr, listing.unread()))
+        notes = [f"columns that were not read: {unread}"] if unread else []
+        rows = [_row(listing, fields, line, unlabelled) for line, fields in listing.rows]
+    return rows, origin, notes
 
 
 def _row(listing: Listing, fields: list[str], line: int, unlabelled: bool) -> Row:
@@ -121,10 +129,9 @@ def _named(rows: list[Row], path: Path, unlabelled: bool, folder: Path | None) -
             )
         other = found.setdefault(name, row)
         if other is not row and not unlabelled:
-            again = f"{where}: {name} stands in line {other.line} already"
             if other.label != row.label:
-                raise several_labels(f"{again}, as {other.label!r}, which")
-            raise DataError(f"{again}: keep one.")
+                raise several_labels(f"{where}: {name} has another label in line {other.line}")
+            raise DataError(f"{where}: {name} stands in line {other.line} already: keep one.")
     return found
 
 

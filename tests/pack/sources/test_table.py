@@ -27,6 +27,8 @@ def test_rows_become_samples_sorted_by_name(table, bytes_of, labels_of):
     found = open_sources(path)
     assert list(found) == [""]
     assert labels_of(found[""]) == {"a.png": "cat", "b/2.png": "dog"}
+    assert found[""].labels_from == "the column label"
+    assert found[""].notes == ["columns that were not read: 'note'"]
     assert bytes_of(found[""]) == {"a.png": b"a.png", "b/2.png": b"b/2.png"}
     assert found[""].left_out == []
 
@@ -92,6 +94,8 @@ def test_missing_are_listed_and_links_followed(table, tmp_path, touch):
         "FILE\tCategory\tnote\na/1.png\tx\t1\nb/2.png\ty\t2\n",
         " path , label \n a/1.png , x \nb/2.png,y\n",
         "id,file name,Class\n7,a/1.png,x\n8,b/2.png,y\n",
+        "sep=;\r\npath;label\r\na/1.png;x\r\nb/2.png;y\r\n",
+        "path\tlabel\na/1.png\tx\nb/2.png\ty\n".encode("utf-16"),
     ],
 )
 def test_as_people_write_it(table, labels_of, text):
@@ -121,9 +125,9 @@ def test_another_root(table, tmp_path, labels_of, where):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\n1.png,a|b\n2.png,b\n3.png,a\n", "label 'a|b' gives an image several labels"),
+        ("path,label\n1.png,a|b\n2.png,b\n3.png,a\n", "label 'a|b' is a list: several labels"),
         ("path,label\n1.png,\"['a', 'b']\"\n2.png,a\n3.png,b\n", "several labels"),
-        ("path,label\n1.png,a\n1.png,b\n", "line 3: 1.png stands in line 2 .* several labels"),
+        ("path,label\n1.png,a\n1.png,b\n", "line 3: 1.png has another label in line 2: several"),
         ("path,a,b\n1.png,1,0\n2.png,1,1\n", "no column `label`, but 'a', 'b'"),
     ],
 )
