@@ -232,8 +232,13 @@ class Recipe(Strict):
         max_bad_images: damaged images to go on without, each replaced by the next good one of the
             epoch; 0: the first one ends the run.
         max_skipped: steps in a row with a non-finite gradient before the run stops.
-        threads: decoding threads a rank; 0: cores / ranks of this machine.
+        threads: decoding threads a rank; 0: its share of the cores that this process may keep
+            busy (affinity, CPU quota), at most 16.
         prefetch: batches that are made ahead.
+        decode: where JPEGs are decoded that DALI draws on a GPU: "cpu", or "mixed", by CPU and
+            GPU together; "auto": mixed for JPEGs of the area of 128 x 128 pixels and more.
+        hw_decoder_load: with mixed, the share of them for the JPEG engine that an A100, H100 or
+            newer GPU has.
     """
 
     name: str
@@ -276,7 +281,9 @@ class Recipe(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: Literal["dali", "torchvision"] = "dali"
     threads: Annotated[int, Field(ge=0)] = 0
-    prefetch: Count = 2
+    prefetch: Count = 3
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    hw_decoder_load: Unit = 0.65
 
     log_every: Count = 50
     checkpoint_every: Count = 500

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.cores import cores_of
 from fastmoco.errors import UsageError
 
 
@@ -207,9 +208,9 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     device = device_of(device_choice, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif size > 1:
-        # torchrun allows each process one thread, however many cores there are.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    # torchrun allows each process one thread, and torch alone takes no notice of a CPU quota.
+    cores = cores_of(local_size)
+    torch.set_num_threads(cores if size > 1 else min(cores, torch.get_num_threads()))
     if size == 1:
         yield Ranks(), device
         return

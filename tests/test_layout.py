@@ -27,7 +27,7 @@ ORDER = [
     {"config"},
     {"strict"},
     {"files"},
-    {"errors", "memory"},
+    {"cores", "errors", "memory"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
 

@@ -16,7 +16,7 @@ from nvidia.dali import types as T
 from nvidia.dali.pipeline import Pipeline
 
 from fastmoco.load.augment import ViewNumbers, colour_maps
-from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Undecodable, Work
+from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source, Stages, Work
 
 _CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
 _COLOUR = ((T.FLOAT, 2), (T.FLOAT, 0))
@@ -53,6 +53,8 @@ def build(
     prefetch: int,
     device: str,
     device_id: int | None,
+    decoder: str,
+    hw_decoder_load: float,
 ) -> Pipeline:
     """Build the pipeline: one NHWC batch a view, FLOAT on CPU and FLOAT16 on GPU, normalised.
 
@@ -64,6 +66,8 @@ def build(
         prefetch: batches made ahead.
         device: "cpu" or "gpu".
         device_id: of the GPU; None builds a graph that can be serialised without one.
+        decoder: "cpu", or "mixed" where the device is "gpu".
+        hw_decoder_load: share of the images for the JPEG engine of the GPU.
     """
     kinds = [(T.UINT8, 1), *(kind for stages in look.views for kind in _kinds(stages))]
 
@@ -80,10 +84,14 @@ def build(
         # Python's own decoders do not rotate by EXIF either; the packer has baked it in.
         images = fn.decoders.image(
             encoded,
-            device="mixed" if device == "gpu" else "cpu",
+            device=decoder,
             output_type=T.RGB,
             adjust_orientation=False,
+            hw_decoder_load=hw_decoder_load,
+            jpeg_fancy_upsampling=True,  # as on the CPU
         )
+        if device == "gpu":
+            images = images.gpu()
         taken = iter(numbers)
         return tuple(_view(images, taken, stages, look, device) for stages in look.views)
 
@@ -155,7 +163,8 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
     """Draw batches ahead of their use; see `work.Executor`.
 
     Raises:
-        Undecodable: DALI fails a whole batch for one image and does not say which.
+        BatchError: an image cannot be decoded, or something else is wrong: DALI says a
+            RuntimeError either way, and not at which image.
     """
     pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
 
@@ -176,17 +185,21 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
         prefetch=settings.prefetch,
         device="gpu" if on_gpu else "cpu",
         device_id=(settings.device.index or 0) if on_gpu else None,
+        decoder="mixed" if on_gpu and settings.decode != "cpu" else "cpu",
+        hw_decoder_load=settings.hw_decoder_load,
     )
-    while (outputs := _next(pipeline, pending)) is not None:
+    while (outputs := _next(pipeline, pending, settings.device)) is not None:
         yield Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
 
 
-def _next(pipeline: Pipeline, pending: deque[Work]) -> Any:
+def _next(pipeline: Pipeline, pending: deque[Work], device: torch.device) -> Any:
+    # It is torch's stream that waits for the batch; without one, the host would.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
-        return pipeline.run()
+        return pipeline.run(stream)
     except StopIteration:
         return None
     except RuntimeError as error:
         if not pending:
             raise
-        raise Undecodable(pending[0]) from error
+        raise BatchError(pending[0], error) from error

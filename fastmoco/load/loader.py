@@ -1,7 +1,9 @@
 """Batches of views by step number, and every sample once for evaluation."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,13 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
 from fastmoco.load.order import Ids
 from fastmoco.load.plan import Plan, plan_of
-from fastmoco.load.reader import Reader, Unfit
-from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Undecodable, Work
+from fastmoco.load.reader import READERS, Reader, Unfit
+from fastmoco.load.work import BatchError, Executor, Look, Rendered, Settings, Source, Stages, Work
 from fastmoco.shardset import Collection
 
 Triple = tuple[float, float, float]
+
+_AHEAD = 3  # batches that are read before they are asked for
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class Loader:
     ) -> None:
         self.data, self.plan, self.views = data, plan, tuple(views)
         self._look = Look(size, mean, std, tuple(stages_of(view) for view in views))
-        self._settings, self._rank, self._ranks = settings, rank, ranks
+        self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
+        self._settings = _decided(settings, self._reader)
         self._max_bad = max_bad
         self.bad: set[int] = set()
 
@@ -104,18 +109,23 @@ class Loader:
         sizes = _sizes(self.data, ids)
         return [draw(view, u[i], sizes) for i, view in enumerate(self.views)]
 
-    def work(self, step: int) -> Work:
+    def work(self, step: int, pool: ThreadPoolExecutor | None = None) -> Work:
         """Return what this rank has to draw at `step`.
+
+        Args:
+            step: its number.
+            pool: see `Reader.fetch`.
 
         Raises:
             Unfit: a shard is missing or was cut short.
         """
         positions = self.plan.positions(step, self._rank, self._ranks)
         ids = self.plan.order(positions, self.bad)
-        return Work(ids, self._reader.fetch(ids), self.numbers(positions, ids))
+        images = self._reader.fetch(ids, pool)
+        return Work(ids, images, self.numbers(positions, ids))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of steps start, start + 1, ... without end.
+        """Yield the batches of steps start, start + 1, ... without end, each read ahead by threads.
 
         What a batch holds depends on seed, step and the damage of the data alone: not on when, or
         by which rank, a damaged sample was met first.
@@ -136,15 +146,21 @@ class Loader:
 
     def avoid(self, ids: Iterable[int]) -> None:
         """Show other samples instead of these from the next batch that is drawn on."""
-        self.bad |= set(ids)
+        self.bad = self.bad.union(ids)  # not in place: threads that read ahead look at it
 
     def _drawn(self, start: int) -> Iterator[Batch]:
         share = self.plan.batch // self._ranks
-        drawn = _draw_all(
-            lambda number: self.work(start + number), self._look, share, self._settings
-        )
-        for step, rendered in enumerate(drawn, start):
-            yield Batch(rendered.work.ids, rendered.views, step)
+        with _read_ahead(lambda number, pool: self.work(start + number, pool)) as ahead:
+
+            def source(number: int) -> Work | None:
+                work = ahead(number)
+                if work and not self.bad.isdisjoint(work.ids.tolist()):
+                    return self.work(start + number)  # it was read before they were known
+                return work
+
+            drawn = _draw_all(source, self._look, share, self._settings, self._reader)
+            for step, rendered in enumerate(drawn, start):
+                yield Batch(rendered.work.ids, rendered.views, step)
 
 
 def evaluation_batches(
@@ -174,16 +190,18 @@ def evaluation_batches(
     """
     reader = Reader(data)
 
-    def work(number: int) -> Work | None:
+    def work(number: int, pool: ThreadPoolExecutor) -> Work | None:
         chunk = _part(ids, number * batch, batch)
         if not len(chunk):
             return None
-        return Work(chunk, reader.fetch(chunk), [central(_sizes(data, chunk), share)])
+        images = reader.fetch(chunk, pool)
+        return Work(chunk, images, [central(_sizes(data, chunk), share)])
 
-    look = Look(size, mean, std, (Stages(),))
+    look, settings = Look(size, mean, std, (Stages(),)), _decided(settings, reader)
     try:
-        for step, rendered in enumerate(_draw_all(work, look, batch, settings)):
-            yield Batch(rendered.work.ids, rendered.views, step)
+        with _read_ahead(work) as source:
+            for step, rendered in enumerate(_draw_all(source, look, batch, settings, reader)):
+                yield Batch(rendered.work.ids, rendered.views, step)
     except Unfit as failure:
         raise DataError(_told(failure, data)) from failure
 
@@ -208,25 +226,65 @@ def _sizes(data: Collection, ids: Ids) -> npt.NDArray[np.int64]:
     return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
 
 
-def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+def _decided(settings: Settings, reader: Reader) -> Settings:
+    """Return the settings with `decode: auto` decided, the same for all batches of a set."""
+    if settings.decode != "auto" or settings.device.type == "cpu":
+        return settings
+    return replace(settings, decode="mixed" if reader.holds_large_jpegs() else "cpu")
+
+
+@contextmanager
+def _read_ahead(
+    work: Callable[[int, ThreadPoolExecutor], Work | None],
+) -> Iterator[Source]:
+    """Have the next batches read by threads, so that training does not wait for the storage.
+
+    Args:
+        work: makes the work of a batch, reading its images by the pool.
+    """
+    made: dict[int, Future[Work | None]] = {}
+    batches, readers = ThreadPoolExecutor(_AHEAD), ThreadPoolExecutor(READERS)
+
+    def source(number: int) -> Work | None:
+        for later in range(number, number + _AHEAD + 1):
+            if later not in made:
+                made[later] = batches.submit(work, later, readers)
+        return made.pop(number).result()
+
+    try:
+        yield source
+    finally:
+        readers.shutdown(cancel_futures=True)  # first, since the others wait for them
+        batches.shutdown(cancel_futures=True)
+
+
+def _draw_all(
+    source: Source, look: Look, batch: int, settings: Settings, reader: Reader
+) -> Iterator[Rendered]:
     """Draw what a source asks for.
 
     Raises:
-        Unfit: images that cannot be read or decoded.
+        Unfit: images that cannot be read, or that are damaged and cannot be decoded.
     """
     executor = _executor(settings.executor)
     try:
         yield from executor(source, look, batch, settings)
-    except Undecodable as failure:
+    except BatchError as failure:
         work = failure.work
-        alone = (executor(_only(work, row), look, 1, settings) for row in range(len(work.ids)))
-        bad = [row for row, drawn in enumerate(alone) if not _draws(drawn)]
-        # Should each decode alone, all of them are what can be named.
-        raise Unfit(work.ids[bad or slice(None)].tolist(), "decoded") from failure
+        # A lack of memory looks the same. But the packer decoded every image: one whose bytes are
+        # still those is good. One whose bytes are not may be decoded all the same.
+        bad = [
+            row
+            for row in reader.changed(work.ids, work.encoded)
+            if not _draws(executor(_only(work, row), look, 1, settings))
+        ]
+        if not bad:
+            raise failure.error from None
+        raise Unfit(work.ids[bad].tolist(), "decoded") from failure
 
 
 def _only(work: Work, row: int) -> Source:
-    """Return a source of one image of a batch: an executor does not say which one it failed at."""
+    """Return a source of one image of a batch."""
     only = slice(row, row + 1)
     alone = Work(work.ids[only], work.encoded[only], [one.rows(only) for one in work.numbers])
     return lambda number: None if number else alone
@@ -235,7 +293,7 @@ def _only(work: Work, row: int) -> Source:
 def _draws(drawn: Iterator[Rendered]) -> bool:
     try:
         return bool(list(drawn))
-    except Undecodable:
+    except BatchError:
         return False
 
 

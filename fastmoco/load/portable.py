@@ -14,20 +14,16 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.load.augment import ViewNumbers
-from fastmoco.load.work import Look, Rendered, Settings, Source, Undecodable
+from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # what a set may hold
-
-
-class _Damaged(Exception):
-    """An image cannot be decoded."""
 
 
 def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
     """Draw batches one by one, fp32 on every device; see `work.Executor`.
 
     Raises:
-        Undecodable: an image of the batch cannot be decoded.
+        BatchError: an image of the batch cannot be decoded.
     """
     for number in count():
         work = source(number)
@@ -35,21 +31,18 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
             return
         try:
             images = [_decode(encoded) for encoded in work.encoded]
-        except _Damaged as error:
-            raise Undecodable(work) from error
+        except MemoryError:  # says something about this machine, not about the image
+            raise
+        except Exception as error:  # decoders raise anything on damaged bytes
+            raise BatchError(work, error) from error
         views = (_view(images, numbers, look) for numbers in work.numbers)
         yield Rendered(work, tuple(view.to(settings.device) for view in views))
 
 
 def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
     # By PIL, as the packer does: torchvision is giving up its own decoders.
-    try:
-        with Image.open(io.BytesIO(encoded.tobytes()), formats=_FORMATS) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except MemoryError:  # says something about this machine, not about the image
-        raise
-    except Exception as error:  # decoders raise anything on damaged bytes
-        raise _Damaged from error
+    with Image.open(io.BytesIO(encoded.tobytes()), formats=_FORMATS) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _view(images: Sequence[torch.Tensor], numbers: ViewNumbers, look: Look) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """What the loader asks of an executor, whichever of the two it is."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,8 +9,12 @@ import numpy.typing as npt
 import torch
 
 from fastmoco.config import Recipe
+from fastmoco.cores import cores_of
 from fastmoco.distributed import Ranks
+from fastmoco.errors import UsageError
 from fastmoco.load.augment import ViewNumbers
+
+_MOST_THREADS = 16  # more wait for each other: MLPerf feeds an H100 by 6
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,29 @@ class Settings:
         device: where the views end up.
         threads: decoding threads.
         prefetch: batches made ahead.
+        decode, hw_decoder_load: see `config.Recipe`; without a GPU neither counts.
     """
 
     executor: Literal["dali", "torchvision"] = "dali"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
-    prefetch: int = 2
+    prefetch: int = 3
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    hw_decoder_load: float = 0.65
 
 
 def settings_of(recipe: Recipe, ranks: Ranks, device: torch.device) -> Settings:
-    """Return how a recipe's batches are made here: `threads: 0` shares the cores of the machine."""
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
-    return Settings(recipe.executor, device, threads, recipe.prefetch)
+    """Return how a recipe's batches are made here.
+
+    Raises:
+        UsageError: what it asks for needs a GPU and DALI.
+    """
+    if recipe.decode == "mixed" and (device.type == "cpu" or recipe.executor != "dali"):
+        raise UsageError("decode: mixed needs a GPU and executor: dali. Set decode=auto.")
+    threads = recipe.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
+    return Settings(
+        recipe.executor, device, threads, recipe.prefetch, recipe.decode, recipe.hw_decoder_load
+    )
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,17 @@ class Rendered:
     views: tuple[torch.Tensor, ...]
 
 
-class Undecodable(Exception):
-    """A batch cannot be drawn; the executor does not know which image is to blame."""
+class BatchError(Exception):
+    """A batch cannot be drawn: by an image of it, or for another reason.
 
-    def __init__(self, work: Work) -> None:
-        super().__init__("a batch cannot be decoded")
-        self.work = work
+    Attributes:
+        work: of the batch.
+        error: what the executor met.
+    """
+
+    def __init__(self, work: Work, error: Exception) -> None:
+        super().__init__(f"a batch cannot be drawn: {error}")
+        self.work, self.error = work, error
 
 
 Source = Callable[[int], Work | None]

@@ -1,5 +1,7 @@
 """The DALI graph: one for both devices, checked without a GPU; its pixels checked with one."""
 
+import struct
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -28,10 +30,18 @@ LOOKS = {
 }
 
 
-def built(device: str, stages: tuple[Stages, ...]) -> Pipeline:
+def built(device: str, stages: tuple[Stages, ...], decoder: str | None = None) -> Pipeline:
     look = Look(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), stages)
     return dali.build(
-        lambda info: [], look, batch=4, threads=1, prefetch=2, device=device, device_id=None
+        lambda info: [],
+        look,
+        batch=4,
+        threads=1,
+        prefetch=2,
+        device=device,
+        device_id=None,
+        decoder=decoder or {"cpu": "cpu", "gpu": "mixed"}[device],
+        hw_decoder_load=0.375,
     )
 
 
@@ -68,6 +78,36 @@ def test_an_image_is_decoded_once_for_all_views(device: str) -> None:
     names = [name for name, _ in operators(built(device, LOOKS["two full views"]))]
     assert len([name for name in names if "ecoder" in name]) == 1
     assert len([name for name in names if name == "Resize"]) == 2
+
+
+def test_images_decoded_on_the_cpu_are_drawn_on_the_gpu() -> None:
+    on_cpu, on_gpu = (built("gpu", LOOKS["two full views"], d) for d in ("cpu", "mixed"))
+    for (name, device), (other, there) in zip(operators(on_cpu), operators(on_gpu), strict=True):
+        assert (name, device) == (other, "cpu" if there == "mixed" else there)
+    assert len(on_cpu.serialize()) > 1000
+
+
+def test_a_gpu_decodes_as_it_is_told_and_its_chroma_as_a_cpu_does() -> None:
+    graph = built("gpu", LOOKS["evaluation"]).serialize()
+    # In protobuf: name, type, value.
+    assert b"hw_decoder_load\x12\x05float\x1d" + struct.pack("<f", 0.375) in graph
+    assert b"jpeg_fancy_upsampling\x12\x04bool\x30\x01" in graph
+
+
+class _Stream(Exception):
+    """Tells the stream that a pipeline was run on."""
+
+
+def test_the_gpu_hands_over_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipe:
+        def run(self, stream: object) -> None:
+            raise _Stream(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for device, stream in (("cuda:1", "stream of cuda:1"), ("cpu", None)):
+        with pytest.raises(_Stream) as told:
+            dali._next(Pipe(), deque(), torch.device(device))
+        assert told.value.args == (stream,)
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

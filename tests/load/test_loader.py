@@ -1,23 +1,32 @@
 """Batches: a function of seed and step alone, every sample once for evaluation, damage by name."""
 
+import random
 import shutil
 import subprocess
 import sys
-from itertools import islice
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
+from threading import Semaphore
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from fastmoco import load
 from fastmoco.config import View
 from fastmoco.errors import DataError, UsageError
+from fastmoco.load import dali, portable
 from fastmoco.load.loader import Batch, Loader, evaluation_batches
 from fastmoco.load.plan import Plan
 from fastmoco.load.reader import Reader
-from fastmoco.load.work import Settings
+from fastmoco.load.work import Rendered, Settings, Work
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.writer import pack
 from fastmoco.shardset import Collection, ShardSet
 
 STEPS = 7  # of 4 an epoch
@@ -87,6 +96,122 @@ def test_threads_and_prefetch_change_no_bit(
 ) -> None:
     executor, batches = expected
     assert_equal(stream(both, Settings(executor, threads=threads, prefetch=prefetch)), batches)
+
+
+def test_reading_in_any_order_changes_no_bit(
+    both: Collection, expected: tuple[str, list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, wait = Reader._read, random.Random(0)
+
+    def late(self: Reader, *place: int) -> object:
+        time.sleep(wait.random() / 100)
+        return read(self, *place)
+
+    monkeypatch.setattr(Reader, "_read", late)
+    executor, batches = expected
+    assert_equal(stream(both, Settings(executor, threads=1)), batches)
+    assert_equal(stream(both, Settings(executor, threads=1), start=3), batches[3:])
+
+
+def reading(both: Collection, monkeypatch: pytest.MonkeyPatch) -> tuple[Loader, Semaphore]:
+    """Return a loader that does not draw ahead, and a count of the batches it has read."""
+    read, work = Semaphore(0), Loader.work
+
+    def counted(*arguments: object) -> Work:
+        made = work(*arguments)
+        read.release()
+        return made
+
+    monkeypatch.setattr(Loader, "work", counted)
+    settings = Settings("torchvision", threads=1)
+    return Loader(both, Plan(34, 8, 3), VIEWS, **LOOK, settings=settings, max_bad=9), read
+
+
+def test_the_next_batches_are_read_before_they_are_asked_for(
+    both: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, read = reading(both, monkeypatch)
+    batches = loader.batches()
+    assert next(batches).step == 0
+    assert all(read.acquire(timeout=60) for _ in range(4))  # steps 0 to 3
+    assert not read.acquire(timeout=0.2), "no more than three ahead"
+    assert next(batches).step == 1
+    assert read.acquire(timeout=60)
+
+
+def test_images_of_a_batch_are_read_at_the_same_time(
+    both: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, all_there = Reader._read, threading.Barrier(8, timeout=60)
+
+    def together(self: Reader, *place: int) -> object:
+        all_there.wait()
+        return read(self, *place)
+
+    monkeypatch.setattr(Reader, "_read", together)
+    assert len(evaluated(both, slice(0, 8), 8, "torchvision")) == 1
+
+
+def test_what_was_read_before_it_was_known_as_damaged_is_not_shown(
+    both: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, read = reading(both, monkeypatch)
+    batches, plan = loader.batches(), loader.plan
+    next(batches)
+    assert all(read.acquire(timeout=60) for _ in range(4))
+    bad = {int(plan.order(plan.positions(2))[4])}
+    loader.avoid(bad)
+    for batch in islice(batches, 3):
+        assert batch.ids.tolist() == plan.order(plan.positions(batch.step), bad).tolist()
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "PoolExecutor" in thread.name]
+
+
+@EXECUTORS
+def test_no_thread_outlives_its_batches(copied: ShardSet, executor: str) -> None:
+    data = Collection([copied])
+    plan, settings = Plan(24, 8, 3), Settings(executor, threads=1)
+    batches = Loader(data, plan, VIEWS, **LOOK, settings=settings).batches()
+    next(batches)
+    assert readers()
+    batches.close()
+    assert not readers()
+    evaluated(data, slice(0, 24), 5, executor)
+    assert not readers()
+    (copied.root / "shard-000000.tar").unlink()
+    with pytest.raises(DataError):
+        stream(data, settings)
+    assert not readers()
+
+
+LEFT = """
+import sys, time
+from pathlib import Path
+from fastmoco.config import View
+from fastmoco.load.loader import Loader
+from fastmoco.load.plan import Plan
+from fastmoco.load.reader import Reader
+from fastmoco.load.work import Settings
+from fastmoco.shardset import Collection
+
+loader = Loader(
+    Collection.open([Path(sys.argv[1])]), Plan(24, 24, 3), [View()] * 2,
+    size=16, mean=(0.5,) * 3, std=(0.2,) * 3, settings=Settings(threads=1, prefetch=1),
+)
+read = Reader._read
+Reader._read = lambda *place: time.sleep(0.1) or read(*place)
+batches = loader.batches()
+next(batches)
+sys.exit("left")
+"""
+
+
+def test_a_process_ends_with_batches_under_way(small_set: ShardSet) -> None:
+    command = [sys.executable, "-c", LEFT, str(small_set.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stderr) == (1, "left\n")
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -190,6 +315,56 @@ def test_evaluation_shows_the_centre_of_the_image(
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
 
 
+class _Decoder(Exception):
+    """Tells where images were to be decoded."""
+
+
+@pytest.mark.parametrize(
+    ("sets", "wanted", "device", "expected"),
+    [
+        (["large"], "auto", "cuda", "mixed"),
+        (["small"], "auto", "cuda", "cpu"),
+        (["small"], "mixed", "cuda", "mixed"),
+        (["large"], "cpu", "cuda", "cpu"),
+        (["png"], "auto", "cuda", "cpu"),
+        (["large", "png"], "auto", "cuda", "cpu"),
+        (["large"], "auto", "cpu", "auto"),
+    ],
+)
+def test_a_gpu_decodes_large_jpegs(
+    sets: list[str],
+    wanted: str,
+    device: str,
+    expected: str,
+    small_set: ShardSet,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(name: str) -> ShardSet:
+        if name == "small":
+            return small_set
+        extension = "jpg" if name == "large" else "png"
+        images = make_images(tmp_path / f"{name} images", size=(160, 110), extension=extension)
+        pack(images, tmp_path / name, PackOptions())
+        return ShardSet(tmp_path / name)
+
+    def told(source: object, look: object, batch: int, settings: Settings) -> Iterator[Rendered]:
+        raise _Decoder(settings.decode)
+        yield
+
+    monkeypatch.setattr(dali, "render", told)
+    data = Collection([made(name) for name in sets])
+    settings = Settings(device=torch.device(device), decode=wanted)
+    loader = Loader(data, Plan(8, 8, 3), VIEWS, **LOOK, settings=settings)
+    evaluation = evaluation_batches(
+        data, ids=slice(0, 8), batch=8, settings=settings, share=1.0, **LOOK
+    )
+    for batches in (loader.batches(), evaluation):
+        with pytest.raises(_Decoder, match=f"^{expected}$"):
+            next(batches)
+
+
 def damage(damaged: ShardSet, row: int, kept: float) -> None:
     """Zero an image's bytes behind the share that is kept."""
     entry = damaged.samples[row]
@@ -289,6 +464,55 @@ def test_replacing_is_exact_too(
         assert_equal([joined(parts) for parts in zip(*shares, strict=True)], expected)
     else:
         assert_equal(stream(data, Settings(executor, threads=2, prefetch=3), max_bad=3), expected)
+
+
+@EXECUTORS
+def test_a_failure_without_damage_is_raised_as_it_is(
+    both: Collection, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the first batch fails for want of memory, as DALI and decoders behind PIL tell it."""
+    calls = count()
+
+    def fails_once(*arguments: object) -> object:
+        if next(calls) == 0:
+            raise RuntimeError("std::bad_alloc")
+        return original(*arguments)
+
+    owner, name = (Pipeline, "run") if executor == "dali" else (portable, "_decode")
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fails_once)
+    settings = Settings(executor, threads=1)
+    loader = Loader(both, Plan(34, 8, 3), VIEWS, **LOOK, settings=settings, max_bad=34)
+    with pytest.raises(RuntimeError, match=r"^std::bad_alloc$"):
+        next(loader.batches())
+    assert loader.bad == set()
+
+
+@EXECUTORS
+def test_only_images_that_changed_are_tried_alone(
+    copied: ShardSet, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that changed, the one that can still be decoded is shown."""
+    damage(copied, 5, 0.1)
+    entry = copied.samples[9]
+    with (copied.root / copied.manifest.shards[int(entry["shard"])].name).open("r+b") as shard:
+        shard.seek(int(entry["offset"]) + 14)  # the density in its JFIF header
+        shard.write(b"\1\2")
+    module = dali if executor == "dali" else portable
+    drawn: list[int] = []
+    render = module.render
+
+    def counted(source: object, look: object, batch: int, settings: Settings) -> object:
+        drawn.append(batch)
+        return render(source, look, batch, settings)
+
+    monkeypatch.setattr(module, "render", counted)
+    settings = Settings(executor, threads=1)
+    loader = Loader(Collection([copied]), Plan(24, 24, 3), VIEWS, **LOOK, settings=settings)
+    with pytest.raises(DataError, match=rf"^1 image.* sample 5 \({copied.name_of(5)}\)"):
+        next(loader.batches())
+    assert loader.bad == {5}
+    assert drawn == [24, 1, 1]
 
 
 @EXECUTORS

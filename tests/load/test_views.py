@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from fastmoco.config import View
 from fastmoco.load import dali, portable
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
-from fastmoco.load.work import Look, Settings, Stages, Undecodable, Work
+from fastmoco.load.work import BatchError, Look, Settings, Stages, Work
 
 N, SIZE = 16, 32
 EVERY = Stages(colour=True, blur=True, solarize=True)
@@ -311,6 +311,8 @@ def test_dali_hands_its_memory_over(images: list[Image.Image], files: list[np.nd
         prefetch=1,
         device="cpu",
         device_id=None,
+        decoder="cpu",
+        hw_decoder_load=0.65,
     )
     (output,) = pipeline.run()
     assert dali.to_torch(output).data_ptr() == output.as_tensor().data_ptr()
@@ -351,6 +353,6 @@ def test_torchvision_names_the_work_that_cannot_be_decoded(
     images: list[Image.Image], files: list[np.ndarray]
 ) -> None:
     broken = [*files[:-1], np.zeros(100, np.uint8)]
-    with pytest.raises(Undecodable) as failure:
+    with pytest.raises(BatchError) as failure:
         render(portable, broken, numbers_of(View(), images))
     assert failure.value.work.encoded is broken
