@@ -1,14 +1,19 @@
 # One environment below the clone; every target makes it if needed.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-oldest check bench clean
 
 demo: .venv/ready
 	$(BIN)/fastmoco demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# On the oldest version of every dependency.
+test-oldest: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -20,8 +25,14 @@ bench: .venv/ready
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev,cuda13]'
+	touch $@
+
+$(OLDEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	grep -oE '"[a-z0-9-]+>=[^"]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/pip install --quiet --editable '.[dev,cuda12]' --constraint $(OLDEST)/floors.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv $(OLDEST) demo

@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoco.cores import cores_of
 from fastmoco.errors import UsageError
 
+# The newest torch renamed it, and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -62,7 +65,7 @@ class Ranks:
         if self.size == 1:
             return rows
         everything = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        dist.all_gather_single(everything, rows.contiguous(), group=self.group)
+        _all_gather(everything, rows.contiguous(), group=self.group)
         return everything
 
     def exchange(
@@ -111,9 +114,9 @@ class Ranks:
         """
         if self.size == 1:
             return module
-        return DistributedDataParallel(
-            module, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # the argument has another name in the newest torch
+        return wrapped
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which a wrapped module's gradients stay on this rank."""
@@ -180,10 +183,13 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
     """Return the device that a recipe's `device` means on this machine, for one of its ranks.
 
     Raises:
-        UsageError: "cuda" without a GPU, or more ranks than GPUs.
+        UsageError: "cuda" without a GPU, more ranks than GPUs, or a driver too old for this torch.
     """
+    if choice == "cpu":
+        return torch.device("cpu")
+    _check_driver()
     gpus = torch.cuda.device_count()
-    if choice == "cpu" or (choice == "auto" and not gpus):
+    if choice == "auto" and not gpus:
         return torch.device("cpu")
     needed = max(local_rank + 1, local_size)
     if needed > gpus:  # asked of every rank, so that all meet it
@@ -192,6 +198,23 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
             "start fewer processes, or set device=cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def _check_driver() -> None:
+    """Raise UsageError for a driver too old for this torch, which would count its GPUs all the same.
+
+    Where there is no GPU at all, torch says something else.
+    """
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "too old" not in str(error):
+            return
+        told, _, _ = str(error).partition(". ")
+        raise UsageError(
+            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, install "
+            "a torch that is built for the driver's CUDA (the cu126 build, say), or set device=cpu."
+        ) from error
 
 
 @contextmanager

@@ -137,6 +137,24 @@ def test_cuda_without_a_gpu_is_exit_2(recipe, capsys):
     assert code == 2 and "set device=cpu" in words
 
 
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_a_driver_too_old_for_torch_is_exit_2_in_a_line(recipe, capsys, monkeypatch, choice):
+    """torch counts the GPUs of any driver (NVML does), and raises where it first uses one."""
+
+    def init() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your "
+            "GPU driver by downloading and installing a new version from the URL: http://...\n"
+        )
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    code, words = fails(capsys, str(recipe), f"device={choice}")
+    assert code == 2 and words.count("\n") == 1
+    assert "too old (found version 12020); this torch is built for CUDA" in words
+    assert "update the driver" in words and "set device=cpu" in words
+
+
 def test_a_run_folder_in_use_is_exit_2(recipe, capsys, tmp_path):
     with RunFolder(tmp_path / "run").locked():
         code, words = fails(capsys, str(recipe))

@@ -15,6 +15,7 @@ from nvidia.dali import math as dmath
 from nvidia.dali import types as T
 from nvidia.dali.pipeline import Pipeline
 
+from fastmoco.errors import UsageError
 from fastmoco.load.augment import ViewNumbers, colour_maps
 from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source, Stages, Work
 
@@ -165,6 +166,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
     Raises:
         BatchError: an image cannot be decoded, or something else is wrong: DALI says a
             RuntimeError either way, and not at which image.
+        UsageError: the driver is too old for this DALI.
     """
     pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
 
@@ -188,6 +190,16 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
         decoder="mixed" if on_gpu and settings.decode != "cpu" else "cpu",
         hw_decoder_load=settings.hw_decoder_load,
     )
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        if "driver version is insufficient" not in str(error):  # CUDA's words
+            raise
+        raise UsageError(
+            "The NVIDIA driver is too old for this DALI: update the driver (580 or newer for CUDA 13), "
+            "or `pip uninstall nvidia-dali-cuda130` and `pip install 'fastmoco[cuda12]'`, or set "
+            "executor=torchvision."
+        ) from error
     while (outputs := _next(pipeline, pending, settings.device)) is not None:
         yield Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
 

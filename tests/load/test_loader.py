@@ -554,6 +554,17 @@ def test_without_dali_the_remedy_is_named(
     monkeypatch.delitem(sys.modules, "fastmoco.load.dali", raising=False)
     monkeypatch.delattr(load, "dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UsageError, match=r"pip install nvidia-dali-cuda130.*executor=torchvision"):
+    with pytest.raises(UsageError, match=r"'fastmoco\[cuda13\]'.*executor=torchvision"):
         stream(both)
     assert len(stream(both, Settings("torchvision"), stop=1)) == 1
+
+
+def test_a_driver_too_old_for_dali_is_named(
+    both: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(pipeline: Pipeline) -> None:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(Pipeline, "build", build)
+    with pytest.raises(UsageError, match=r"driver is too old.*'fastmoco\[cuda12\]'"):
+        stream(both)
