@@ -30,9 +30,10 @@ from rich.table import Table
 
 from fastmoco.config import Recipe, load_recipe
 from fastmoco.errors import UsageError
+from fastmoco.evaluate.embed import Pair
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.knn import Neighbours
-from fastmoco.evaluate.probe import Pair, Protocol, best_of, probe_cached
+from fastmoco.evaluate.probe import Protocol, best_of, probe_cached
 from fastmoco.figures import draw_curves
 from fastmoco.files import new_folder, write_json
 from fastmoco.load.loader import evaluation_batches
@@ -300,8 +301,8 @@ def _colours(evaluation: Evaluation, one: Labelled) -> Pair:
         batch=128,
         settings=sight.settings,
     )
-    features = torch.cat([colour_statistics(batch.views[0].float().cpu()) for batch in batches])
-    return features, torch.from_numpy(one.labels)
+    features = torch.cat([colour_statistics(batch.views[0].float()) for batch in batches])
+    return features, torch.from_numpy(one.labels).to(features.device)
 
 
 def colour_statistics(images: torch.Tensor) -> torch.Tensor:

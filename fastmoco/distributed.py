@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from fastmoco.errors import UsageError
 
 # The newest torch renamed it, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Ranks:
         _all_gather(everything, rows.contiguous(), group=self.group)
         return everything
 
+    def gather_shares(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Return all `count` rows, of which each rank holds its `share`."""
+        if self.size == 1:
+            return rows
+        equal = rows.new_zeros(-(-count // self.size), *rows.shape[1:])
+        equal[: len(rows)] = rows
+        return self.gather(equal)[:count]
+
     def exchange(
         self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> torch.Tensor:
@@ -98,13 +107,16 @@ class Ranks:
         total: torch.Tensor = _Sum.apply(values, self.group)
         return total / self.size
 
+    def gather_object(self, value: T) -> list[T]:
+        """Return what each rank has, in rank order; it crosses between the hosts."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def union(self, values: set[int]) -> set[int]:
         """Return what is in the set of any rank."""
-        if self.size == 1:
-            return set(values)
-        found: list[set[int]] = [set()] * self.size
-        dist.all_gather_object(found, values, group=self.group)
-        return set().union(*found)
+        return set().union(*self.gather_object(values))
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module with its gradients averaged over the ranks.

@@ -15,7 +15,7 @@ from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
 from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
-from fastmoco.evaluate.embed import Sight, Stopped, embed, sight_of
+from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
 from fastmoco.load.loader import Loader
@@ -24,7 +24,7 @@ from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
-from fastmoco.shardset import Collection, ShardSet, labelled_pair
+from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -192,18 +192,17 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     if ranks.leads:
         for caution in cautions(bank, queries):
             print(f"warning: {caution}", file=sys.stderr)
-    bank_labels, query_labels = (torch.from_numpy(one.labels) for one in (bank, queries))
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
+        def features(one: Labelled) -> Pair:
+            return embed_labelled(encoder, one, monitor.feature, sight, ranks, stop)
+
+        classes = len(bank.classes)
         try:
-            features, asked = (
-                embed(encoder, Collection([one.set]), monitor.feature, sight, ranks, one.ids, stop)
-                for one in (bank, queries)
-            )
+            neighbours = Neighbours(*features(bank), classes, monitor.k, monitor.t, ranks)
+            return {"knn_top1": neighbours.accuracy(*features(queries), stop)}
         except Stopped:
             return {}
-        neighbours = Neighbours(features, bank_labels, len(bank.classes), monitor.k, monitor.t)
-        return {"knn_top1": neighbours.accuracy(asked, query_labels, ranks)}
 
     return knn
 

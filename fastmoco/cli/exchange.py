@@ -75,7 +75,7 @@ def embed(
     encoder, recipe, step = load_encoder(RunFolder(run), where)
     data = Collection.open([set])
     sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
-    features = features_of(encoder, data, feature, sight).numpy()
+    features = features_of(encoder, data, feature, sight).cpu().numpy()
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
     write_features(out, features, np.arange(len(features)), about)
     print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

@@ -13,15 +13,17 @@ from fastmoco.load.loader import Triple, evaluation_batches
 from fastmoco.load.order import Ids
 from fastmoco.load.work import Settings
 from fastmoco.models.resnet import Encoder
-from fastmoco.shardset import Collection
+from fastmoco.shardset import Collection, Labelled
 
 Feature = Literal["head", "backbone"]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(n, width) fp32 features and (n,) int64 labels, on one device."""
 
 _BATCH = 128  # stays in the cache of a CPU core at 32 px; a GPU does not care
 
 
 class Stopped(Exception):
-    """Whoever asked for features asked to stop before they were complete."""
+    """Whoever asked for features or neighbours asked to stop before they were complete."""
 
 
 def never() -> bool:
@@ -70,15 +72,15 @@ def embed(
     ids: Ids | None = None,
     stop: Callable[[], bool] = never,
 ) -> torch.Tensor:
-    """Return the (N, features) fp32 features of the samples, on the CPU, on every rank.
+    """Return the (n, width) fp32 features of this rank's share of the samples, on the device.
 
     Args:
         encoder: in evaluation mode.
         data: the sets.
         feature: the head's output or the backbone's; neither is normalised.
         sight: how images are shown.
-        ranks: each embeds a contiguous share.
-        ids: (N,) int64 of the samples; None: all, in id order.
+        ranks: each embeds its share, see `Ranks.share`.
+        ids: int64, of the samples; None: all, in id order.
         stop: whether to give up, the same on all ranks; asked before each batch, equally often
             on every rank.
 
@@ -89,8 +91,7 @@ def embed(
     own = ranks.share(count)
     network = encoder if feature == "head" else encoder.backbone
     width = encoder.dim if feature == "head" else encoder.features
-    # All ranks gather equal shares; the last one may hold fewer samples.
-    rows = torch.zeros(-(-count // ranks.size), width)
+    rows = torch.empty(own.stop - own.start, width, device=sight.settings.device)
     batches = evaluation_batches(
         data,
         ids=own if ids is None else ids[own],
@@ -101,16 +102,31 @@ def embed(
         batch=_BATCH,
         settings=sight.settings,
     )
-    for first in range(0, len(rows), _BATCH):
+    longest = -(-count // ranks.size)  # of the shares: all ranks ask equally often
+    for first in range(0, longest, _BATCH):
         if stop():
             raise Stopped
         batch = next(batches, None)
         if batch is None:
-            continue  # the share of a last rank may be shorter
+            continue
         with torch.inference_mode(), sight.autocast():
             features = network(sight.cast(batch.views[0]))
-        rows[first : first + len(batch.ids)] = features.float().cpu()
-    return ranks.gather(rows.to(sight.settings.device)).cpu()[:count]
+        rows[first : first + len(batch.ids)] = features
+    return rows
+
+
+def embed_labelled(
+    encoder: Encoder,
+    one: Labelled,
+    feature: Feature,
+    sight: Sight,
+    ranks: Ranks = Ranks(),
+    stop: Callable[[], bool] = never,
+) -> Pair:
+    """Return features and labels of this rank's share of labelled samples; see `embed`."""
+    features = embed(encoder, Collection([one.set]), feature, sight, ranks, one.ids, stop)
+    labels = torch.from_numpy(one.labels[ranks.share(len(one.labels))])
+    return features, labels.to(features.device)
 
 
 def sight_of(recipe: Recipe, settings: Settings) -> Sight:

@@ -13,13 +13,12 @@ from fastmoco.distributed import Ranks, device_of
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.crops import Crops
-from fastmoco.evaluate.embed import Feature, Sight, embed, frozen_sight
+from fastmoco.evaluate.embed import Feature, Pair, Sight, embed_labelled, frozen_sight
 from fastmoco.evaluate.frozen import load_encoder, unchanged
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.probe import (
     Heads,
-    Pair,
     Protocol,
     judge,
     record,
@@ -31,7 +30,7 @@ from fastmoco.evaluate.record import append
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, Labelled, labelled_pair
+from fastmoco.shardset import Labelled, labelled_pair
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,13 @@ class Evaluation:
         return len(self.train.classes)
 
     def features(self, one: Labelled, feature: Feature) -> Pair:
-        """Return the (n, width) fp32 features and (n,) int64 labels of the labelled samples."""
-        data = Collection([one.set])
-        found = embed(self.encoder, data, feature, self.sight, self.ranks, one.ids)
-        return found, torch.from_numpy(one.labels)
+        """Return features and labels of this rank's share of the samples, on the device."""
+        return embed_labelled(self.encoder, one, feature, self.sight, self.ranks)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
         """Classify the test set by its nearest neighbours in the training set, and record it."""
-        bank = Neighbours(*self.features(self.train, feature), self.classes, k, t)
-        found = bank.predict(*self.features(self.test, feature), self.ranks)
+        bank = Neighbours(*self.features(self.train, feature), self.classes, k, t, self.ranks)
+        found = bank.predict(*self.features(self.test, feature))
         protocol = {"feature": feature, "k": k, "t": t, "precision": self.sight.precision}
         return self.record({"kind": "knn", "protocol": protocol}, found)
 
@@ -134,15 +131,23 @@ class Evaluation:
         with unchanged(self.encoder):
             test = self.features(self.test, "backbone")
             if protocol.features == "cached":
-                train = self.features(self.train, "backbone")
-                heads = train_cached(train, self.classes, protocol, on_epoch)
+                heads = self._train_cached(protocol, on_epoch)
             else:
                 heads = self._train_augmented(protocol, on_epoch)
-        found = judge(heads, *test)
+        found = [one.gathered(self.ranks) for one in judge(heads, *test)]
         best = max(found, key=lambda one: one.top(1))
         result = record(scores(heads, found), protocol)
         result["protocol"]["precision"] = self.sight.precision
         return self.record(result, best)
+
+    def _train_cached(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
+        # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
+        # Shared out, each step would have to average gradients 40 times as large as its batch.
+        features, labels = (
+            self.ranks.gather_shares(rows, len(self.train.ids))
+            for rows in self.features(self.train, "backbone")
+        )
+        return train_cached((features, labels), self.classes, protocol, on_epoch)
 
     def _train_augmented(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
         heads = Heads(self.encoder.features, self.classes, protocol.lrs)
@@ -151,7 +156,7 @@ class Evaluation:
         epochs = self._augmented_epochs(crops, protocol.epochs)
         per_epoch = crops.plan.steps_per_epoch
         train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.ranks)
-        return heads.cpu()
+        return heads
 
     def _crops(self, protocol: Protocol) -> Crops:
         return Crops(

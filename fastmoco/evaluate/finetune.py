@@ -18,7 +18,7 @@ from torch import nn
 from fastmoco.distributed import Ranks
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.crops import Crops
-from fastmoco.evaluate.embed import Sight, embed
+from fastmoco.evaluate.embed import Sight, embed_labelled
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.schedule import cosine
@@ -27,7 +27,6 @@ from fastmoco.load.loader import Triple
 from fastmoco.load.subset import stratified
 from fastmoco.memory import keep_freed_memory
 from fastmoco.models.resnet import Encoder
-from fastmoco.shardset import Collection
 
 Normalize = Literal["run", "imagenet", "set"]
 
@@ -196,10 +195,9 @@ def _train(
 
 
 def _tested(network: Encoder, evaluation: Evaluation, sight: Sight) -> Predictions:
-    test = evaluation.test
-    data = Collection([test.set])
-    logits = embed(network.eval(), data, "head", sight, evaluation.ranks, test.ids)
-    return Predictions.of_logits(logits, torch.from_numpy(test.labels))
+    ranks = evaluation.ranks
+    logits, labels = embed_labelled(network.eval(), evaluation.test, "head", sight, ranks)
+    return Predictions.of_logits(logits, labels).gathered(ranks)
 
 
 def _row(protocol: Tuning, sight: Sight, counts: dict[str, int], ranks: Ranks) -> dict[str, Any]:

@@ -1,104 +1,153 @@
 """The weighted kNN classifier of instance discrimination (Wu et al. 2018, section 3.4)."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import normalize
 
 from fastmoco.distributed import Ranks
+from fastmoco.evaluate.embed import Stopped, never
 from fastmoco.evaluate.measure import Predictions
-from fastmoco.evaluate.screen import Nearest, Screen, pays
 
-_CHUNK = 512  # queries at a time: the similarities never fill more than (512, N)
-_WORKERS = 8  # that share them, at most: products of fewer than 64 queries are slow
+_CHUNK = 512  # queries of all ranks together that are looked up at a time, in
+_BLOCK = 65_536  # rows of the bank: no more than 128 MiB of similarities, whatever the bank
 
 
-@dataclass(frozen=True)
 class Neighbours:
-    """A labelled bank of features to look queries up in.
+    """A labelled bank of features, divided among the ranks, to look queries up in.
 
-    Which of several neighbours that are equally near at place k votes is not defined.
+    Making one is a collective of the ranks. Which of several neighbours that are equally near at
+    place k votes is not defined.
 
-    Attributes:
-        features: (N, dim) fp32; normalised here.
-        labels: (N,) int64, 0..classes-1.
+    Args:
+        features: (n, dim) fp32, this rank's share of the bank; normalized here, in a copy.
+        labels: (n,) int64, 0..classes-1, on the same device.
         classes: their number.
         k: neighbours that vote; the whole bank where it is smaller.
         t: temperature of their weights exp(similarity / t).
+        ranks: that hold the bank.
     """
 
-    features: torch.Tensor
-    labels: torch.Tensor
-    classes: int
-    k: int = 200
-    t: float = 0.1
-
-    def nearest(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (M, count) cosine similarities and rows of the bank, the nearest one first."""
-        similarity = normalize(queries, dim=1) @ self._bank.T
-        best, rows = similarity.topk(min(count, len(self.features)), dim=1)
-        return best, rows
-
-    def scores(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield (chunk, classes) votes for (M, dim) queries; that of the nearest neighbour is 1."""
-        if not len(queries):
-            return  # a rank may have no share
-        screen = self._screen  # made, and the bank too, before several threads ask for them
-        with _workers() as (pool, count):
-            shares = torch.split(normalize(queries, dim=1), _CHUNK // count)
-            yield from pool.map(lambda share: self._votes(share, screen), shares)
+    def __init__(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        classes: int,
+        k: int = 200,
+        t: float = 0.1,
+        ranks: Ranks = Ranks(),
+    ) -> None:
+        shares = ranks.gather_object(len(features))
+        self.k, self.t = min(k, sum(shares)), t
+        self._bank, self._labels, self._classes = normalize(features, dim=1), labels, classes
+        self._ranks, self._longest = ranks, max(shares)
 
     def predict(
-        self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()
+        self, queries: torch.Tensor, labels: torch.Tensor, stop: Callable[[], bool] = never
     ) -> Predictions:
-        """Return what the neighbours say of all (M, dim) queries; each rank asks for its share."""
-        own = ranks.share(len(queries))
-        none = torch.zeros(0, self.classes)  # a rank may have no share
-        votes = torch.cat([none, *self.scores(queries[own])])
-        confidence = votes.amax(dim=1) / votes.sum(dim=1)
-        return Predictions.of_votes(votes, labels[own], confidence).gathered(ranks, labels)
+        """Return what the neighbours say of the queries of all ranks, in host memory.
+
+        Args:
+            queries: (n, dim) fp32, this rank's share of them, on the device of the bank.
+            labels: (n,) int64, the truth.
+            stop: whether to give up, the same on all ranks; asked before each product with a block
+                of the bank, equally often on every rank.
+
+        Raises:
+            Stopped: `stop` was true.
+        """
+        parts: list[Predictions] = []
+        done = 0
+        for votes in self.scores(queries, stop):
+            parts.append(Predictions.of_votes(votes, labels[done : done + len(votes)]))
+            done += len(votes)
+        return Predictions.cat(parts).gathered(self._ranks)
 
     def accuracy(
-        self, queries: torch.Tensor, labels: torch.Tensor, ranks: Ranks = Ranks()
+        self, queries: torch.Tensor, labels: torch.Tensor, stop: Callable[[], bool] = never
     ) -> float:
-        """Return the percentage of (M, dim) queries whose top vote is their label."""
-        return self.predict(queries, labels, ranks).top(1)
+        """Return the percentage of the queries whose top vote is their label; see `predict`."""
+        return self.predict(queries, labels, stop).top(1)
 
-    def _votes(self, queries: torch.Tensor, screen: Screen | None) -> torch.Tensor:
-        found = screen.nearest(queries, self.k) if screen else None
-        # Too small a bank for the screen, or one in which too much is equally near.
-        similarity, index = found or self._plainly(queries)
+    def scores(
+        self, queries: torch.Tensor, stop: Callable[[], bool] = never
+    ) -> Iterator[torch.Tensor]:
+        """Yield (chunk, classes) votes for this rank's queries; that of the nearest neighbour is 1.
+
+        All ranks take equally many chunks; those of a rank with fewer queries end empty. See
+        `predict`.
+        """
+        chunk = -(-_CHUNK // self._ranks.size)
+        longest = max(self._ranks.gather_object(len(queries)))
+        for first in range(0, longest, chunk):
+            own = queries[first : first + chunk]
+            # The ranks gather equally many.
+            asked = own.new_zeros(min(chunk, longest - first), own.shape[1])
+            asked[: len(own)] = normalize(own, dim=1)
+            yield self._votes(*self._merged(asked, stop))[: len(own)]
+
+    def nearest(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (n, count) cosine similarities and rows of this rank's share, the nearest first.
+
+        Args:
+            queries: (n, dim) fp32.
+            count: no more than the rows of the share.
+        """
+        rows = torch.arange(len(self._bank), device=self._bank.device)
+        return self._nearest(normalize(queries, dim=1), count, rows)
+
+    def _merged(
+        self, queries: torch.Tensor, stop: Callable[[], bool]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (n, k) similarities and labels in the whole bank of this rank's n queries."""
+        ranks, count = self._ranks, len(queries)
+        found = self._nearest(ranks.gather(queries), self.k, self._labels, stop)
+        if ranks.size == 1:
+            return found
+        similarity, labels = (
+            ranks.gather(part)
+            .view(ranks.size, ranks.size, count, self.k)[:, ranks.rank]
+            .transpose(0, 1)
+            .reshape(count, -1)
+            for part in found
+        )
+        return _highest(similarity, labels, self.k)
+
+    def _nearest(
+        self,
+        queries: torch.Tensor,
+        k: int,
+        tags: torch.Tensor,
+        stop: Callable[[], bool] = never,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (n, k) similarities to this rank's share, the highest first, and their rows' tags.
+
+        Where the share has too few rows, similarities are -inf.
+        """
+        best = queries.new_full((len(queries), k), -torch.inf)
+        found = tags.new_zeros(best.shape)
+        for first in range(0, self._longest, _BLOCK):
+            if stop():
+                raise Stopped
+            block = slice(first, first + _BLOCK)
+            rows = self._bank[block]
+            some, index = (queries @ rows.T).topk(min(k, len(rows)), dim=1)
+            best, found = _highest(
+                torch.cat([best, some], dim=1), torch.cat([found, tags[block][index]], dim=1), k
+            )
+        return best, found
+
+    def _votes(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the (n, classes) votes of (n, k) neighbours, the nearest first."""
         # A factor that all votes share changes nothing, and large ones would overflow.
-        weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / self.t).exp()
-        votes = torch.zeros(len(queries), self.classes)
-        return votes.scatter_add_(1, self.labels[index], weights)
-
-    def _plainly(self, queries: torch.Tensor) -> Nearest:
-        return (queries @ self._bank.T).topk(min(self.k, len(self._bank)), dim=1)
-
-    @cached_property
-    def _bank(self) -> torch.Tensor:
-        return normalize(self.features, dim=1)
-
-    @cached_property
-    def _screen(self) -> Screen | None:
-        return Screen(self._bank) if pays(self._bank, self.k) else None
+        weights = ((similarity - similarity[:, :1]) / self.t).exp()
+        votes = weights.new_zeros(len(weights), self._classes)
+        return votes.scatter_add_(1, labels, weights)
 
 
-@contextmanager
-def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Divide torch's threads among workers, since many a stage would use but one of them."""
-    threads = torch.get_num_threads()
-    count = min(threads, _WORKERS)
-    share = threads // count
-    try:
-        with ThreadPoolExecutor(
-            count, initializer=torch.set_num_threads, initargs=(share,)
-        ) as pool:
-            yield pool, count
-    finally:
-        torch.set_num_threads(threads)  # else later threads of the process got a worker's share
+def _highest(
+    similarity: torch.Tensor, tags: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k highest of (n, c) similarities, and their tags; of equal ones, the first."""
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return similarity.gather(1, order), tags.gather(1, order)

@@ -14,7 +14,7 @@ class Predictions:
     """What a classifier said of each sample.
 
     Attributes:
-        labels: (n,) int64, the truth.
+        labels: (n,) int64, the truth; all tensors are on one device.
         predicted: (n,) int64, the class with the highest score.
         place: (n,) int64, classes that came before the true one; 0: it is right.
         confidence: (n,) fp32, the share of the predicted class, 0..1.
@@ -39,13 +39,11 @@ class Predictions:
         return cls(labels, scores.argmax(dim=1), place, confidence, scores.shape[1])
 
     @classmethod
-    def of_votes(
-        cls, votes: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor
-    ) -> "Predictions":
+    def of_votes(cls, votes: torch.Tensor, labels: torch.Tensor) -> "Predictions":
         """Return what (n, classes) votes say; a class without a vote is in no place."""
-        found = cls.of(votes, labels, confidence)
+        found = cls.of(votes, labels, votes.amax(dim=1) / votes.sum(dim=1))
         voted = votes.gather(1, labels[:, None])[:, 0] > 0
-        return replace(found, place=found.place.where(voted, torch.tensor(votes.shape[1])))
+        return replace(found, place=found.place.where(voted, votes.shape[1]))
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Predictions":
@@ -63,15 +61,16 @@ class Predictions:
             parts[0].classes,
         )
 
-    def gathered(self, ranks: Ranks, labels: torch.Tensor) -> "Predictions":
-        """Return the predictions of all ranks; each holds those of its share of `labels`."""
-        if ranks.size == 1:
-            return self
-        own = torch.stack([self.predicted, self.place, self.confidence], dim=1).double()
-        rows = own.new_zeros(-(-len(labels) // ranks.size), 3)  # equal shares, as a gather needs
-        rows[: len(own)] = own
-        predicted, place, confidence = ranks.gather(rows)[: len(labels)].T
-        return Predictions(labels, predicted.long(), place.long(), confidence.float(), self.classes)
+    def gathered(self, ranks: Ranks) -> "Predictions":
+        """Return the predictions of all ranks in rank order, in host memory."""
+        own = replace(
+            self,
+            labels=self.labels.cpu(),
+            predicted=self.predicted.cpu(),
+            place=self.place.cpu(),
+            confidence=self.confidence.cpu(),
+        )
+        return Predictions.cat(ranks.gather_object(own))
 
     def top(self, k: int) -> float:
         """Return the percentage of samples whose class is among the first k."""

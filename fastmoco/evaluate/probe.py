@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from fastmoco.distributed import Ranks
+from fastmoco.evaluate.embed import Pair
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.schedule import cosine
 
 _CHUNK = 1024  # samples scored at a time: their logits are of all heads and classes
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Heads(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return (n, heads, classes) logits of (n, features) fp32 features."""
         logits = nn.functional.linear(features, self.weight, self.bias)
-        return logits.view(len(features), len(self.lrs), -1)
+        heads = len(self.rates)  # view(-1) could not tell the classes of no features
+        return logits.view(len(features), heads, len(self.bias) // heads)
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the cross-entropies of the heads, each times its learning rate, summed.
@@ -133,7 +133,7 @@ def cached_epochs(
     """Yield the epochs over features that were embedded once: all of them, in a new order each."""
     generator = torch.Generator().manual_seed(protocol.seed)
     for _ in range(protocol.epochs):
-        order = torch.randperm(len(features), generator=generator)
+        order = torch.randperm(len(features), generator=generator).to(features.device)
         yield ((features[rows], labels[rows]) for rows in torch.split(order, protocol.batch))
 
 
@@ -161,7 +161,7 @@ def train_cached(
     protocol: Protocol,
     on_epoch: Callable[[int], None] = lambda done: None,
 ) -> Heads:
-    """Return heads trained on cached features.
+    """Return heads trained on cached features, on their device.
 
     Args:
         train: (N, features) fp32 features and (N,) int64 labels.
@@ -169,7 +169,7 @@ def train_cached(
         protocol: see `Protocol`.
         on_epoch: called with the epochs done.
     """
-    heads = Heads(train[0].shape[1], classes, protocol.lrs)
+    heads = Heads(train[0].shape[1], classes, protocol.lrs).to(train[0].device)
     per_epoch = -(-len(train[0]) // protocol.batch)
     train_heads(heads, cached_epochs(*train, protocol), per_epoch, protocol, on_epoch)
     return heads

@@ -310,7 +310,7 @@ def _per_class(confusion: Ids, names: list[str]) -> list[dict[str, Any]]:
 
 def _plane(folder: Path, study: Study, names: list[str]) -> dict[str, Any]:
     seed = study.evaluation.recipe.seed
-    places, labels, method = projected(study.queries, study.evaluation.test.labels, seed)
+    places, labels, method = projected(study.queries[0], study.evaluation.test.labels, seed)
     draw_plane(folder / "projection.png", places, labels, len(names))
     legend = list(zip(names, colours_of(len(names)), strict=True)) if has_legend(len(names)) else []
     return {"file": "projection.png", "method": method, "legend": legend}

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastmoco.evaluate.embed import Sight
+from fastmoco.evaluate.embed import Pair, Sight
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.measure import Predictions
@@ -32,12 +32,12 @@ class Study:
     Attributes:
         evaluation: encoder, sight and the samples that are looked at.
         bank: the features of the training samples.
-        queries: (n, features) fp32, those of the test samples.
+        queries: those of the test samples, with their labels.
     """
 
     evaluation: Evaluation
     bank: Neighbours
-    queries: torch.Tensor
+    queries: Pair
 
     @classmethod
     def of(cls, evaluation: Evaluation, samples: int) -> "Study":
@@ -50,29 +50,28 @@ class Study:
         train, test = (thinned(one, samples, seed) for one in (evaluation.train, evaluation.test))
         evaluation = replace(evaluation, train=train, test=test)
         bank = Neighbours(*evaluation.features(train, "backbone"), evaluation.classes)
-        return cls(evaluation, bank, evaluation.features(test, "backbone")[0])
+        return cls(evaluation, bank, evaluation.features(test, "backbone"))
 
     def predictions(self) -> Predictions:
         """Return what the neighbours of each test sample vote for."""
-        return self.bank.predict(self.queries, torch.from_numpy(self.evaluation.test.labels))
+        return self.bank.predict(*self.queries)
 
     @property
     def classifier(self) -> str:
         """Who predicts, in words."""
-        bank = len(self.bank.features)
         return (
-            f"votes of the {min(self.bank.k, bank)} nearest neighbours (backbone features, "
-            f"T {self.bank.t:g}) among {bank:,} training images"
+            f"votes of the {self.bank.k} nearest neighbours (backbone features, "
+            f"T {self.bank.t:g}) among {len(self.evaluation.train.ids):,} training images"
         )
 
     def nearest(self, places: Ids, count: int) -> tuple[npt.NDArray[np.float32], Ids]:
         """Return (n, count) similarities to the test samples at `places`, and places in train."""
-        similarity, rows = self.bank.nearest(self.queries[torch.from_numpy(places)], count)
-        return similarity.numpy(), rows.numpy()
+        similarity, rows = self.bank.nearest(self.queries[0][torch.from_numpy(places)], count)
+        return similarity.cpu().numpy(), rows.cpu().numpy()
 
     def some(self, count: int) -> Ids:
         """Return the places of `count` test samples, drawn by the run's seed."""
-        size = len(self.queries)
+        size = len(self.evaluation.test.ids)
         draw = Permutation(size, (self.evaluation.recipe.seed, _STREAM + 1))
         return draw(np.arange(min(count, size)))
 
@@ -159,7 +158,8 @@ def projected(
     chosen = Permutation(len(features), (seed, _STREAM + 2))(
         np.arange(min(len(features), _PROJECTED))
     )
-    rows = torch.nn.functional.normalize(features[torch.from_numpy(chosen)], dim=1).double().numpy()
+    some = features[torch.from_numpy(chosen)].cpu()
+    rows = torch.nn.functional.normalize(some, dim=1).double().numpy()
     if find_spec("sklearn") and len(rows) > 10:
         return _tsne(rows, seed), labels[chosen], f"t-SNE of {len(rows):,} test images"
     return _principal(rows), labels[chosen], f"principal components of {len(rows):,} test images"

@@ -1,6 +1,6 @@
 """A small run folder, made by hand, and a test set to go with `small_set`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,6 @@ from fastmoco.run import RunFolder
 from fastmoco.shardset import ShardSet
 
 STEP = 12
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's threads; afterwards they are what they were."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Features: against a loop over the source images with PIL, torchvision and nothing else."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,62 +76,27 @@ def test_batches_do_not_matter(
 
 
 @pytest.mark.parametrize("size", [2, 5, 7, 24])
-def test_ranks_embed_their_shares_in_order(
-    trained: Encoder, small_set: ShardSet, unseen_set: ShardSet, size: int
+def test_ranks_embed_their_shares_and_ask_equally_often(
+    trained: Encoder,
+    small_set: ShardSet,
+    unseen_set: ShardSet,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ranks in turn, their gather replaced by what it is given: 39 samples divide unevenly."""
+    """39 samples divide unevenly; the last of 24 ranks have none."""
     data = Collection([small_set, unseen_set])
-    sent: list[torch.Tensor] = []
-
-    class Alone(Ranks):
-        def gather(self, rows: torch.Tensor) -> torch.Tensor:
-            sent.append(rows)
-            return rows
-
-    for rank in range(size):
-        embed(trained, data, "head", sight(), Alone(rank, size))
-    assert len({rows.shape for rows in sent}) == 1  # what all_gather needs
     whole = embed(trained, data, "head", sight())
-    torch.testing.assert_close(torch.cat(sent)[:39], whole, rtol=1e-4, atol=1e-5)
-
-
-# Every rank saves what it got, so that all can be held to the same.
-EMBED = """
-import os, sys
-import torch
-from pathlib import Path
-from fastmoco.distributed import joined
-from fastmoco.evaluate.embed import Sight, embed
-from fastmoco.load.work import Settings
-from fastmoco.models.resnet import Encoder
-from fastmoco.shardset import Collection
-
-weights, out, *roots = map(Path, sys.argv[1:])
-encoder = Encoder("resnet10", "small-stride2", "linear", 8).eval()
-encoder.load_state_dict(torch.load(weights))
-sight = Sight(16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "fp32", Settings(threads=1))
-with joined("cpu", timeout_s=60) as (ranks, device):
-    found = embed(encoder, Collection.open(roots), "head", sight, ranks)
-    torch.save(found, out / f"{ranks.rank}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_processes_embed_as_one_does(
-    trained: Encoder, small_set: ShardSet, unseen_set: ShardSet, tmp_path: Path
-) -> None:
-    torch.save(trained.state_dict(), tmp_path / "weights.pt")
-    (tmp_path / "embed.py").write_text(EMBED)
-    roots = [str(one.root) for one in (small_set, unseen_set)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*torchrun, "embed.py", "weights.pt", ".", *roots]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    whole = embed(trained, Collection([small_set, unseen_set]), "head", sight())
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(station, "_BATCH", 3)
+    parts, calls = [], []
+    for rank in range(size):
+        asked: list[None] = []
+        ranks = Ranks(rank, size)
+        parts.append(
+            embed(trained, data, "head", sight(), ranks, stop=lambda a=asked: bool(a.append(None)))
+        )
+        calls.append(len(asked))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    assert len(set(calls)) == 1
 
 
 def test_large_images_are_cut_as_on_imagenet() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from threads import on_ranks
 
 from fastmoco.config import Monitor
 from fastmoco.distributed import Ranks
 from fastmoco.errors import DataError, UsageError
+from fastmoco.evaluate import knn as neighbors
 from fastmoco.evaluate.embed import never
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.probe import Protocol
@@ -98,6 +101,25 @@ def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
     first, second = (evaluation.probe(protocol, lambda done: None) for _ in range(2))
     assert first.pop("predictions") != second.pop("predictions")
     assert first == second
+
+
+def test_two_ranks_find_what_one_does(
+    make_run: Make, small_set: ShardSet, unseen_set: ShardSet
+) -> None:
+    """On shares of 12 and 12 training images and of 8 and 7 test images."""
+    run = make_run(executor="torchvision")
+    whole = Evaluation.open(run.root, small_set.root, unseen_set.root)
+    protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
+
+    def work(ranks: Ranks) -> list[dict[str, Any]]:
+        own = replace(whole, ranks=ranks)
+        return [own.probe(protocol), own.knn("backbone", k=5, t=0.1)]
+
+    (one,), both = on_ranks(1, work), on_ranks(2, work)
+    assert len(rows(whole)) == 4  # the first rank alone writes
+    for found in both:
+        for ours, theirs in zip(found, one, strict=True):
+            assert all(ours[name] == theirs[name] for name in theirs if name != "predictions")
 
 
 def test_the_augmented_probe_sees_new_crops_each_epoch(evaluation: Evaluation) -> None:
@@ -238,6 +260,26 @@ def test_the_monitor_uses_the_table_too(
     knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.sight, Ranks())
     some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
     assert knn(evaluation.encoder, never)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
+
+
+def test_the_monitor_tells_of_each_product_and_may_be_stopped_before_any(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is asked tells the watchdog too: a bank of hours is not taken for a stall."""
+    monkeypatch.setattr(neighbors, "_CHUNK", 4)
+    monkeypatch.setattr(neighbors, "_BLOCK", 5)
+    bank, queries = (str(one.set.root) for one in (evaluation.train, evaluation.test))
+    knn = _monitor(Monitor(bank=bank, queries=queries), evaluation.sight, Ranks())
+    asked = 2 + 4 * 5  # a batch of each set, then 15 queries by 4 times 24 rows by 5
+    calls: list[None] = []
+
+    def stop_at(call: int) -> Callable[[], bool]:
+        calls.clear()
+        return lambda: calls.append(None) or len(calls) == call
+
+    assert "knn_top1" in knn(evaluation.encoder, stop_at(asked + 1)) and len(calls) == asked
+    for call in (1, 3, asked):
+        assert knn(evaluation.encoder, stop_at(call)) == {} and len(calls) == call
 
 
 def test_the_table_of_the_monitor_goes_with_its_sets(
