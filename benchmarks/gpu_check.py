@@ -61,13 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = Task(
             Path(work), options.out.resolve(), options.dry, 0.0, options.photos, options.cifar
         )
-        return Check(task, _command(options)).run(phases, options.minutes)
+        minutes = options.minutes or (60.0 if options.dry else 10.0)
+        return Check(task, _command(options)).run(phases, minutes)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="What fastmoco does on this GPU, as a page.")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="results")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it")
+    parser.add_argument("--minutes", type=float, help="for all of it [default: 10; dry: 60]")
     parser.add_argument("--only", help=f"phases, of {','.join(_names())}")
     parser.add_argument("--photos", type=Path, help="a folder or .zip of images to draw from")
     parser.add_argument("--cifar", type=Path, help="CIFAR-10: a packed set, or what packs into one")

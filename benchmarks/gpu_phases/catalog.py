@@ -54,6 +54,7 @@ PACKAGES = {
     "typer": "typer",
     "safetensors": "safetensors",
     "nvidia.dali": "nvidia-dali-cuda130 (a driver older than 580: nvidia-dali-cuda120)",
+    "six": "six: nvidia-dali needs it by way of astunparse",
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout: the suite's settings stop pytest without it",
     "hypothesis": "hypothesis",
@@ -63,7 +64,7 @@ EVERY = (
     *("torch", "torchvision", "numpy", "PIL", "yaml", "pydantic", "filelock"),
     *("rich", "typer", "safetensors"),
 )
-DALI = ("nvidia.dali",)
+DALI = ("nvidia.dali", "six")
 
 SETUP = Phase(
     letter="setup",

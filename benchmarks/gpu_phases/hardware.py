@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpu_phases.measure import seconds_of, wait
+from gpu_phases.measure import seconds_of
 from gpu_phases.task import Figures, Item, Items, Task
 
 SECONDS = 1.0  # of each measurement
@@ -47,7 +47,7 @@ def to_device(task: Task) -> Figures:
 
 def _seconds(task: Task, work: Callable[[], object]) -> float:
     device = torch.device(task.device)
-    wait(device)
+    work()
     return seconds_of(lambda _: work(), device, 0.05 if task.dry else SECONDS)
 
 

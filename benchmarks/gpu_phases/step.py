@@ -16,7 +16,7 @@ from gpu_phases.measure import forget, peak_memory_gb, profiled, seconds_of, wai
 from gpu_phases.task import Figures, Item, Items, Task
 
 COMPILING_S = 75.0  # that torch.compile may need before the first step
-SECONDS = 2.0  # of each measurement
+WARM_UP, SECONDS = 3, 2.0  # steps before each measurement, and its length
 # Of ResNet-50 at 224 px, an image and a step of MoCo in bf16, nothing fused: counted from its
 # shapes, three passes of BatchNorm forwards and five backwards.
 BYTES_PER_IMAGE, FLOP_PER_IMAGE = 659e6, 32.5e9
@@ -104,7 +104,7 @@ def step(task: Task, variant: Variant, group: int) -> Figures:
     recipe = recipe_of(task, variant.batch, group, variant.bn)
     batches = cycle([synthetic(recipe, variant.engine, device) for _ in range(2)])
     take = engine_of(recipe, variant, device)
-    losses = [take(*next(batches), number) for number in range(2)]
+    losses = [take(*next(batches), number) for number in range(1 if task.dry else WARM_UP)]
     if not all(bool(torch.isfinite(loss).all()) for loss in losses):
         raise ArithmeticError("the loss of the first steps is not finite")
     seconds = seconds_of(
