@@ -19,6 +19,7 @@ from fastmoco.errors import UsageError
 from fastmoco.load.augment import ViewNumbers, colour_maps
 from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source, Stages, Work
 
+_KEPT = 2  # batches whose kernels may still be queued when the next one is asked for
 _CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
 _COLOUR = ((T.FLOAT, 2), (T.FLOAT, 0))
 _BLUR = ((T.BOOL, 0), (T.FLOAT, 0))
@@ -200,8 +201,17 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
             "or `pip uninstall nvidia-dali-cuda130` and `pip install 'fastmoco[cuda12]'`, or set "
             "executor=torchvision."
         ) from error
+    kept: deque[tuple[torch.cuda.Event, Rendered]] = deque()
     while (outputs := _next(pipeline, pending, settings.device)) is not None:
-        yield Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
+        rendered = Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
+        yield rendered
+        if on_gpu:
+            # DALI draws into the memory of a batch once nobody holds it, in the order of its own
+            # stream: not before the kernels that torch has queued on the batch are done.
+            kept.append((torch.cuda.current_stream(settings.device).record_event(), rendered))
+            if len(kept) > _KEPT:
+                kept[0][0].synchronize()
+                kept.popleft()
 
 
 def _next(pipeline: Pipeline, pending: deque[Work], device: torch.device) -> Any:

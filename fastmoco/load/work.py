@@ -44,7 +44,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Settings:
-    """How batches are made; none of it changes what they hold.
+    """How batches are made; none of it changes what they hold, but for a decoder's rounding.
 
     Attributes:
         executor: "dali", or "torchvision" where DALI does not exist.

@@ -1,8 +1,10 @@
 """The DALI graph: one for both devices, checked without a GPU; its pixels checked with one."""
 
 import struct
+import weakref
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import nvidia.dali.backend as backend
@@ -110,6 +112,40 @@ def test_the_gpu_hands_over_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPat
         assert told.value.args == (stream,)
 
 
+def test_memory_of_the_gpu_is_kept_until_torch_is_done_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: dict[int, weakref.ref[torch.Tensor]] = {}
+    done: list[int] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = len(alive) - 1
+
+        def synchronize(self) -> None:
+            assert alive[self.number]() is not None
+            done.append(self.number)
+
+    def drawn(output: object) -> torch.Tensor:
+        view = torch.zeros(1)
+        alive[len(alive)] = weakref.ref(view)
+        return view
+
+    def build(feed: Callable[[object], list[object]], *_: object, **__: object) -> object:
+        return SimpleNamespace(run=lambda stream: feed(SimpleNamespace(iteration=0)))
+
+    stream = SimpleNamespace(record_event=Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(dali, "build", build)
+    monkeypatch.setattr(dali, "to_torch", drawn)
+    look, settings = Look(32, (0, 0, 0), (1, 1, 1), ()), Settings(device=torch.device("cuda", 0))
+    batches = dali.render(lambda number: Work(np.arange(1), [], []), look, 1, settings)
+    for number in range(6):
+        next(batches)
+        gone = [i for i in range(number) if alive[i]() is None]
+        assert gone == done == list(range(number - dali._KEPT))
+
+
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_no_operator_draws_numbers_of_its_own(device: str) -> None:
     names = [name for name, _ in operators(built(device, LOOKS["two full views"]))]
@@ -125,8 +161,9 @@ def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decode", ["cpu", "mixed"])
 def test_the_gpu_draws_what_the_cpu_draws(
-    make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray]
+    make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray], decode: str
 ) -> None:
     images = [make_picture(i, (64, 48)) for i in range(8)]
     view = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
@@ -134,8 +171,8 @@ def test_the_gpu_draws_what_the_cpu_draws(
     work = Work(np.arange(8), [encode(image, "jpeg") for image in images], [numbers])
     look = Look(32, (0.5, 0.5, 0.5), (1 / 255,) * 3, (Stages(True, True),))
     cpu, gpu = (
-        next(dali.render(lambda i: None if i else work, look, 8, Settings(device=device))).views[0]
-        for device in (torch.device("cpu"), torch.device("cuda", 0))
+        next(dali.render(lambda i: None if i else work, look, 8, settings)).views[0]
+        for settings in (Settings(), Settings(device=torch.device("cuda", 0), decode=decode))
     )
     assert gpu.is_cuda and gpu.dtype == torch.float16
     assert gpu.is_contiguous(memory_format=torch.channels_last)
