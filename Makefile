@@ -28,6 +28,7 @@ bench: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[dev,cuda13]'
 	touch $@
 
+$(OLDEST)/ready: PYTHON = python3.11
 $(OLDEST)/ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	grep -oE '"[a-z0-9-]+>=[^"]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(OLDEST)/floors.txt

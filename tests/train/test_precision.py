@@ -85,6 +85,7 @@ def test_parts_of_a_step_leave_the_running_statistics_of_the_whole(worker):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute of the C++ compiler alone, six beside other jobs
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_equals_a_plain_one(worker):
     plain, compiled = engine(worker, bn_group=8), engine(worker, bn_group=8, compile=True)
