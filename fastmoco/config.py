@@ -1,6 +1,6 @@
 """The recipe: its schema, the shipped ones, and how one is read with its overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,7 +224,9 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         device: "auto": a GPU if there is one.
         executor: who decodes and augments; "torchvision" needs no DALI.
-        log_every, checkpoint_every: in steps.
+        log_every: in steps.
+        checkpoint_every, checkpoint_minutes: between checkpoints, in steps or in minutes of rank
+            0's clock: one of the two; neither: 30 minutes.
         keep: checkpoints kept, the newest ones.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
         stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
@@ -286,12 +288,26 @@ class Recipe(Strict):
     hw_decoder_load: Unit = 0.65
 
     log_every: Count = 50
-    checkpoint_every: Count = 500
+    checkpoint_every: Count | None = None
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     stall_s: Annotated[float, Field(gt=0)] = 1800
     max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_clock(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("checkpoint_every") is None:
+            return {"checkpoint_minutes": 30.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> "Recipe":
+        if (self.checkpoint_every is None) == (self.checkpoint_minutes is None):
+            raise ValueError("name either checkpoint_every or checkpoint_minutes, the other null")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":

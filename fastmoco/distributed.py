@@ -155,9 +155,9 @@ class _Sum(torch.autograd.Function):
 
 
 class Vote:
-    """Whether a flag is up on any rank, known to all at the same call, without waiting for it.
+    """Which flags are up on any rank, known to all at the same call, without waiting for it.
 
-    A call's outcome is that of the flags of the call before: the exchange, four bytes between the
+    A call's outcome is that of the flags of the call before: the exchange, a few bytes between the
     hosts, runs beside the work in between.
 
     Args:
@@ -172,23 +172,23 @@ class Vote:
             self._group = cast(dist.ProcessGroup, group)
         self._cast: tuple[dist.Work, torch.Tensor] | None = None
 
-    def __call__(self, flag: bool) -> bool:
-        """Cast this rank's flag; return whether any rank's flag was up at the last call."""
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Cast this rank's flags; return which of them were up on any rank at the last call."""
         if self._group is None:
-            return flag
-        outcome = self._outcome()
-        votes = torch.tensor([int(flag)], dtype=torch.int32)
+            return list(flags)
+        outcome = self._outcome() or [False] * len(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
         work = dist.all_reduce(votes, group=self._group, async_op=True)
         assert work is not None
         self._cast = work, votes
         return outcome
 
-    def _outcome(self) -> bool:
+    def _outcome(self) -> list[bool]:
         if self._cast is None:
-            return False
+            return []
         work, votes = self._cast
         work.wait()
-        return bool(votes.item())
+        return votes.bool().tolist()
 
 
 def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device:

@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if leads or isinstance(error, DataError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if leads:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print(_interrupted(error), file=sys.stderr)
         return 130
     return 0
 
@@ -106,15 +106,20 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
             with suppress(OSError):
                 run.finish(error.exit_code, str(error))
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if ranks.leads:
-            run.finish(130, "interrupted: the same command goes on")
+            run.finish(130, _interrupted(error))
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
             with suppress(OSError):
                 run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
         raise
+
+
+def _interrupted(error: KeyboardInterrupt) -> str:
+    """Return in words where; no marker is left: nobody starts a run again that a person ended."""
+    return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
 def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
@@ -130,6 +135,11 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     if done < last_step:
         run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
         print(f"stopped at step {done} of {last_step}: the same command goes on")
+    elif done > last_step:
+        words = f"already at step {done}, past the end of this recipe (step {last_step}"
+        words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
+        run.finish(0, f"{words}): nothing to do")
+        print(f"{words}): nothing to do")
     else:
         run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
@@ -149,7 +159,8 @@ def _train(
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
-        run.describe(recipe, versions(ranks, device))
+        for change in run.describe(recipe, versions(ranks, device), start):
+            print(f"from step {start} on {change}")
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []

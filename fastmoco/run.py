@@ -1,6 +1,7 @@
 """The contract between training and evaluation: the run folder and its verified checkpoints.
 
-config.yaml                      the resolved recipe
+config.yaml                      the resolved recipe of the last start
+configs/step-000000024.yaml      where it changed on the way: each, by the step that it held from
 versions.json                    what it ran on
 metrics.jsonl                    one row a logged step, epoch and monitor
 evaluations.jsonl, evaluations/  numbers of its encoder, and what was said of each image
@@ -12,7 +13,6 @@ checkpoints/step-000000097/      state.pt and the manifest.json that vouches for
 
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -21,9 +21,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 
 from fastmoco.config import Recipe, load_recipe, to_yaml
@@ -85,6 +86,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         self.checkpoints = self.root / "checkpoints"
+        self.configs = self.root / "configs"
         self.metrics = self.root / "metrics.jsonl"
         self.damaged: list[str] = []  # names of checkpoints that `latest` had to pass over
 
@@ -141,10 +143,31 @@ class RunFolder:
             raise UsageError(f"{self.root} is not a run folder (no config.yaml).")
         return load_recipe(str(path))
 
-    def describe(self, recipe: Recipe, versions: dict[str, Any]) -> None:
-        """Write down what is run, and on what."""
-        write_bytes(self.root / "config.yaml", to_yaml(recipe).encode())
+    def describe(self, recipe: Recipe, versions: dict[str, Any], step: int = 0) -> list[str]:
+        """Write down what is run from `step` on, and on what.
+
+        A recipe that differs from that of the steps before is kept beside theirs.
+
+        Returns:
+            The keys that differ, as "key: old -> new".
+        """
+        config, text = self.root / "config.yaml", to_yaml(recipe)
+        kept = sorted(self.configs.glob("step-*.yaml"))
+        now = self.configs / f"step-{step:09d}.yaml"
+        for undone in [path for path in kept if path >= now]:  # of steps that are taken again
+            undone.unlink()
+        changes = []
+        if step and config.is_file():
+            before = ([config] + [path for path in kept if path < now])[-1].read_text()
+            changes = _differences(yaml.safe_load(before), yaml.safe_load(text))
+        if changes:
+            self.configs.mkdir(exist_ok=True)
+            if not kept:
+                write_bytes(self.configs / f"step-{0:09d}.yaml", before.encode())
+            write_bytes(now, text.encode())
+        write_bytes(config, text.encode())
         write_json(self.root / "versions.json", versions)
+        return changes
 
     def finish(self, code: int, message: str) -> None:
         """Write down how the run ended: torchrun hides its workers' exit codes."""
@@ -191,13 +214,11 @@ class RunFolder:
         Raises:
             OSError: it cannot be written; the older ones are as before.
         """
-        content = io.BytesIO()  # hashed before the disk has touched it
-        torch.save(state, content)
-        digest = hashlib.sha256(content.getbuffer()).hexdigest()
         final = self.checkpoints / f"step-{step:09d}"
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
         with new_folder(final) as folder:
-            (folder / "state.pt").write_bytes(content.getbuffer())
+            with (folder / "state.pt").open("wb") as file:
+                digest = _save_hashed(state, file)
             sync(folder / "state.pt")
             if sha256_of(folder / "state.pt") != digest:
                 raise OSError(errno.EIO, "the disk gives back other bytes than were written")
@@ -254,6 +275,43 @@ class RunFolder:
         return None
 
 
+def _save_hashed(state: State, file: BinaryIO) -> str:
+    """Write a state by torch.save and return the hex SHA-256 of what the file was given.
+
+    Raises:
+        OSError: the file does not take it.
+    """
+    sink = _Sink(file)
+    torch.save(state, cast(BinaryIO, sink))
+    if sink.error:
+        raise sink.error
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """Hashes bytes before the disk has touched them, and keeps an error for later.
+
+    torch calls it from C++, which would make a RuntimeError of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        if self.error is None:
+            try:
+                self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: whoever opened the file flushes it."""
+
+
 def _verified(folder: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest if its content is what was written, else None.
 
@@ -278,6 +336,20 @@ def _verified(folder: Path) -> dict[str, Any] | None:
 def _digest(manifest: dict[str, Any]) -> str:
     """Return the hash of what a manifest says, as it will be read back."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return the dotted keys in which two nested values differ, with both values."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
 
 
 def row_of(line: str) -> dict[str, Any] | None:

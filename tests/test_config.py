@@ -37,6 +37,7 @@ def test_the_recipes_of_the_issue_are_there():
         ("temperature=0", "temperature: Input should be greater than 0"),
         ("momentum=1.5", "momentum: Input should be less than or equal to 1"),
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
+        ("checkpoint_every=50", "name either checkpoint_every or checkpoint_minutes"),
         ("lr", "'lr' is not key=value"),
         ("name.deep=1", "name.deep does not name a key"),
         ("views=[{}]", "views: Tuple should have at least 2 items"),

@@ -72,8 +72,11 @@ def test_a_kill_while_saving_costs_that_checkpoint_alone(recipe, tmp_path, log, 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, number):
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [(signal.SIGTERM, [0, 0]), (signal.SIGUSR1, [0, 0]), (signal.SIGINT, [130, 0])],
+)
+def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, number, codes):
     out = tmp_path / "run"
     command = (str(recipe), f"out={out}", "checkpoint_every=1000")
     ranks = ranked.start(log, *command, ranks=2, fault="slow:0.5")
@@ -81,15 +84,28 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, numb
     time.sleep(2)  # past the untrained kNN, into the steps
     os.kill(ranks[1].pid, number)
     began = time.monotonic()
-    assert ranked.finish(ranks) == [0, 0], ranked.words(log)
+    assert ranked.finish(ranks) == codes, ranked.words(log)
     assert time.monotonic() - began < 10
     stopped = RunFolder(out).latest()[1]
     assert 0 < stopped < STEPS
-    assert f"step {stopped} of 12" in (out / "stopped").read_text()
-    assert status(out)["code"] == 0
+    assert status(out)["code"] == codes[0]
+    assert f"at step {stopped} of 12" in status(out)["message"]
+    # A job script starts again by the marker: not what a person has ended.
+    assert (out / "stopped").exists() == (number != signal.SIGINT)
     assert ranked.finish(ranked.start(log, *command, ranks=2)) == [0, 0], ranked.words(log)
     assert RunFolder(out).latest()[1] == STEPS
     assert not (out / "stopped").exists()
+
+
+@pytest.mark.dist
+def test_checkpoints_by_the_clock_are_those_of_rank_0s_clock(recipe, tmp_path, log):
+    out = tmp_path / "run"
+    clock = ("checkpoint_every=null", "checkpoint_minutes=0.01", "keep=9", "monitor=null")
+    command = (str(recipe), f"out={out}", *clock)
+    ranks = ranked.start(log, *command, ranks=2, fault="skewed_clock:0.3")
+    assert ranked.finish(ranks) == [0, 0], ranked.words(log)
+    saved = len(list((out / "checkpoints").iterdir()))
+    assert 2 <= saved < STEPS  # rank 1 would save after each step
 
 
 @pytest.mark.dist

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastmoco.load.plan import Plan
 from fastmoco.pretrain import main
 from fastmoco.run import RunFolder
 from fastmoco.shardset import ShardSet
-from fastmoco.train.moco import check_bn_group
+from fastmoco.train.moco import MoCo, check_bn_group
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
 
@@ -105,6 +106,48 @@ def test_a_checkpoint_of_another_architecture_is_exit_4(recipe, tmp_path):
     assert "arch was resnet10, now it is resnet18" in done.stderr
     assert "Traceback" not in done.stderr
     assert '"code": 4' in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_what_changes_on_the_way_is_told_and_kept(recipe, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main([str(recipe), "monitor=null", "stop_epoch=2"]) == 0
+    assert main([str(recipe), "monitor=null", "temperature=0.2", "momentum=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "from step 6 on temperature: 0.07 -> 0.2\n" in said
+    assert "from step 6 on momentum: 0.9 -> 0.5\n" in said and "stop_epoch: 2 -> None" in said
+    kept = [load_recipe(str(path)) for path in sorted((out / "configs").iterdir())]
+    assert [one.temperature for one in kept] == [0.07, 0.2]
+    assert main([str(recipe), "monitor=null", "stop_epoch=2"]) == 0
+    words = "already at step 12, past the end of this recipe (step 6, stop_epoch 2): nothing to do"
+    assert words in capsys.readouterr().out
+    assert json.loads((out / "status.json").read_text()) == {"code": 0, "message": words}
+
+
+def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeypatch):
+    """The first one is held until the run waits for it at the next one, two steps later."""
+    events, beyond = [], threading.Event()
+    take, save = MoCo.step, RunFolder.save
+
+    def step(self: MoCo, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
+        events.append(f"step {number + 1}")
+        if number + 1 == 4:
+            beyond.set()
+        return take(self, query_view, key_view, number)
+
+    def held(self: RunFolder, state: dict, number: int, *others: object) -> Path:
+        assert beyond.wait(30), "the step waits for the checkpoint"
+        time.sleep(0.3)  # time for a run that does not wait
+        path = save(self, state, number, *others)
+        events.append(f"saved {number}")
+        return path
+
+    monkeypatch.setattr(MoCo, "step", step)
+    monkeypatch.setattr(RunFolder, "save", held)
+    assert main([str(recipe), "monitor=null", "keep=9"]) == 0
+    at = events.index
+    assert at("step 4") < at("saved 2") < at("step 5")
+    assert events[-1] == "saved 12"  # before the run let go of its folder
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 6
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

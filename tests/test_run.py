@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmoco.config import load_recipe
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.run import RunFolder
 
@@ -141,6 +142,25 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_row_is_skipped(run):
         stream.write('{"step": 4, "lo')
     run.rewind(2)
     assert run.rows() == [{"step": 1}, {"step": 2}]
+
+
+def test_each_recipe_is_kept_by_the_step_that_it_held_from(run):
+    def start(step: int, t: float) -> list[str]:
+        return run.describe(load_recipe("demo", [f"temperature={t}"]), {}, step)
+
+    def kept() -> dict[int, float]:
+        paths = sorted(run.configs.glob("*"))
+        return {int(p.stem[5:]): load_recipe(str(p)).temperature for p in paths}
+
+    assert start(0, 0.1) == start(0, 0.2) == start(24, 0.2) == [] and not kept()
+    assert start(30, 0.3) == ["temperature: 0.2 -> 0.3"]
+    assert start(36, 0.3) == []
+    assert start(48, 0.4) == ["temperature: 0.3 -> 0.4"]
+    assert kept() == {0: 0.2, 30: 0.3, 48: 0.4} and run.recipe().temperature == 0.4
+    assert start(36, 0.5) == ["temperature: 0.3 -> 0.5"]  # 48 was damaged
+    assert kept() == {0: 0.2, 30: 0.3, 36: 0.5}
+    assert start(30, 0.2) == [] and kept() == {0: 0.2}
+    assert run.recipe().temperature == 0.2
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from fastmoco.train.meter import Meter
 from fastmoco.train.moco import MoCo
 from fastmoco.train.optim import learning_rate, set_learning_rate
 from fastmoco.train.signals import StopSignal
+from fastmoco.train.snapshot import snapshot
 from fastmoco.train.watchdog import Watchdog
 
 Monitor = Callable[[Encoder, Callable[[], bool]], dict[str, float]]
@@ -72,7 +74,10 @@ class Trainer:
         self._unsaved = 0
         self._vote = Vote(self.moco.ranks)
         self._watchdog = Watchdog(self.recipe.stall_s)
-        self._signal = StopSignal()
+        self._signal = StopSignal(answers=self.moco.ranks.leads)
+        self._interrupted = self._due = False
+        self._last_due = time.monotonic()
+        self._saving: tuple[int, Future[None]] | None = None
         self.last_step = self.recipe.last_step(self._per_epoch)
 
     def train(self, start: int) -> int:
@@ -82,25 +87,55 @@ class Trainer:
             DataError: an image cannot be read or decoded.
             DivergedError: too many non-finite steps in a row.
             CheckpointError: the last checkpoint, or several in a row, could not be written.
+            KeyboardInterrupt: on rank 0 at a Ctrl-C, once the checkpoint is written.
         """
-        with self._watchdog, self._signal:
-            if start == 0 and self.monitor:
-                self._end_epoch(0, loss=None)
-            batches = self.loader.batches(start)
-            for step in range(start, self.last_step):
-                self._step(step, *_timed(batches))
-                done = step + 1
-                if self._asked_to_stop() or done == self.last_step:
-                    self._save(done, final=True)
-                    return done
-                if done % self.recipe.checkpoint_every == 0:
-                    self._save(done)
+        try:
+            with self._watchdog, self._signal, ThreadPoolExecutor(1, "checkpoint") as self._writer:
+                return self._steps(start)
+        except DivergedError as error:
+            raise DivergedError(f"{error} {self.run.last_good()}") from None
+
+    def _steps(self, start: int) -> int:
+        if start == 0 and self.monitor:
+            self._end_epoch(0, loss=None)
+        batches = self.loader.batches(start)
+        for step in range(start, self.last_step):
+            self._step(step, *_timed(batches))
+            done = step + 1
+            if self._asked_to_stop() or done == self.last_step:
+                self._save(done)
+                self._finish_saving(final=True)
+                if self._interrupted and done < self.last_step and self.moco.ranks.leads:
+                    raise KeyboardInterrupt(f"at step {done} of {self.last_step}, which is saved")
+                return done
+            if self._checkpoint_is_due(done):
+                self._save(done)
+            elif self._saving and self._saving[1].done():
+                self._finish_saving()
         return start
 
     def _asked_to_stop(self) -> bool:
         """Return whether a signal has come to any rank; every rank must ask equally often."""
         self._watchdog.alive()
-        return self._vote(self._signal.received)
+        stop, self._interrupted, due = self._vote(
+            self._signal.received, self._signal.interrupted, self._minutes_are_over()
+        )
+        self._due |= due
+        return stop
+
+    def _minutes_are_over(self) -> bool:
+        """Return once an interval whether a checkpoint is due by the clock of rank 0."""
+        minutes = self.recipe.checkpoint_minutes
+        now = time.monotonic()
+        if not self.moco.ranks.leads or not minutes or now - self._last_due < 60 * minutes:
+            return False
+        self._last_due = now
+        return True
+
+    def _checkpoint_is_due(self, done: int) -> bool:
+        every = self.recipe.checkpoint_every
+        due, self._due = self._due or bool(every and done % every == 0), False
+        return due
 
     def _step(self, step: int, batch: Batch, waited_s: float) -> None:
         lr = learning_rate(self.recipe.schedule, self.recipe.lr, step, self._per_epoch)
@@ -110,10 +145,7 @@ class Trainer:
         self._meter.count(outcome, waited_s)
         done = step + 1
         if done % self.recipe.log_every == 0 or done == self.last_step:
-            try:
-                self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
-            except DivergedError as error:
-                raise DivergedError(f"{error} {self.run.last_good()}") from None
+            self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
         if done % self._per_epoch == 0 or done == self.last_step:
             self._end_epoch(done, self._meter.end_epoch())
 
@@ -142,18 +174,29 @@ class Trainer:
         self._meter.restart_clock()
         return numbers
 
-    def _save(self, done: int, final: bool = False) -> None:
+    def _save(self, done: int) -> None:
+        """Copy the state and let it be written beside the next steps, one checkpoint at a time."""
         self._watchdog.alive()
         self._share_bad(done)
         self.moco.settle()
         self._meter.settle()
-        if not self.moco.ranks.leads:
-            return
-        try:
-            self.run.save(self.state(), done, self.marks, self.recipe.keep)
-            self._unsaved = 0
-        except OSError as error:
-            self._go_on_unsaved(done, error, final)
+        if self.moco.ranks.leads:
+            self._finish_saving()
+            copied = snapshot(self.state(), self.moco.device)
+            self._saving = done, self._writer.submit(self._write, copied, done)
+
+    def _write(self, copied: Callable[[], State], done: int) -> None:
+        self.run.save(copied(), done, self.marks, self.recipe.keep)
+
+    def _finish_saving(self, final: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        if self._saving:
+            (done, written), self._saving = self._saving, None
+            try:
+                written.result()
+                self._unsaved = 0
+            except OSError as error:
+                self._go_on_unsaved(done, error, final)
 
     def _go_on_unsaved(self, done: int, error: OSError, final: bool) -> None:
         """A full disk costs a checkpoint, not the run: whoever watches may make room in time."""

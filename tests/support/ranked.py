@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,17 @@ def _slow(rank: int, seconds: str) -> None:
     MoCo.step = slow
 
 
+def _skewed_clock(rank: int, seconds: str) -> None:
+    """The clock of rank 1 goes a thousand times as fast; a step takes so much longer."""
+    from fastmoco.train import loop
+
+    _slow(rank, seconds)
+    if rank:
+        loop.time = SimpleNamespace(
+            monotonic=lambda: 1000 * time.monotonic(), perf_counter=time.perf_counter
+        )
+
+
 def _slow_monitor(rank: int, seconds: str) -> None:
     """The monitor takes so long for each image."""
     from fastmoco.evaluate import embed
@@ -206,5 +218,6 @@ FAULTS = {
     "stall": _at_step(lambda: time.sleep(3600)),
     "die": _at_step(lambda: os._exit(9)),
     "slow": _slow,
+    "skewed_clock": _skewed_clock,
     "slow_monitor": _slow_monitor,
 }

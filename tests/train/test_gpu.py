@@ -1,11 +1,15 @@
 """The same step on a GPU: what the CPU gives, and never a wait for the device."""
 
+import copy
+
 import pytest
 import torch
+from states import tensors
 
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.train.moco import MoCo
+from fastmoco.train.snapshot import snapshot
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +46,21 @@ def test_a_step_never_waits(worker, precision, name, more):
         moco.step(*views, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_snapshot_is_of_its_step_and_never_waits(worker):
+    moco = engine(worker, GPU, precision="bf16")
+    views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
+    moco.step(*views, 0)
+    before = tensors(copy.deepcopy(moco.state()))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finished = snapshot(moco.state(), GPU)
+        moco.step(*views, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ours = tensors(finished())
+    assert all(torch.equal(ours[name], before[name].cpu()) for name in before)
 
 
 def test_a_bad_step_leaves_all_as_it_was(worker):
