@@ -7,7 +7,7 @@ from fastmoco.config import load_recipe
 from gpu_phases.run import ENDING_S, rows_of, started
 from gpu_phases.task import Figures, Item, Items, Task
 
-EVERY, SAVES = 25, 3
+EVERY, SAVES = 40, 3  # steps between two saves: enough for one to be written
 
 
 def items(task: Task) -> Items:

@@ -19,7 +19,7 @@ from gpu_phases.measure import forget, wait
 from gpu_phases.task import Figures, Item, Items, Task
 
 SECONDS = 3.0  # of each measurement
-WARM_UP = 4  # batches: one more than are made ahead
+WARM_UP = 4  # batches behind the first: more than are made ahead
 WORKERS = 16  # of ImageFolder's DataLoader
 SMALL_BATCH = 64  # of ImageFolder's, whose workers make two batches each ahead: see `image_folder`
 # Decoder, share of the hardware's, threads.
@@ -49,9 +49,10 @@ def items(task: Task) -> Items:
     workers = 1 if task.dry else WORKERS
     decoders = ("cpu",) if task.dry else ("mixed", "cpu")
     return {
+        # Before this process has CUDA and threads of DALI: its workers are forks.
+        f"draw/ImageFolder, PIL, {workers} workers": Item(lambda: image_folder(task, workers)),
         first: draws[first],
         second: draws[second],
-        f"draw/ImageFolder, PIL, {workers} workers": Item(lambda: image_folder(task, workers)),
         **{
             f"pixels/decoded by {decoder}, drawn on {task.device}": Item(
                 lambda decoder=decoder: pixels(task, decoder)
@@ -79,13 +80,15 @@ def recipe_of(task: Task, way: Way, device: str) -> Recipe:
 
 def draw(task: Task, way: Way) -> Figures:
     """Measure our loader."""
+    from fastmoco.load import dali  # noqa: F401  # its import is not what is measured
+
     forget()
     device = torch.device(task.device)
     recipe = recipe_of(task, way, task.device)
     began = time.perf_counter()
     loader = Loader.of(recipe, Collection.open([task.set]), settings_of(recipe, Ranks(), device))
     views = (batch.views for batch in loader.batches())
-    return _drawn(task, views, WARM_UP, began)
+    return _drawn(task, views, WARM_UP, began, device)
 
 
 def image_folder(task: Task, workers: int) -> Figures:
@@ -97,13 +100,17 @@ def image_folder(task: Task, workers: int) -> Figures:
     batch, size = (8, 32) if task.dry else (SMALL_BATCH, 224)
     began = time.perf_counter()
     views = official_views(str(task.images), size, batch, 10**5, workers)
-    return _drawn(task, views, 2 * workers + workers // 2, began)
+    warm_up = 2 * workers + workers // 2
+    return _drawn(task, views, warm_up, began, torch.device("cpu"))
 
 
 def _drawn(
-    task: Task, views: Generator[tuple[torch.Tensor, ...]], warm_up: int, began: float
+    task: Task,
+    views: Generator[tuple[torch.Tensor, ...]],
+    warm_up: int,
+    began: float,
+    device: torch.device,
 ) -> Figures:
-    device = torch.device(task.device)
     with closing(views):
         next(views)
         wait(device)
