@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -43,26 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     letters = options.only.split(",") if options.only else [phase.letter for phase in PHASES]
     phases = [phase for phase in PHASES if phase.letter in letters]
-    faults = [
-        *(f"There is no phase {letter!r}." for letter in letters if letter not in _names()),
-        *missing(phases, given=bool(options.photos)),
-        *([] if options.dry or _has_gpu() else ["There is no CUDA device; --dry needs none."]),
-        *(
-            [f"{options.out} holds a check already."]
-            if (options.out / "rows.jsonl").exists()
-            else []
-        ),
-    ]
-    if faults:
+    if faults := list(_faults(options, letters, phases)):
         print("\n".join(faults), file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
-        task = Task(
-            Path(work), options.out.resolve(), options.dry, 0.0, options.photos, options.cifar
-        )
+        paths = Path(work), options.out.resolve()
+        task = Task(*paths, options.dry, until=0.0, photos=options.photos, cifar=options.cifar)
         minutes = options.minutes or (60.0 if options.dry else 10.0)
         return Check(task, _command(options)).run(phases, minutes)
+
+
+def _path(text: str) -> Path:
+    return Path(text).resolve()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,10 +63,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="results")
     parser.add_argument("--minutes", type=float, help="for all of it [default: 10; dry: 60]")
     parser.add_argument("--only", help=f"phases, of {','.join(_names())}")
-    parser.add_argument("--photos", type=Path, help="a folder or .zip of images to draw from")
-    parser.add_argument("--cifar", type=Path, help="CIFAR-10: a packed set, or what packs into one")
+    parser.add_argument("--photos", type=_path, help="a folder or .zip of images to draw from")
+    parser.add_argument(
+        "--cifar", type=_path, help="CIFAR-10: a packed set, or what packs into one"
+    )
     parser.add_argument("--dry", action="store_true", help="toy sizes on a CPU")
     return parser
+
+
+def _faults(
+    options: argparse.Namespace, letters: Sequence[str], phases: Sequence[Phase]
+) -> Iterator[str]:
+    """Yield in words what keeps the check from starting."""
+    yield from (f"There is no phase {letter!r}." for letter in letters if letter not in _names())
+    for path in filter(None, (options.photos, options.cifar)):
+        if not path.exists():
+            yield f"There is no {path}."
+    if (options.out / "rows.jsonl").exists():
+        yield f"{options.out} holds a check already: choose another --out."
+    absent = missing(phases, given=bool(options.photos))
+    yield from absent
+    if not (absent or options.dry or _has_gpu()):
+        yield "There is no CUDA device: --dry tries the phases at toy size on the CPU."
 
 
 def _names() -> list[str]:
@@ -185,16 +196,18 @@ class Check:
             alarm = threading.Timer(limit, _end, (process, overdue))
             alarm.start()
             assert process.stdout
-            for line in process.stdout:
-                row = json.loads(line)
-                if "began" in row:
-                    began = row["began"]
-                    seen.append(began)
-                else:
-                    self._write(phase, row)
-            status = process.wait()
-            alarm.cancel()
-            _end(process)
+            try:
+                for line in process.stdout:
+                    row = json.loads(line)
+                    if "began" in row:
+                        began = row["began"]
+                        seen.append(began)
+                    else:
+                        self._write(phase, row)
+                status = process.wait()
+            finally:
+                alarm.cancel()
+                _end(process)
         if overdue.is_set():
             return began, f"no result within {limit:.0f} s"
         return began, _fate(status) if status else None
@@ -211,6 +224,7 @@ class Check:
 
     def _write_page(self, phases: Sequence[Phase]) -> None:
         began = datetime.fromtimestamp(self._began, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        phases = sorted(phases, key=lambda phase: phase.letter)
         page = page_of(self.rows, phases, self.command, began, self.task.dry)
         (self.task.out / "page.md").write_text(page)
 
