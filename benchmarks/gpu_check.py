@@ -147,11 +147,12 @@ class Check:
         until = self._began + 60 * minutes - GRACE_S
         for number, phase in enumerate(queue):
             left = until - time.time()
-            share = phase.seconds / sum(later.seconds for later in queue[number:])
-            if left * share < 1:
-                self._write(phase, {"item": phase.module, **_not("no time left")})
+            part = left * phase.seconds / sum(later.seconds for later in queue[number:])
+            if left < phase.least:
+                reason = {"status": "not measured", "reason": "no time left"}
+                self._write(phase, {"item": phase.module, **reason})
             else:
-                self.run_phase(phase, time.time() + left * share, spared)
+                self.run_phase(phase, time.time() + max(part, phase.least), spared)
             self._write_page(phases)
         self._shorten_log()
         print(f"{self.task.out / 'page.md'}")
@@ -232,10 +233,6 @@ class Check:
         log = self.task.out / "log.txt"
         if log.stat().st_size > LOG_MB * 2**20:
             log.write_bytes(log.read_bytes()[-LOG_MB * 2**20 :])
-
-
-def _not(reason: str) -> Row:
-    return {"status": "not measured", "reason": reason}
 
 
 def _end(process: "subprocess.Popen[str]", overdue: threading.Event | None = None) -> None:

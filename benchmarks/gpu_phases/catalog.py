@@ -26,7 +26,9 @@ class Phase:
         letter: its name on the command line.
         module: by its full name; its `items(task)` are what is measured.
         title: on the page.
-        seconds: its share of a check of ten minutes; what it leaves, later ones may use.
+        seconds: its part of a check of ten minutes, and of a shorter one in proportion; what it
+            leaves, later ones may use.
+        least: seconds under which it would come to nothing, half of them for its imports.
         tables: on the page.
         needs: modules beside those that every phase needs.
         photographs: whether it reads the set of photographs.
@@ -36,6 +38,7 @@ class Phase:
     module: str
     title: str
     seconds: float
+    least: float
     tables: tuple[Table, ...]
     needs: tuple[str, ...] = ()
     photographs: bool = False
@@ -70,7 +73,8 @@ SETUP = Phase(
     letter="setup",
     module="gpu_phases.setup",
     title="Machine and data",
-    seconds=20,
+    seconds=25,
+    least=20,
     tables=(
         Table(
             "data",
@@ -89,7 +93,8 @@ PHASES = (
         letter="a",
         module="gpu_phases.hardware",
         title="What the device can do",
-        seconds=20,
+        seconds=15,
+        least=10,
         tables=(
             Table(
                 "rate",
@@ -99,28 +104,11 @@ PHASES = (
         ),
     ),
     Phase(
-        letter="b",
-        module="gpu_phases.suite",
-        title="Tests that need a GPU",
-        seconds=70,
-        tables=(
-            Table(
-                "pytest",
-                (
-                    ("passed", "passed", "d"),
-                    ("failed", "failed", "d"),
-                    ("skipped", "skipped", "d"),
-                    ("seconds", "s", ".0f"),
-                ),
-            ),
-        ),
-        needs=(*DALI, "pytest", "pytest_timeout", "hypothesis"),
-    ),
-    Phase(
         letter="c",
         module="gpu_phases.step",
         title="Training step on synthetic batches",
         seconds=180,
+        least=30,
         tables=(
             Table(
                 "momentum",
@@ -153,6 +141,7 @@ PHASES = (
         module="gpu_phases.loader",
         title="Loader: two views of MoCo v2",
         seconds=100,
+        least=30,
         tables=(
             Table(
                 "draw",
@@ -183,6 +172,7 @@ PHASES = (
         module="gpu_phases.together",
         title="Loader and step together",
         seconds=50,
+        least=25,
         tables=(
             Table(
                 "train",
@@ -198,10 +188,30 @@ PHASES = (
         photographs=True,
     ),
     Phase(
+        letter="b",
+        module="gpu_phases.suite",
+        title="Tests that need a GPU",
+        seconds=70,
+        least=45,
+        tables=(
+            Table(
+                "pytest",
+                (
+                    ("passed", "passed", "d"),
+                    ("failed", "failed", "d"),
+                    ("skipped", "skipped", "d"),
+                    ("seconds", "s", ".0f"),
+                ),
+            ),
+        ),
+        needs=(*DALI, "pytest", "pytest_timeout", "hypothesis"),
+    ),
+    Phase(
         letter="g",
         module="gpu_phases.neighbors",
         title="kNN",
         seconds=25,
+        least=15,
         tables=(
             Table(
                 "knn",
@@ -222,6 +232,7 @@ PHASES = (
         module="gpu_phases.checkpoint",
         title="Cost of a checkpoint",
         seconds=45,
+        least=30,
         tables=(
             Table(
                 "save",
@@ -244,6 +255,7 @@ PHASES = (
         module="gpu_phases.cifar",
         title="cifar10_r18 beside the published curve",
         seconds=120,
+        least=50,
         tables=(
             Table(
                 "epoch",

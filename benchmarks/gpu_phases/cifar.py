@@ -1,5 +1,6 @@
 """The published CIFAR-10 run, for as many epochs as there is time, beside its curve."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def _sets(task: Task) -> Path:
         return task.cifar
     else:
         source = task.cifar
-    pack(source, task.work / "cifar", PackOptions(workers=16))
+    pack(source, task.work / "cifar", PackOptions(workers=len(os.sched_getaffinity(0))))
     return task.work / "cifar"
 
 

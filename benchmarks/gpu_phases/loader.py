@@ -5,7 +5,9 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -20,6 +22,7 @@ from gpu_phases.task import Figures, Item, Items, Task
 
 SECONDS = 3.0  # of each measurement
 WARM_UP = 4  # batches behind the first: more than are made ahead
+COMPARED = 4  # batches whose pixels are compared
 WORKERS = 16  # of ImageFolder's DataLoader
 SMALL_BATCH = 64  # of ImageFolder's, whose workers make two batches each ahead: see `image_folder`
 # Decoder, share of the hardware's, threads.
@@ -151,25 +154,28 @@ def _device_memory(device: torch.device) -> float | None:
 
 
 def pixels(task: Task, decoder: str) -> Figures:
-    """Compare the views of the first batch with those that the CPU draws."""
-    theirs, ours = (
-        _first(task, ("cpu", 0.0, 2), "cpu"),
-        _first(task, (decoder, 0.65 if decoder == "mixed" else 0.0, 2), task.device),
-    )
-    difference = (ours - theirs).abs()
-    return {
-        "mean": float(difference.mean()),
-        "largest": float(difference.max()),
-        "images": len(ours) // 2,
-    }
+    """Compare the views of the first batches with those that the CPU draws."""
+    threads = 1 if task.dry else 8
+    load = 0.65 if decoder == "mixed" else 0.0
+    sums, largest, images = [], 0.0, 0
+    with (
+        closing(_levels(task, ("cpu", 0.0, threads), "cpu")) as theirs,
+        closing(_levels(task, (decoder, load, threads), task.device)) as ours,
+    ):
+        for here, there in islice(zip(ours, theirs, strict=True), COMPARED):
+            difference = (here - there).abs()
+            sums.append(float(difference.mean()))
+            largest = max(largest, float(difference.max()))
+            images += len(here) // 2
+    return {"mean": mean(sums), "largest": largest, "images": images}
 
 
-def _first(task: Task, way: Way, device: str) -> torch.Tensor:
-    """Return both views of the first batch, one after the other, in levels of 0..255."""
+def _levels(task: Task, way: Way, device: str) -> Generator[torch.Tensor]:
+    """Yield both views of each batch, one after the other, in host memory, levels of 0..255."""
     recipe = recipe_of(task, way, device)
-    settings = settings_of(recipe, Ranks(), torch.device(device))
-    with closing(Loader.of(recipe, Collection.open([task.set]), settings).batches()) as batches:
-        views = torch.cat(next(batches).views).float().cpu()
     assert recipe.mean and recipe.std
-    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
-    return 255 * (views * std[:, None, None] + mean[:, None, None])
+    center, std = (torch.tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
+    settings = settings_of(recipe, Ranks(), torch.device(device))
+    loader = Loader.of(recipe, Collection.open([task.set]), settings)
+    for batch in loader.batches():
+        yield 255 * (torch.cat(batch.views).float().cpu() * std + center)

@@ -20,6 +20,7 @@ WARM_UP, SECONDS = 3, 2.0  # steps before each measurement, and its length
 # Of ResNet-50 at 224 px, an image and a step of MoCo in bf16, nothing fused: counted from its
 # shapes, three passes of BatchNorm forwards and five backwards.
 BYTES_PER_IMAGE, FLOP_PER_IMAGE = 659e6, 32.5e9
+EXACT = 1e-5  # that an update in fp32 may differ from one in fp64
 Views = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[torch.Tensor, torch.Tensor, int], Any]
 
@@ -193,6 +194,8 @@ def momentum(task: Task, update: Callable[..., None]) -> Figures:
             m * k.double() + (1 - m) * q.double() for k, q in zip(before, queries, strict=True)
         ]
         difference = max(float((k - w).abs().max()) for k, w in zip(keys, wanted, strict=True))
+        if difference > EXACT:
+            raise ArithmeticError(f"the keys are off by {difference:.1e}")
         waits = _waits(lambda: update(keys, queries, m, yes), device)
         ran = profiled(lambda: update(keys, queries, m, yes), device)
         seconds = seconds_of(lambda _: update(keys, queries, m, yes), device, 0.1)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def items(task: Task) -> Items:
     """Return one item; tests that fail add rows of their own."""
-    return {"pytest/-m gpu": Item(lambda: run(task), least=10.0)}
+    return {"pytest/-m gpu": Item(lambda: run(task))}
 
 
 def run(task: Task) -> Iterator[Figures]:

@@ -37,7 +37,7 @@ def items(task):
         "fake/last": Item(lambda: {"value": 5.0}),
     }
 """
-PHASE = Phase("x", "fake_phase", "Fake", 1.0, (Table("fake", (("value", "value", ".1f"),)),))
+PHASE = Phase("x", "fake_phase", "Fake", 1.0, 1.0, (Table("fake", (("value", "value", ".1f"),)),))
 
 
 @pytest.fixture
@@ -77,6 +77,27 @@ def test_a_phase_that_cannot_start_fails_once(check):
     check.run_phase(replace(PHASE, module="no_such_phase"), time.time() + 60)
     (row,) = check.rows
     assert row["status"] == "failed" and "exit code 1" in row["reason"]
+
+
+@pytest.mark.parametrize(("minutes", "skipped"), [(10, ""), (2, "bhf")])
+def test_phases_fit_into_the_time(check, tmp_path, monkeypatch, minutes, skipped):
+    now = 1000.0
+    monkeypatch.setattr(gpu_check, "GRACE_S", 15.0)
+    monkeypatch.setattr(gpu_check.time, "time", lambda: now)
+    check._began, ran = now, []
+
+    def run_phase(phase: Phase, until: float, spared: object) -> None:
+        nonlocal now
+        assert until - now >= phase.least
+        now = until - phase.seconds / 10  # a little less than it may take
+        ran.append(phase.letter)
+
+    monkeypatch.setattr(check, "run_phase", run_phase)
+    (tmp_path / "log.txt").touch()
+    assert check.run(PHASES, minutes) == 0
+    assert now <= 1000 + 60 * minutes - 15
+    assert ran == [p.letter for p in (SETUP, *PHASES) if p.letter not in skipped]
+    assert {row["phase"] for row in check.rows} == set(skipped)
 
 
 def rows_of(phase: str, **items: dict) -> list[dict]:
@@ -165,7 +186,7 @@ def test_results_of_pytest(tmp_path):
 def test_what_is_missing_is_named(monkeypatch):
     absent = {"pytest_timeout", "sklearn"}
     monkeypatch.setattr(gpu_check, "_found", lambda module: module not in absent)
-    told = gpu_check.missing(PHASES)
+    told = sorted(gpu_check.missing(PHASES))
     assert len(told) == 2 and "pytest-timeout" in told[0] and "--photos" in told[1]
     assert len(gpu_check.missing(PHASES, given=True)) == 1
     assert not gpu_check.missing([phase for phase in PHASES if phase.letter == "c"])
