@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoco.cores import cores_of
 from fastmoco.errors import UsageError
 
+T = TypeVar("T")
 # The newest torch renamed it, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,9 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     timeout = timedelta(seconds=timeout_s)
     # Labels and votes stay on the hosts: NCCL has no path for them.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    # Told its GPU, NCCL connects at once, and never guesses it from the rank.
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=bound)
     yield Ranks(dist.get_rank(), size, local_rank, local_size, timeout=timeout), device
     # Not after an error: the clean-up would wait for ranks that are still in a collective.
     dist.destroy_process_group()

@@ -233,5 +233,5 @@ def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Sight) -> 
         "std": sight.std,
     }
     with new_folder(out) as folder:
-        torch.save(network.state_dict(), folder / "weights.pt")
+        torch.save(network.cpu().state_dict(), folder / "weights.pt")
         write_json(folder / "about.json", about)

@@ -9,15 +9,16 @@ from fastmoco.distributed import Ranks
 from fastmoco.evaluate.embed import Stopped, never
 from fastmoco.evaluate.measure import Predictions
 
-_CHUNK = 512  # queries of all ranks together that are looked up at a time, in
-_BLOCK = 65_536  # rows of the bank: no more than 128 MiB of similarities, whatever the bank
+# So many queries, of all ranks together, by so many rows of a rank's bank at a time: 128 MiB of
+# similarities, however large the bank.
+_CHUNK, _BLOCK = 512, 65_536
 
 
 class Neighbours:
     """A labelled bank of features, divided among the ranks, to look queries up in.
 
-    Making one is a collective of the ranks. Which of several neighbours that are equally near at
-    place k votes is not defined.
+    Making one is a collective of the ranks, and so is each method but `nearest`. Which of several
+    neighbours that are equally near at place k votes is not defined.
 
     Args:
         features: (n, dim) fp32, this rank's share of the bank; normalized here, in a copy.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision.models import resnet as torchvision_resnet
 
 from fastmoco.distributed import Ranks
@@ -19,12 +20,12 @@ _SMALL: dict[str, tuple[Any, list[int]]] = {
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over consecutive groups of `group` rows of the batch.
 
-    Which samples are normalised together belongs to the algorithm ("shuffling BN", He et al. 2020,
+    Which samples are normalized together belongs to the algorithm ("shuffling BN", He et al. 2020,
     section 3.3), so it must not change with the number of ranks that share a batch. A rank holds a
     whole number of groups. The running statistics move once a call, by the mean over the groups.
 
     Attributes:
-        group: rows normalised together; 0: the whole batch, as plain BatchNorm does.
+        group: rows normalized together; 0: the whole batch, as plain BatchNorm does.
         together: ranks whose batches are one in training, when `group` is 0.
     """
 
@@ -32,43 +33,103 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     together: Ranks = Ranks()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise (n, C, H, W); n is a multiple of `group` in training."""
-        if self.training and self.together.size > 1:
-            return self._across_ranks(input)
-        if not self.training or not self.group or len(input) == self.group:
-            return self._normalise(input, self.running_mean, self.running_var)
-        assert self.running_mean is not None and self.running_var is not None
-        parts = torch.split(input, self.group)
-        means = self.running_mean.repeat(len(parts), 1)
-        variances = self.running_var.repeat(len(parts), 1)
-        output = [self._normalise(*part) for part in zip(parts, means, variances, strict=True)]
-        torch.mean(means, dim=0, out=self.running_mean)
-        torch.mean(variances, dim=0, out=self.running_var)
-        return torch.cat(output)
-
-    def _across_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise by the statistics of all ranks (torch's SyncBatchNorm has no CPU path)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = self.together.mean_of(wide.mean(dim=(0, 2, 3)))
-        centred = wide - mean[:, None, None]
-        var = self.together.mean_of(centred.square().mean(dim=(0, 2, 3)))
-        count = x.numel() // x.shape[1] * self.together.size
-        self._follow(mean, var * count / (count - 1))
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    @torch.no_grad()
-    def _follow(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum or 0.0)
-        self.running_var.lerp_(var.to(self.running_var), self.momentum or 0.0)
-
-    def _normalise(
-        self, x: torch.Tensor, mean: torch.Tensor | None, var: torch.Tensor | None
-    ) -> torch.Tensor:
+        """Normalize (n, C, H, W); n is a multiple of `group` in training."""
+        size = self.group or len(input)
         # The momentum is fixed, so `num_batches_tracked` is never read and is left at 0.
         momentum = self.momentum or 0.0
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
+        statistics = self.running_mean, self.running_var
+        if self.training and self.together.size > 1:
+            return self._fusible(input, size)
+        if not self.training or size == len(input):
+            affine = self.weight, self.bias
+            return F.batch_norm(input, *statistics, *affine, self.training, momentum, self.eps)
+        if torch.compiler.is_compiling():
+            return self._fusible(input, size)
+        normalized: torch.Tensor = _InGroups.apply(
+            input, self.weight, self.bias, *statistics, size, momentum, self.eps
+        )
+        return normalized
+
+    def _fusible(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """Normalize by plain arithmetic, which a compiler fuses, and which can span ranks.
+
+        (torch's SyncBatchNorm has no CPU path.)
+        """
+        assert self.running_mean is not None and self.running_var is not None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(-1, size, *x.shape[1:])
+        var, own_mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0)  # (groups, C)
+        mean = self.together.mean_of(own_mean)
+        # The variance of a union: the mean within its equal parts, and that of their means.
+        var = self.together.mean_of(var + (own_mean - mean).square())
+        count = wide[0].numel() // wide.shape[2] * self.together.size
+        with torch.no_grad():
+            momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean.mean(dim=0).to(self.running_mean), momentum)
+            unbiased = var.mean(dim=0) * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var), momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        centered = wide - mean[:, None, :, None, None]
+        normalized = centered * scale[:, None, :, None, None] + self.bias[:, None, None]
+        return normalized.view(x.shape).to(x.dtype)
+
+
+class _InGroups(torch.autograd.Function):
+    """BatchNorm of each group, written into its slice of one output.
+
+    To split and concatenate instead would read and write every activation once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        size: int,
+        momentum: float,
+        eps: float,
+    ) -> torch.Tensor:
+        output = torch.empty_like(x)
+        groups = len(x) // size
+        # Each group moves its own copy of the running statistics: they move once, by the mean.
+        means, variances = running_mean.repeat(groups, 1), running_var.repeat(groups, 1)
+        saved_mean, saved_invstd = torch.empty_like(means), torch.empty_like(means)
+        for i in range(groups):
+            rows = slice(i * size, (i + 1) * size)
+            torch.native_batch_norm(
+                x[rows],
+                weight,
+                bias,
+                means[i],
+                variances[i],
+                True,
+                momentum,
+                eps,
+                out=(output[rows], saved_mean[i], saved_invstd[i]),
+            )
+        torch.mean(means, dim=0, out=running_mean)
+        torch.mean(variances, dim=0, out=running_var)
+        ctx.save_for_backward(x, weight, saved_mean, saved_invstd)
+        ctx.size, ctx.eps = size, eps
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        affine = []
+        for i in range(len(mean)):
+            rows = slice(i * ctx.size, (i + 1) * ctx.size)
+            statistics = None, None, mean[i], invstd[i]
+            grad_x[rows], *of_affine = torch.ops.aten.native_batch_norm_backward(
+                grad[rows], x[rows], weight, *statistics, True, ctx.eps, [True, True, True]
+            )
+            affine.append(torch.stack(of_affine))
+        grad_weight, grad_bias = torch.stack(affine).sum(dim=0)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 class Encoder(nn.Module):

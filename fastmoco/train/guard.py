@@ -5,7 +5,7 @@ good. The check needs no vote: a non-finite value on one rank makes the averaged
 on all. Nothing here waits for the device except `Guard.check`, which is called on logged steps.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from fastmoco.models.resnet import batch_norms
 
 
 @torch.no_grad()
-def finite(gradients: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def finite(gradients: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether the gradients' norm is finite (0-d bool), and the norm (0-d)."""
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return torch.isfinite(norm), norm
 
 

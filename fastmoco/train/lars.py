@@ -1,6 +1,7 @@
 """LARS: SGD with momentum at a learning rate of each layer's own."""
 
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -45,18 +46,23 @@ class LARS(torch.optim.Optimizer):
                 self._step(params, group)
 
     def _step(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Take the step by a few launches on a GPU, however many parameters there are."""
         found_inf = getattr(self, "found_inf", torch.zeros((), device=params[0].device))
         ok = found_inf == 0
+        gradients = [p.grad for p in params if p.grad is not None]
+        sizes = [g.numel() for g in gradients]
+        flat = torch.cat([g.as_strided((n,), (1,)) for g, n in zip(gradients, sizes, strict=True)])
         # A NaN times 0 is NaN: it has to be taken out, not weighted down.
-        gradients = [torch.where(ok, p.grad, 0) for p in params if p.grad is not None]
-        moves = self._scaled(params, gradients, group)
+        flat = torch.where(ok, flat, 0)
+        parts = zip(torch.split(flat, sizes), gradients, strict=True)
+        moves = [part.as_strided(g.size(), g.stride()) for part, g in parts]
+        rates = _decay(params, moves, group["weight_decay"], group["trust"])
+        # A rate for each number: torch has no fused product of tensors with a 0-d tensor for each.
+        flat *= torch.cat([rate.expand(n) for rate, n in zip(rates, sizes, strict=True)])
         velocities = [self._velocity(p) for p in params]
-        moved = torch._foreach_mul(velocities, group["momentum"])
-        torch._foreach_add_(moved, moves)
-        weight = ok.to(params[0].dtype)
-        torch._foreach_lerp_(velocities, moved, [weight] * len(params))
-        rate = -group["lr"] * weight
-        torch._foreach_addcmul_(params, velocities, [rate] * len(params))
+        torch._foreach_mul_(velocities, torch.where(ok, group["momentum"], flat.new_ones(())))
+        torch._foreach_add_(velocities, torch._foreach_mul(moves, ok.to(flat)))
+        torch._foreach_add_(params, torch._foreach_mul(velocities, -group["lr"] * ok.to(flat)))
 
     def _velocity(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
@@ -67,17 +73,18 @@ class LARS(torch.optim.Optimizer):
         buffer: torch.Tensor = state["momentum_buffer"]
         return buffer
 
-    def _scaled(
-        self, params: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]
-    ) -> list[torch.Tensor]:
-        """Return the gradients, those of weights decayed and brought to their lengths."""
-        return [
-            g if p.ndim < 2 else _adapted(p, g.add(p, alpha=group["weight_decay"]), group["trust"])
-            for p, g in zip(params, gradients, strict=True)
-        ]
 
-
-def _adapted(weight: torch.Tensor, gradient: torch.Tensor, trust: float) -> torch.Tensor:
-    lengths = weight.norm(), gradient.norm()
+def _decay(
+    params: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float, trust: float
+) -> list[torch.Tensor]:
+    """Add the decay of weights to their gradients, and return the 0-d rate of each parameter."""
+    is_weight = [p.ndim > 1 for p in params]
+    weights, theirs = list(compress(params, is_weight)), list(compress(gradients, is_weight))
+    if not weights:
+        return [gradients[0].new_ones(())] * len(params)
+    torch._foreach_add_(theirs, weights, alpha=weight_decay)
+    lengths = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, theirs)]
     usable = (lengths[0] > 0) & (lengths[1] > 0)
-    return gradient * torch.where(usable, trust * lengths[0] / lengths[1], 1.0)
+    rates = torch.where(usable, trust * lengths[0] / lengths[1], 1)
+    scaled, plain = iter(rates.unbind()), rates.new_ones(())
+    return [next(scaled) if weight else plain for weight in is_weight]

@@ -73,6 +73,9 @@ class MoCo:
         if recipe.compile:
             self.encoder_q.compile()
             self.encoder_k.compile()
+        if device.type == "cuda":
+            # All batches have one shape: the fastest convolution is looked for once.
+            torch.backends.cudnn.benchmark = not recipe.deterministic
         self._query = ranks.wrap(self.encoder_q)
         self._params_q: list[torch.Tensor] = list(self.encoder_q.parameters())
         self._params_k: list[torch.Tensor] = list(self.encoder_k.parameters())
@@ -99,7 +102,7 @@ class MoCo:
         self.scale.unscale_(gradients)
         ok, grad_norm = finite(gradients)
         if self.recipe.clip:
-            nn.utils.clip_grads_with_norm_(self._params_q, self.recipe.clip, grad_norm)
+            torch._foreach_mul_(gradients, (self.recipe.clip / grad_norm).clamp(max=1))
         step_if(self.optimizer, ok)
         # After the optimizer this equals the paper's update before the keys, from step 2 on; at
         # step 1 both encoders are equal and the paper's update does nothing.

@@ -9,13 +9,14 @@ def momentum_update(
 ) -> None:
     """Move the key parameters towards the query ones: k = m k + (1 - m) q (MoCo eq. 2).
 
-    One call without temporaries, for all parameters.
+    Three launches for all parameters on a GPU, not one or more for each. (`_foreach_lerp_` with
+    weights on the device has no fused kernel; with a weight on the host it would wait for `ok`.)
 
     Args:
-        keys, queries: parameters of both encoders, pairwise of one shape and dtype.
+        keys, queries: parameters of both encoders, pairwise of one shape, dtype and layout.
         m: momentum.
         ok: 0-d bool on the device; where False nothing changes.
     """
-    # A list of device weights: one 0-d tensor for all would be read back to the host.
-    weight = (1 - m) * ok.to(keys[0].dtype)
-    torch._foreach_lerp_(keys, queries, [weight] * len(keys))
+    way = torch._foreach_sub(queries, keys)
+    torch._foreach_mul_(way, (1 - m) * ok.to(keys[0].dtype))
+    torch._foreach_add_(keys, way)

@@ -69,7 +69,10 @@ class Shuffle:
         self._own = ranks.share(batch)
 
     def _to_device(self, rows: Rows) -> torch.Tensor:
-        return torch.from_numpy(rows).to(self._device, non_blocking=True)
+        index = torch.from_numpy(rows)
+        if self._device.type == "cuda":
+            index = index.pin_memory()  # from other memory the copy would wait for the device
+        return index.to(self._device, non_blocking=True)
 
     def scatter(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return this rank's slice of the shuffled batch, one view after the other.

@@ -103,10 +103,10 @@ def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
     assert first == second
 
 
-def test_two_ranks_find_what_one_does(
+def test_several_ranks_find_what_one_does(
     make_run: Make, small_set: ShardSet, unseen_set: ShardSet
 ) -> None:
-    """On shares of 12 and 12 training images and of 8 and 7 test images."""
+    """The last of seven has no training image, the last two have no test image."""
     run = make_run(executor="torchvision")
     whole = Evaluation.open(run.root, small_set.root, unseen_set.root)
     protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
@@ -115,9 +115,9 @@ def test_two_ranks_find_what_one_does(
         own = replace(whole, ranks=ranks)
         return [own.probe(protocol), own.knn("backbone", k=5, t=0.1)]
 
-    (one,), both = on_ranks(1, work), on_ranks(2, work)
+    (one,), several = on_ranks(1, work), on_ranks(7, work)
     assert len(rows(whole)) == 4  # the first rank alone writes
-    for found in both:
+    for found in several:
         for ours, theirs in zip(found, one, strict=True):
             assert all(ours[name] == theirs[name] for name in theirs if name != "predictions")
 
@@ -292,3 +292,24 @@ def test_the_table_of_the_monitor_goes_with_its_sets(
     assert Evaluation.open(root).train.table == "two"
     assert Evaluation.open(root, train=train.root).train.table is None
     assert Evaluation.open(root, train=train.root, labels="two").test.table == "two"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_of_it_on_a_gpu(make_run: Make, small_set: ShardSet, unseen_set: ShardSet) -> None:
+    """Features stay there; pixels and products are rounded otherwise than on the CPU."""
+    root = make_run().root
+    there, here = (
+        Evaluation.open(root, small_set.root, unseen_set.root, device=device)
+        for device in ("cuda", "cpu")
+    )
+    features, labels = there.features(there.train, "backbone")
+    expected, wanted = here.features(here.train, "backbone")
+    assert features.is_cuda and torch.equal(labels.cpu(), wanted)
+    nearest = torch.cdist(features.cpu(), expected).argmin(dim=1)
+    assert torch.equal(nearest, torch.arange(24))
+    assert 0 <= there.knn("backbone", k=3, t=0.1)["top1"] <= 100
+    same = replace(there, test=there.train)
+    for kind in ("cached", "augmented"):
+        protocol = Protocol(epochs=30, lrs=(0.1,), batch=12, features=kind)
+        assert same.probe(protocol)["best"]["top1"] > 75

@@ -158,7 +158,7 @@ def test_normalisation_and_size_are_written_down(evaluation: Evaluation, normali
 def test_two_processes_give_the_probes_and_knns_numbers_of_one(
     make_run: Make, sets: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The probe's gradients are averaged and the queries shared; rank 0 alone writes and talks."""
+    """Gradients are averaged, bank and queries divided; rank 0 alone writes and talks."""
     run = make_run(executor="torchvision").root
     which = ["--train", str(sets[0]), "--test", str(sets[1])]
     probe = ["probe", str(run), *which, "--epochs", "2", "--batch", "12", "--lr", "0.1"]

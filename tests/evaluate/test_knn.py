@@ -68,8 +68,10 @@ def test_votes_are_scikit_learns(features: Features, k: int, t: float) -> None:
 def test_a_k_beyond_the_bank_lets_all_of_it_vote(features: Features) -> None:
     bank, labels, queries, _ = features
     model = theirs(bank[:30], labels[:30], 30, 0.5)
-    ours = torch.cat(list(Neighbours(bank[:30], labels[:30], CLASSES, 200, 0.5).scores(queries)))
-    assert np.array_equal(ours.argmax(1).numpy(), model.predict(queries.double().numpy()))
+    ours = Neighbours(bank[:30], labels[:30], CLASSES, 200, 0.5)
+    votes = torch.cat(list(ours.scores(queries)))
+    assert ours.k == 30
+    assert np.array_equal(votes.argmax(1).numpy(), model.predict(queries.double().numpy()))
 
 
 def test_chunks_do_not_matter(

@@ -50,12 +50,13 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("group", [2, 3, 4, 6])
-def test_groups_are_normalised_as_batches_of_their_own(
-    group: int, images: torch.Tensor, plain: nn.BatchNorm2d
+@pytest.mark.parametrize(("group", "compiled"), [(2, False), (3, False), (6, False), (4, True)])
+def test_groups_are_normalized_as_batches_of_their_own(
+    group: int, compiled: bool, images: torch.Tensor, plain: nn.BatchNorm2d
 ) -> None:
     norm = grouped(plain, group)
-    output, gradient = run(norm, images)
+    whole = torch.compile(norm, backend="eager", fullgraph=True) if compiled else norm
+    output, gradient = run(whole, images)
     # Each group passes through its own copy; the copies start from the same statistics.
     copies = [copy.deepcopy(plain) for _ in range(ROWS // group)]
     parts = [run(one, x) for one, x in zip(copies, images.split(group), strict=True)]

@@ -18,7 +18,7 @@ class Table:
 
     def __init__(self, size: int) -> None:
         self.places: list[Any] = [None] * size
-        self.barrier = Barrier(size, timeout=60)
+        self.barrier = Barrier(size, timeout=120)
 
     def exchange(self, rank: int, value: T) -> list[T]:
         self.places[rank] = value

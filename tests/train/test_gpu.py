@@ -18,6 +18,13 @@ pytestmark = [
 GPU = torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep fp32 products fp32, or the CPU's numbers could not be expected."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 def engine(worker, device: torch.device, **options: object) -> MoCo:
     values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
     return MoCo(Recipe.model_validate(values), Ranks(), device)

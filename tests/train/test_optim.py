@@ -24,13 +24,15 @@ def recipe(worker, **optimizer: object) -> Recipe:
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    layers = nn.Conv2d(2, 3, 2), nn.Linear(6, 5), nn.Linear(5, 3)
+    return nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
 
 
 def fill_gradients(net: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in net.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = torch.empty_like(parameter).copy_(numbers)  # laid out as autograd does
 
 
 def plain(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

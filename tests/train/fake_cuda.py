@@ -1,0 +1,107 @@
+"""The step on a GPU that is not there: torch's fake tensors know device, dtype and shape alone.
+
+Every operator is dispatched as on a GPU, so that a tensor left on the CPU, a dtype that does not
+match or an overload without a fused kernel shows. Autograd's engine and fused optimizers need a
+real one: gradients are empty tensors here, `_fused_*` does nothing, and nothing is pinned.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmoco.config import Recipe, load_recipe
+from fastmoco.distributed import Ranks
+from fastmoco.train.guard import RunningStatistics
+from fastmoco.train.moco import MoCo
+from fastmoco.train.optim import build_optimizer
+from fastmoco.train.precision import Precision
+
+GPU = torch.device("cuda", 0)
+
+
+class Overloads(TorchDispatchMode):
+    """Counts the operators that run below it, by overload, such as aten.add.Tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        if "_fused_" in str(func):
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def on_gpu(t: torch.Tensor) -> torch.Tensor:
+    """Return a fake tensor of the same shape, dtype and layout on the GPU."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU)
+
+
+def move(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(on_gpu(parameter), parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, on_gpu(buffer))
+
+
+@contextmanager
+def engine(recipe: Recipe) -> Iterator[MoCo]:
+    """Yield the engine of a recipe on the fake GPU, inside of the mode that it needs."""
+    moco = MoCo(recipe, Ranks(), torch.device("cpu"))  # outside: torch cannot move modules inside
+
+    def backward(loss: torch.Tensor) -> None:
+        assert loss.device == GPU and loss.dim() == 0
+        for parameter in moco.encoder_q.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch.object(torch.Tensor, "backward", backward),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda t: t),
+    ):
+        for module in (moco.encoder_q, moco.encoder_k, moco.queue, moco.guard, moco.scale):
+            move(module)
+        moco.device, moco._precision = GPU, Precision(recipe.precision, "cuda")
+        moco.statistics = RunningStatistics([moco.encoder_q, moco.encoder_k])
+        moco._params_q = list(moco.encoder_q.parameters())
+        moco._params_k = list(moco.encoder_k.parameters())
+        moco.optimizer = build_optimizer(recipe, moco._params_q)
+        yield moco
+
+
+def overloads(recipe: Recipe) -> Counter[str]:
+    """Return how often each overload runs in a step past the first."""
+    with engine(recipe) as moco:
+        shape = recipe.batch, 3, recipe.image_size, recipe.image_size
+        half = torch.empty(shape, dtype=torch.float16, device=GPU)  # what DALI hands over
+        views = [half.contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        with Overloads() as seen:
+            moco.step(*views, 0)
+            seen.counts.clear()
+            outcome = moco.step(*views, 1)
+        assert {t.device for t in vars(outcome).values()} == {GPU}
+        return seen.counts
+
+
+def main(*overrides: str) -> None:
+    """Print the counts of `moco_v2_imagenet_r50` with overrides, the most frequent first."""
+    recipe = load_recipe("moco_v2_imagenet_r50", [*overrides, "device=cpu"])
+    counts = overloads(recipe)
+    for name, count in counts.most_common():
+        print(f"{count:6} {name}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
