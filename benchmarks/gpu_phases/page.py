@@ -10,9 +10,9 @@ NOTHING = "not measured"
 ROOFLINE = (
     "Of the roofline: img/s over min(copy rate / 659 MB, bf16 matmul rate / 32.5 GFLOP), what an "
     "image of ResNet-50 at 224 px moves and computes in a step of MoCo in bf16 with nothing fused, "
-    "by the two rates of phase a."
+    "by the two rates of phase a; the same bound for all lines."
 )
-_LONGEST = 90  # characters of a kernel's name
+_SHOWN, _LONGEST = 6, 90  # kernels of a step, and characters of their names
 
 
 def page_of(
@@ -73,9 +73,7 @@ def _machine(machine: Row) -> list[str]:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
-    return (
-        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-    )
+    return str(value)
 
 
 def _verdict(rows: Sequence[Row], phases: Sequence[Phase]) -> list[str]:
@@ -86,10 +84,8 @@ def _verdict(rows: Sequence[Row], phases: Sequence[Phase]) -> list[str]:
     for phase in phases:
         if phase.letter in told:
             continue
-        why = next((row["reason"] for row in rows if row["phase"] == phase.letter), "")
-        lines.append(
-            f"- {phase.letter}, {phase.title}: {NOTHING}{f' ({_cell(why)})' if why else ''}"
-        )
+        why = next((row["reason"] for row in rows if row["phase"] == phase.letter), "not run")
+        lines.append(f"- {phase.letter}, {phase.title}: {NOTHING} ({_cell(why)})")
     return lines
 
 
@@ -144,7 +140,10 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
             name = row["item"].partition("/")[2]
             lines += ["", f"Kernels of {name} that took longest, in one step:", ""]
             lines += [_line(("kernel", "number", "ms")), _line(["---"] * 3)]
-            lines += [_line((_cell(k[:_LONGEST]), str(n), f"{ms:.2f}")) for k, n, ms in row["top"]]
+            lines += [
+                _line((_cell(k[:_LONGEST]), str(n), f"{ms:.2f}"))
+                for k, n, ms in row["top"][:_SHOWN]
+            ]
     return lines
 
 

@@ -7,6 +7,7 @@ stdout is a stream of JSON lines: {"began": ITEM}, then that item's rows.
 
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ def main() -> int:
     stream = rows_alone()
 
     def say(row: dict[str, Any]) -> None:
-        print(json.dumps(row), file=stream, flush=True)
+        print(json.dumps({k: finite(v) for k, v in row.items()}), file=stream, flush=True)
 
     told = Task.from_json(task)
     # Under the name of the phase even what its imports raise.
@@ -43,6 +44,11 @@ def rows_alone() -> TextIO:
     return stream
 
 
+def finite(value: Any) -> Any:
+    """Return a value, and of a number that is not finite, None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def measure(items: dict[str, Item], until: float, skipped: Collection[str], say: Say) -> None:
     """Measure the items in their order, as far as the time reaches."""
     for name, item in items.items():
@@ -56,12 +62,12 @@ def measure(items: dict[str, Item], until: float, skipped: Collection[str], say:
         try:
             found = item.work()
             for figures in [found] if isinstance(found, dict) else found:
-                say({"item": name, "status": "measured", **figures})
+                took = {"took_s": round(time.perf_counter() - began, 1)}
+                say({"item": name, "status": "measured", **took, **figures})
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
             say({"item": name, "status": "failed", "reason": reason.splitlines()[0]})
-        print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

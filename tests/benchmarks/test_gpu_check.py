@@ -29,7 +29,7 @@ def steps(task):
 
 def items(task):
     return {
-        "fake/good": Item(lambda: {"value": 2.0}),
+        "fake/good": Item(lambda: {"value": float("nan")}),
         "fake/raises": Item(fail),
         "fake/dies": Item(lambda: os.abort()),
         "fake/rows": Item(lambda: steps(task)),
@@ -60,6 +60,7 @@ def test_a_phase_goes_on_behind_what_fails(check, tmp_path):
         ("fake/too long", "not measured"),
         ("fake/last", "measured"),
     ]
+    assert rows[0]["value"] is None and rows[4]["value"] == 4.0
     reasons = [row.get("reason") for row in rows]
     assert reasons[1] == "ValueError: too warm"
     assert "SIGABRT" in reasons[2] and reasons[5] == "no time left"
