@@ -179,6 +179,8 @@ class Check:
         command = [sys.executable, "-m", "gpu_phases.worker", phase.module, task.to_json()]
         paths = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if self.task.dry:  # what is this small only waits for other threads
+            environment["OMP_NUM_THREADS"] = "1"
         began = phase.module
         with (
             (self.task.out / "log.txt").open("a") as log,
