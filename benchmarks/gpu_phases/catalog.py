@@ -231,8 +231,8 @@ PHASES = (
         letter="h",
         module="gpu_phases.checkpoint",
         title="Cost of a checkpoint",
-        seconds=45,
-        least=30,
+        seconds=60,
+        least=50,
         tables=(
             Table(
                 "save",
@@ -255,7 +255,7 @@ PHASES = (
         module="gpu_phases.cifar",
         title="cifar10_r18 beside the published curve",
         seconds=120,
-        least=50,
+        least=60,
         tables=(
             Table(
                 "epoch",

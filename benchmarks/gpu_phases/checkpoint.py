@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from fastmoco.config import load_recipe
-from gpu_phases.run import ENDING_S, rows_of, started
+from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
 from gpu_phases.task import Figures, Item, Items, Task
 
 EVERY, SAVES = 40, 3  # steps between two saves: enough for one to be written
@@ -13,7 +13,7 @@ EVERY, SAVES = 40, 3  # steps between two saves: enough for one to be written
 def items(task: Task) -> Items:
     """Return the run."""
     name = "save/resnet10 at 32 px, 16" if task.dry else "save/resnet50 at 224 px, 256"
-    return {name: Item(lambda: run(task))}
+    return {name: Item(lambda: run(task), least=STARTING_S)}
 
 
 def run(task: Task) -> Figures:
@@ -30,7 +30,7 @@ def run(task: Task) -> Figures:
         options += ["arch=resnet10", "image_size=32", "batch=16", "bn_group=8", "queue=256"]
     out = task.work / "checkpoints"
     with started("moco_v2_imagenet_r50", out, options) as process:
-        rows = list(rows_of(process, out, task.until - ENDING_S))
+        rows = list(rows_of(process, out, task.until - ENDING_S / 2))
     batch = load_recipe(str(out / "config.yaml")).batch
     ms = [1e3 * batch / row["images_per_s"] for row in rows if row["kind"] == "step"]
     newest = max((out / "checkpoints").glob("step-*/state.pt"))

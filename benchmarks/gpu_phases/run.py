@@ -12,7 +12,8 @@ from typing import Any
 from fastmoco.run import RunFolder
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "pretrain.py"
-ENDING_S = 30.0  # that a run may take to save and end once it has been asked to
+STARTING_S = 40.0  # that a run needs for its first steps, and to be asked to end
+ENDING_S = 20.0  # that a run may take to save and end once it has been asked to
 
 
 @contextmanager
