@@ -96,18 +96,11 @@ class _InGroups(torch.autograd.Function):
         # Each group moves its own copy of the running statistics: they move once, by the mean.
         means, variances = running_mean.repeat(groups, 1), running_var.repeat(groups, 1)
         saved_mean, saved_invstd = torch.empty_like(means), torch.empty_like(means)
-        for i in range(groups):
-            rows = slice(i * size, (i + 1) * size)
+        rows = [t.unbind() for t in (means, variances, saved_mean, saved_invstd)]
+        parts = torch.split(x, size), torch.split(output, size)
+        for part, out, mean, var, *saved in zip(*parts, *rows, strict=True):
             torch.native_batch_norm(
-                x[rows],
-                weight,
-                bias,
-                means[i],
-                variances[i],
-                True,
-                momentum,
-                eps,
-                out=(output[rows], saved_mean[i], saved_invstd[i]),
+                part, weight, bias, mean, var, True, momentum, eps, out=(out, *saved)
             )
         torch.mean(means, dim=0, out=running_mean)
         torch.mean(variances, dim=0, out=running_var)
@@ -120,13 +113,13 @@ class _InGroups(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         grad_x = torch.empty_like(x)
+        parts = [torch.split(t, ctx.size) for t in (grad_x, grad, x)]
         affine = []
-        for i in range(len(mean)):
-            rows = slice(i * ctx.size, (i + 1) * ctx.size)
-            statistics = None, None, mean[i], invstd[i]
-            grad_x[rows], *of_affine = torch.ops.aten.native_batch_norm_backward(
-                grad[rows], x[rows], weight, *statistics, True, ctx.eps, [True, True, True]
+        for out, *given, m, s in zip(*parts, mean.unbind(), invstd.unbind(), strict=True):
+            found, *of_affine = torch.ops.aten.native_batch_norm_backward(
+                *given, weight, None, None, m, s, True, ctx.eps, [True, True, True]
             )
+            out.copy_(found)
             affine.append(torch.stack(of_affine))
         grad_weight, grad_bias = torch.stack(affine).sum(dim=0)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

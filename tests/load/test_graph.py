@@ -132,7 +132,8 @@ def test_memory_of_the_gpu_is_kept_until_torch_is_done_with_it(
         return view
 
     def build(feed: Callable[[object], list[object]], *_: object, **__: object) -> object:
-        return SimpleNamespace(run=lambda stream: feed(SimpleNamespace(iteration=0)))
+        info = SimpleNamespace(iteration=0)
+        return SimpleNamespace(build=lambda: None, run=lambda stream: feed(info))
 
     stream = SimpleNamespace(record_event=Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
