@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmoco.errors import UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
 from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
-from gpu_phases.task import Figures, Item, Items, Task
+from gpu_phases.task import Figures, Item, Items, Task, Unavailable
 
 # Epoch: loss and kNN of the MoCo authors' notebook.
 PUBLISHED = {
@@ -39,7 +38,7 @@ def train(task: Task) -> Iterator[Figures]:
     """Train, and yield each epoch as it ends.
 
     Raises:
-        UsageError: there is no CIFAR-10.
+        Unavailable: there is no CIFAR-10.
     """
     sets = _sets(task)
     options = [
@@ -55,13 +54,14 @@ def train(task: Task) -> Iterator[Figures]:
     with started("cifar10_r18", out, options) as process:
         for row in rows_of(process, out, task.until - ENDING_S / 2):
             if row["kind"] == "epoch":
-                published = ("", "") if task.dry else PUBLISHED.get(row["epoch"], ("", ""))
+                known = not task.dry and row["epoch"] in PUBLISHED
+                loss, knn = PUBLISHED[row["epoch"]] if known else ("", "")
                 yield {
                     "item": f"epoch/{row['epoch']:g}",
                     "loss": row.get("loss"),
-                    "published_loss": published[0],
+                    "published_loss": loss,
                     "knn_top1": row.get("knn_top1"),
-                    "published_knn": published[1],
+                    "published_knn": knn,
                     "seconds": time.time() - began,
                 }
 
@@ -70,7 +70,7 @@ def _sets(task: Task) -> Path:
     """Return the folder of the packed `train` and `test`."""
     if task.cifar is None:
         if not task.dry:
-            raise UsageError("CIFAR-10 is not here: give it by --cifar SET")
+            raise Unavailable("give CIFAR-10 by --cifar SET")
         source = task.work / "toy"
         _toy(source)
     elif (task.cifar / "train" / "manifest.json").is_file():

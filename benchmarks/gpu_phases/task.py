@@ -9,6 +9,10 @@ from typing import Any
 Figures = dict[str, Any]
 
 
+class Unavailable(Exception):
+    """What an item works on was not given: it is not measured, which is no failure."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a phase works on.

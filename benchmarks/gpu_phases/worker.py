@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
-from gpu_phases.task import Item, Task
+from gpu_phases.task import Item, Task, Unavailable
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -64,6 +64,8 @@ def measure(items: dict[str, Item], until: float, skipped: Collection[str], say:
             for figures in [found] if isinstance(found, dict) else found:
                 took = {"took_s": round(time.perf_counter() - began, 1)}
                 say({"item": name, "status": "measured", **took, **figures})
+        except Unavailable as error:
+            say({"item": name, "status": "not measured", "reason": str(error)})
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"

@@ -18,7 +18,10 @@ from gpu_phases.task import Task
 SCRIPT = Path(gpu_check.__file__)
 FAKE = """
 import os
-from gpu_phases.task import Item
+from gpu_phases.task import Item, Unavailable
+
+def lack():
+    raise Unavailable("not given")
 
 def fail():
     raise ValueError("too warm\\nfor this")
@@ -30,6 +33,7 @@ def steps(task):
 def items(task):
     return {
         "fake/good": Item(lambda: {"value": float("nan")}),
+        "fake/lacks": Item(lack),
         "fake/raises": Item(fail),
         "fake/dies": Item(lambda: os.abort()),
         "fake/rows": Item(lambda: steps(task)),
@@ -53,6 +57,7 @@ def test_a_phase_goes_on_behind_what_fails(check, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["item"], row["status"]) for row in rows] == [
         ("fake/good", "measured"),
+        ("fake/lacks", "not measured"),
         ("fake/raises", "failed"),
         ("fake/dies", "failed"),
         ("fake/rows", "measured"),
@@ -60,10 +65,10 @@ def test_a_phase_goes_on_behind_what_fails(check, tmp_path):
         ("fake/too long", "not measured"),
         ("fake/last", "measured"),
     ]
-    assert rows[0]["value"] is None and rows[4]["value"] == 4.0
+    assert rows[0]["value"] is None and rows[5]["value"] == 4.0
     reasons = [row.get("reason") for row in rows]
-    assert reasons[1] == "ValueError: too warm"
-    assert "SIGABRT" in reasons[2] and reasons[5] == "no time left"
+    assert reasons[1:3] == ["not given", "ValueError: too warm"]
+    assert "SIGABRT" in reasons[3] and reasons[6] == "no time left"
     assert "for this" in (tmp_path / "log.txt").read_text()
 
 
