@@ -62,10 +62,10 @@ def variants(large: int, small: int) -> list[Variant]:
         Variant(large, "tuned"),
         Variant(small, bn="whole"),
         Variant(large, bn="whole"),
-        Variant(large, compiled=True),
-        Variant(small, bn="whole", compiled=True),
         Variant(small, "official", bn="whole"),
         Variant(small, "tuned", bn="whole"),
+        Variant(large, compiled=True),
+        Variant(small, bn="whole", compiled=True),
         Variant(large, bn="whole", compiled=True),
     ]
 
