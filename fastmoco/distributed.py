@@ -200,19 +200,19 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
 
 
 def _check_driver() -> None:
-    """Raise UsageError for a driver too old for this torch, which would count its GPUs all the same.
+    """Raise UsageError for a driver too old for this torch: its GPUs are counted all the same.
 
     Where there is no GPU at all, torch says something else.
     """
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         if "too old" not in str(error):
             return
         told, _, _ = str(error).partition(". ")
         raise UsageError(
-            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, install "
-            "a torch that is built for the driver's CUDA (the cu126 build, say), or set device=cpu."
+            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, install a "
+            "torch built for the driver's CUDA (such as the cu126 build), or set device=cpu."
         ) from error
 
 
