@@ -91,7 +91,8 @@ def _from_one_hot(rows: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
         raise DataError(f"{where}: {rows.shape[1]} columns, but no single 1 in each row.")
     if (rows.sum(axis=1) > 1).any():
         raise several_labels(where)
-    return rows.argmax(axis=1)
+    places: npt.NDArray[Any] = rows.argmax(axis=1)
+    return places
 
 
 def number_names(labels: npt.NDArray[np.int32]) -> list[str]:
