@@ -1,18 +1,20 @@
 """The recipe: its schema, the shipped ones, and how one is read with its overrides."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastmoco.errors import UsageError
 from fastmoco.strict import Strict, near, parse_yaml, validate_as
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Triple = tuple[float, float, float]
 Stem = Literal["imagenet", "small", "small-stride2"]
@@ -42,8 +44,16 @@ class View(Strict):
     jitter_p: Unit = 1.0
     grayscale: Unit = 0.0
     blur: Unit = 0.0
-    blur_sigma: tuple[Annotated[float, Field(gt=0)], float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _bounds_ascend(self) -> "View":
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] needs 0 < low <= high")
+        return self
 
 
 class Subset(Strict):
@@ -105,11 +115,11 @@ class Optimizer(Strict):
         "apex_adam",
         "apex_lamb",
     ] = "sgd"
-    lr: Annotated[float, Field(gt=0)]
+    lr: Positive
     lr_batch: Count | None = None
     momentum: Unit | None = None
     betas: tuple[Beta, Beta] | None = None
-    trust: Annotated[float, Field(gt=0)] | None = None
+    trust: Positive | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
     def options(self) -> dict[str, Any]:
@@ -142,11 +152,11 @@ class Schedule(Strict):
     epochs: Count | None = None
     steps: Count | None = None
     milestones: tuple[int, ...] = ()
-    gamma: Annotated[float, Field(gt=0)] = 0.1
+    gamma: Positive = 0.1
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     update: Literal["epoch", "step"] | None = None
-    first_epoch: Literal[0, 1] = 0
+    first_epoch: Annotated[int, Field(ge=0, le=1)] = 0
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Schedule":
@@ -160,6 +170,8 @@ class Schedule(Strict):
             raise ValueError("the warm-up is as long as the schedule: shorten it")
         if self.name == "cosine" and self.milestones:
             raise ValueError("cosine has no milestones: leave them out, or choose name: step")
+        if [0, *self.milestones] != sorted({0, *self.milestones}):
+            raise ValueError("the milestones must ascend, from 1 on")
         if self.first_epoch and self.update == "step":
             raise ValueError("first_epoch counts only with update: epoch")
         return self
@@ -177,7 +189,7 @@ class Monitor(Strict):
     labels: str | None = None
     feature: Literal["head", "backbone"] = "head"
     k: Count = 200
-    t: Annotated[float, Field(gt=0)] = 0.1
+    t: Positive = 0.1
     every: Count = 1
 
 
@@ -258,7 +270,7 @@ class Recipe(Strict):
 
     image_size: Side = 224
     mean: Triple | None = (0.485, 0.456, 0.406)
-    std: Triple | None = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] | None = (0.229, 0.224, 0.225)
     views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
 
     batch: Count = 256
@@ -269,10 +281,10 @@ class Recipe(Strict):
     symmetric: bool = False
     queue: Count = 65536
     momentum: Unit = 0.999
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: Positive = 0.07
     optimizer: Optimizer
     accumulate: Count = 1
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: Positive | None = None
     schedule: Schedule
     stop_epoch: Count | None = None
 
@@ -292,9 +304,14 @@ class Recipe(Strict):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    stall_s: Annotated[float, Field(gt=0)] = 1800
+    stall_s: Positive = 1800
     max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -366,19 +383,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return validate(values, name_or_path)
 
 
-def _recipe_text(name_or_path: str) -> str:
+def _recipe_text(name_or_path: str) -> bytes:
     shipped, path = RECIPES / f"{name_or_path}.yaml", Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise UsageError(f"There is no recipe file {path}.")
-        return path.read_text()
+        return path.read_bytes()
     if not shipped.is_file():
         hint = near(name_or_path, recipe_names())
         raise UsageError(
             f"There is no recipe {name_or_path!r}{hint} Shipped: {', '.join(recipe_names())}; "
             "your own needs a path that ends in .yaml."
         )
-    return shipped.read_text()
+    return shipped.read_bytes()
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -390,24 +407,35 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         holder = _child(holder, parent, dotted)
     value = parse_yaml(text, dotted)
-    if isinstance(holder, list) and last.isdigit() and int(last) < len(holder):
-        holder[int(last)] = value
+    if isinstance(holder, list):
+        holder[_place(holder, last, dotted)] = value
     elif isinstance(holder, dict):
         holder[last] = value
     else:
-        raise UsageError(f"{dotted} does not name a key of the recipe.")
+        raise _no_key(dotted)
 
 
 def _child(holder: Any, key: str, dotted: str) -> Any:
-    if isinstance(holder, list) and key.isdigit() and int(key) < len(holder):
+    if isinstance(holder, list):
+        place = _place(holder, key, dotted)
         # YAML anchors share one mapping between views: an override must change one of them only.
-        holder[int(key)] = dict(holder[int(key)])
-        return holder[int(key)]
+        holder[place] = copy.copy(holder[place])
+        return holder[place]
     if isinstance(holder, dict):
-        if holder.get(key) is None:
-            holder[key] = {}
+        holder[key] = {} if holder.get(key) is None else copy.copy(holder[key])
         return holder[key]
-    raise UsageError(f"{dotted} does not name a key of the recipe.")
+    raise _no_key(dotted)
+
+
+def _place(holder: list[Any], key: str, dotted: str) -> int:
+    """Return the place in a list that a part of a key names."""
+    if key not in map(str, range(len(holder))):
+        raise _no_key(dotted)
+    return int(key)
+
+
+def _no_key(dotted: str) -> UsageError:
+    return UsageError(f"{dotted} does not name a key of the recipe.")
 
 
 def validate(values: Any, origin: str) -> Recipe:

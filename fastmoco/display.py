@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.config import Recipe
+from fastmoco.terminal import printable
 
 WIDE = 110  # columns
 
@@ -23,6 +24,7 @@ class LiveDisplay:
 
     def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int) -> None:
         self._console = Console()
+        self._console.soft_wrap = not self._console.is_terminal  # a log has no width
         last_step = recipe.last_step(steps_per_epoch)
         self._epochs = math.ceil(last_step / steps_per_epoch)
         # On 80 columns the time left matters more than a bar.
@@ -81,13 +83,13 @@ class LiveDisplay:
     def bad(self, row: dict[str, Any]) -> None:
         """Show damaged samples that the run goes on without."""
         for sample in row["samples"]:
-            self._console.print(
-                f"goes on without {sample}: damaged", markup=False, highlight=False, soft_wrap=True
-            )
+            words = printable(f"goes on without {sample}: damaged")
+            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     def unsaved(self, row: dict[str, Any]) -> None:
         """Show that a checkpoint could not be written."""
-        self._console.print(f"[bold red]{escape(row['message'])}[/bold red]", soft_wrap=True)
+        words = escape(printable(row["message"]))
+        self._console.print(f"[bold red]{words}[/bold red]", soft_wrap=True)
 
 
 def _for_ablations_only(recipe: Recipe) -> list[str]:

@@ -230,6 +230,13 @@ def _check_driver() -> None:
         ) from error
 
 
+def _number_in_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text} in the environment is no number: `unset {name}`.")
+    return int(text)
+
+
 @contextmanager
 def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the ranks that torchrun started, or be the only one.
@@ -237,10 +244,19 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     Args:
         device_choice: a recipe's `device`.
         timeout_s: how long a collective waits for a rank.
+
+    Raises:
+        UsageError: the environment is not that of torchrun.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    size = _number_in_environment("WORLD_SIZE", 1)
+    local_rank = _number_in_environment("LOCAL_RANK", 0)
+    local_size = _number_in_environment("LOCAL_WORLD_SIZE", size)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start several processes "
+            "by torchrun, or `unset WORLD_SIZE` for one."
+        )
     device = device_of(device_choice, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -26,6 +26,6 @@ class CheckpointError(FastmocoError):
 
 
 class DivergedError(FastmocoError):
-    """Training produced non-finite numbers for too long."""
+    """Numbers that are not finite: in training for too long, in a network or its output."""
 
     exit_code = 5

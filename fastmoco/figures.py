@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fastmoco.errors import UsageError
+from fastmoco.files import SOFTWARE, check_replaceable, new_file
 
 Images = npt.NDArray[np.uint8]
 """(n, side, side, 3)."""
@@ -62,6 +66,17 @@ CURVES = (
 )
 
 
+def check_plot(path: Path) -> None:
+    """Refuse the name of a plot before the work that it takes; see `check_replaceable`.
+
+    Raises:
+        UsageError: also if matplotlib is not installed.
+    """
+    check_replaceable(path)
+    if not find_spec("matplotlib"):
+        raise UsageError("Plots need matplotlib: pip install 'fastmoco[report]'.")
+
+
 def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
     """Draw images as a grid, one column a sample, every pixel of a view still itself.
 
@@ -79,7 +94,7 @@ def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
     for number, name in enumerate(rows):
         y = 1 - (TOP + (number + 0.5) * pitch - GAP / 2) / height
         figure.text((LEFT - 12) / width, y, name, ha="right", va="center", color=INK)
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path, _DPI)
 
 
 def zoom_of(side: int) -> int:
@@ -123,7 +138,7 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
         axes.tick_params(labelbottom=True)  # also above a place that stays empty
         axes.set_xlabel("epoch", color=INK)
     figure.tight_layout()
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path, _DPI)
 
 
 def draw_curve(path: Path, metrics: Metrics, queue: int, curve: Curve) -> None:
@@ -133,7 +148,12 @@ def draw_curve(path: Path, metrics: Metrics, queue: int, curve: Curve) -> None:
     _panel(axes, metrics, curve, queue)
     axes.set_xlabel("epoch", color=INK)
     figure.tight_layout()
-    figure.savefig(path, dpi=2 * _DPI)
+    _save(figure, path, 2 * _DPI)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    with new_file(path) as aside:
+        figure.savefig(aside, dpi=dpi, metadata={"Software": SOFTWARE})
 
 
 def figure_of(width: float, height: float) -> Any:

@@ -9,15 +9,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from fastmoco.errors import FastmocoError, UsageError
+
+SOFTWARE = "fastmoco"
+"""What the PNGs that are drawn here say of their origin, by the key of that name."""
 
 
 def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """Map the one array of a `.npy` file that may come from anywhere.
+
+    Raises:
+        ValueError: it cannot be read, holds Python objects, or claims more than the file has.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # damaged headers raise anything
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an archive of arrays")
+    if not array.ndim or array.nbytes > path.stat().st_size:
+        raise ValueError(f"it claims {array.nbytes} bytes in the shape {array.shape}")
+    return array
 
 
 def sync(path: Path) -> None:
@@ -32,9 +55,12 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` with `content` in one atomic rename."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,6 +80,20 @@ def make_parent(final: Path) -> None:
         raise UsageError(
             f"Cannot write {final} ({error.strerror}): choose another place."
         ) from error
+
+
+def check_replaceable(png: Path) -> None:
+    """Refuse to draw a PNG on top of anything but one that was drawn here.
+
+    Raises:
+        UsageError: the name has another ending, or is that of something else.
+    """
+    if png.suffix != ".png":
+        raise UsageError(f"{png} must end in .png.")
+    if os.path.lexists(png):
+        with png.open("rb") as stream:
+            if f"tEXtSoftware\0{SOFTWARE}".encode() not in stream.read(4096):
+                raise UsageError(f"{png} exists and was not drawn here: choose another name.")
 
 
 @contextmanager
@@ -102,12 +142,14 @@ def resumed_folder(final: Path, begun: str) -> Iterator[Path]:
         begun: says what is being made, as a hash of everything that decides the content.
 
     Raises:
-        UsageError: another process is at it.
+        UsageError: another process is at it, or was.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     mark = partial / ".begun"
-    with _locked(final.with_name(f".{final.name}.lock"), final):
+    with locked(final.with_name(f".{final.name}.lock"), final):
+        if os.path.lexists(final):  # another process was quicker
+            raise UsageError(f"{final} exists already: remove it or choose another name.")
         if not mark.exists() or mark.read_text() != begun:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -131,7 +173,12 @@ def _commit(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, what: Path) -> Iterator[None]:
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """Hold the lock file `path` while `what` is written.
+
+    Raises:
+        UsageError: another process holds it.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

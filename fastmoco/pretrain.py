@@ -13,7 +13,7 @@ import torch
 from fastmoco.config import Monitor, Recipe, load_recipe
 from fastmoco.display import LiveDisplay
 from fastmoco.distributed import Ranks, joined
-from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
+from fastmoco.errors import CheckpointError, DataError, DivergedError, FastmocoError, UsageError
 from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
 from fastmoco.evaluate.knn import Neighbours
@@ -25,6 +25,8 @@ from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
+from fastmoco.streams import Spared, lasting_output
+from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -40,9 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A user's error is one plain line from the rank that met it, never a traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    leads = os.environ.get("RANK", "0") == "0"
+    with lasting_output():
+        return _ran(arguments)
+
+
+def _ran(arguments: list[str]) -> int:
     try:
-        if not arguments or arguments[0] in {"-h", "--help"}:
+        if {"-h", "--help"} & set(arguments):
+            echo(_USAGE)
+            return 0
+        if not arguments:
             raise UsageError(_USAGE)
         overrides = [argument for argument in arguments[1:] if argument != "--dry-run"]
         recipe = load_recipe(arguments[0], overrides)
@@ -52,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pretrain(recipe)
     except FastmocoError as error:
         # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if leads or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr)
+        if speaks() or isinstance(error, DataError):
+            echo(f"error: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt as error:
-        if leads:
-            print(_interrupted(error), file=sys.stderr)
+        if speaks():
+            echo(_interrupted(error), err=True)
         return 130
     return 0
 
@@ -72,7 +81,7 @@ def dry_run(recipe: Recipe) -> None:
         recipe, loader = _prepared(recipe, ranks, device)
         if ranks.leads:
             for name, value in outlook(recipe, loader.plan, ranks, device).items():
-                print(f"{name:<28}{value}")
+                echo(f"{name:<28}{value}")
 
 
 def pretrain(recipe: Recipe) -> RunFolder:
@@ -101,14 +110,16 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except FastmocoError as error:
-        # A damaged image is met by one rank alone; the first sees only that one gone.
-        if ranks.leads or isinstance(error, DataError):
+        # A damaged image is met by one rank alone; the first sees only that one gone. A start that
+        # is refused leaves the word of a run that has ended.
+        if (ranks.leads or isinstance(error, DataError)) and not run.ended():
             with suppress(OSError):
                 run.finish(error.exit_code, str(error))
         raise
     except KeyboardInterrupt as error:
         if ranks.leads:
-            run.finish(130, _interrupted(error))
+            with suppress(OSError):
+                run.finish(130, _interrupted(error))
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
@@ -132,20 +143,22 @@ def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recip
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     """Leave word of how the run ended, and the curves behind."""
     last_step = recipe.last_step(plan.steps_per_epoch)
-    if done < last_step:
-        run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
-        print(f"stopped at step {done} of {last_step}: the same command goes on")
-    elif done > last_step:
-        words = f"already at step {done}, past the end of this recipe (step {last_step}"
-        words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
-        run.finish(0, f"{words}): nothing to do")
-        print(f"{words}): nothing to do")
-    else:
-        run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
+    with Spared("status.json"):
+        if done < last_step:
+            echo(f"stopped at step {done} of {last_step}: the same command goes on")
+            run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
+        elif done > last_step:
+            words = f"already at step {done}, past the end of this recipe (step {last_step}"
+            words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
+            echo(f"{words}): nothing to do")
+            run.finish(0, f"{words}): nothing to do")
+        else:
+            run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
-        draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
+        with Spared("curves.png"):
+            draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
     except ImportError:
-        print("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
+        echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
 
 def _train(
@@ -159,8 +172,8 @@ def _train(
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
-        for change in run.describe(recipe, versions(ranks, device), start):
-            print(f"from step {start} on {change}")
+        for sentence in run.begin(recipe, versions(ranks, device), start):
+            echo(sentence)
     monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
@@ -184,10 +197,13 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
             f"The ranks find different checkpoints in {run.root} (steps {sorted(starts)}): put "
             "out= on a disk that all machines share."
         )
+    if state is None and run.finished():
+        raise UsageError(
+            f"{run.root} is of a finished run whose checkpoints are gone: choose another out=DIR."
+        )
     if ranks.leads:
-        run.rewind(start if state else -1)
         for name in run.damaged:
-            print(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
+            echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
 
 
@@ -202,7 +218,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if ranks.leads:
         for caution in cautions(bank, queries):
-            print(f"warning: {caution}", file=sys.stderr)
+            echo(f"warning: {caution}", err=True)
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
         def features(one: Labelled) -> Pair:
@@ -213,6 +229,10 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
             neighbours = Neighbours(*features(bank), classes, monitor.k, monitor.t, ranks)
             return {"knn_top1": neighbours.accuracy(*features(queries), stop)}
         except Stopped:
+            return {}
+        except DivergedError as error:  # met by all ranks alike; the guard looks after the run
+            if ranks.leads:
+                echo(f"warning: no kNN number. {error}", err=True)
             return {}
 
     return knn

@@ -13,6 +13,7 @@ checkpoints/step-000000097/      state.pt and the manifest.json that vouches for
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -107,25 +108,61 @@ class RunFolder:
                 "wait for it, stop it, or choose another folder by out=DIR."
             ) from None
         except OSError as error:
-            raise UsageError(
-                f"Cannot write to the run folder {self.root} ({error.strerror}): "
-                "choose another by out=DIR."
-            ) from error
+            raise self._unwritable(error) from error
         try:
             for leftover in self.checkpoints.glob(".*.partial"):
-                shutil.rmtree(leftover)
-            (self.root / "stopped").unlink(missing_ok=True)
-            holder = f"process {os.getpid()} on {socket.gethostname()}"
-            write_json(self.root / "status.json", {"code": None, "message": f"running: {holder}"})
+                shutil.rmtree(leftover, ignore_errors=True)
             yield
         finally:
             lock.release()
 
-    def _holder(self) -> str:
+    def _unwritable(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"Cannot write to the run folder {self.root} ({error.strerror}): "
+            "make room, or choose another by out=DIR."
+        )
+
+    def begin(self, recipe: Recipe, versions: dict[str, Any], step: int) -> list[str]:
+        """Take over the folder for a start from `step`, which nothing speaks against any more.
+
+        Returns:
+            Sentences: what changed in the recipe, and where the metrics of a run whose checkpoints
+            are gone were put.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
         try:
-            return str(json.loads((self.root / "status.json").read_text())["message"])
-        except (OSError, ValueError, KeyError):
-            return "not known"
+            (self.root / "stopped").unlink(missing_ok=True)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            write_json(self.root / "status.json", {"code": None, "message": f"running: {holder}"})
+            aside = None if step else self._put_metrics_aside()
+            self.rewind(step if step else -1)
+            changes = self.describe(recipe, versions, step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        told = [f"from step {step} on {change}" for change in changes]
+        return told + ([f"no checkpoint goes on from metrics.jsonl: now {aside}"] if aside else [])
+
+    def _put_metrics_aside(self) -> str | None:
+        """Rename the metrics of steps that no checkpoint goes on from; return their new name."""
+        if not any(row["step"] for row in self.rows()):
+            return None
+        names = (f"metrics-{number}.jsonl" for number in itertools.count(1))
+        name = next(name for name in names if not (self.root / name).exists())
+        self.metrics.rename(self.root / name)
+        return name
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.root / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _holder(self) -> str:
+        status = self._status()
+        return "not known" if self.ended() else str(status.get("message", "not known"))
 
     @property
     def imported(self) -> bool:
@@ -175,10 +212,11 @@ class RunFolder:
 
     def ended(self) -> bool:
         """Return whether status.json says already how the run ended."""
-        try:
-            return json.loads((self.root / "status.json").read_text())["code"] is not None
-        except (OSError, ValueError, KeyError):
-            return False
+        return self._status().get("code") is not None
+
+    def finished(self) -> bool:
+        """Return whether a run went to its end here."""
+        return self._status().get("code") == 0 and not (self.root / "stopped").exists()
 
     def stop(self, message: str) -> None:
         """Write down that a signal stopped the run: job scripts start it again by the marker."""

@@ -13,19 +13,29 @@ labels/NAME.npy      side tables: labels that came later (`LABEL_DTYPE`), beside
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+)
 
-from fastmoco.errors import DataError
-from fastmoco.files import sync, write_json
+from fastmoco.classes import Known
+from fastmoco.errors import DataError, UsageError
+from fastmoco.files import load_array, new_file, sha256_of, sync, write_json
 
 FORMAT_VERSION = 1
 
@@ -42,6 +52,17 @@ SAMPLE_DTYPE = np.dtype(
 )
 LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
 CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name is a text")
+    return value
+
+
+# Names are bytes: what is not UTF-8 stands as surrogates, which pydantic takes for no text.
+ClassName = Annotated[str, PlainValidator(_text)]
+Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 
 
 class Shard(BaseModel):
@@ -65,12 +86,38 @@ class Manifest(BaseModel):
     samples: int
     rejected: int
     progressive: int
-    classes: list[str]
+    classes: list[ClassName]
     class_counts: list[int]
-    mean: list[float]
-    std: list[float]
+    mean: Channels
+    std: Channels
     options: dict[str, Any]
     shards: list[Shard]
+    sha256: dict[str, str] = {}  # not part of the set's identity; older sets have none
+
+    @field_validator("std")
+    @classmethod
+    def _no_zero(cls, std: list[float]) -> list[float]:
+        """Let a channel that is the same everywhere be divided by 1."""
+        return [value or 1.0 for value in std]
+
+
+MANIFEST = "manifest.json"
+HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a set whose other files are there, and return it with their hashes."""
+    hashes = {name: sha256_of(root / name) for name in HASHED}
+    hashes[MANIFEST] = manifest_sha256(manifest.model_dump())
+    manifest = manifest.model_copy(update={"sha256": hashes})
+    write_json(root / MANIFEST, manifest.model_dump())
+    return manifest
+
+
+def manifest_sha256(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of all of a manifest but its hashes."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def set_id_of(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
@@ -124,16 +171,21 @@ class ShardSet:
     def samples(self) -> npt.NDArray[np.void]:
         """The sample table: (N,) structured rows with at least the columns of `SAMPLE_DTYPE`."""
         table: npt.NDArray[np.void] = self._load("samples.npy", len(self))
-        missing = set(SAMPLE_DTYPE.names or ()) - set(table.dtype.names or ())
+        names = table.dtype.names or ()
+        missing = [
+            name
+            for name in SAMPLE_DTYPE.names or ()
+            if name not in names or table.dtype[name] != SAMPLE_DTYPE[name]
+        ]
         if missing:
-            raise DataError(f"{self.root}/samples.npy lacks the columns {sorted(missing)}.")
+            raise DataError(f"{self.root}/samples.npy lacks the columns {missing}.")
         return table
 
     def _load(self, name: str, rows: int) -> npt.NDArray[Any]:
         path = self.root / name
         try:
-            table: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            table = load_array(path)
+        except ValueError as error:
             raise DataError(f"{path} cannot be read ({error}): pack the set anew.") from error
         if len(table) != rows:
             raise DataError(f"{path} has {len(table)} rows, the manifest says {rows}.")
@@ -164,6 +216,13 @@ class ShardSet:
         content = self.name_bytes[ends[0] : ends[-1]].tobytes()
         return [content[a - ends[0] : b - 1 - ends[0]] for a, b in pairwise(ends)]
 
+    def rejects(self) -> Iterator[str]:
+        """Yield the names of what was left out when the set was made, as far as they are known."""
+        path = self.root / "rejects.jsonl"
+        with suppress(OSError, ValueError, KeyError, TypeError), path.open() as lines:
+            for line in lines:
+                yield str(json.loads(line)["name"])
+
     def describe(self, row: int) -> str:
         """Return the words that name a sample in an error: id, original name, shard."""
         shard = self.manifest.shards[int(self.samples["shard"][row])].name
@@ -193,12 +252,13 @@ def _read_manifest(root: Path) -> Manifest:
             f"{root} is not a shard set (no manifest.json): make it by `fastmoco shard`."
         )
     text = path.read_bytes()
+    manifest: Manifest | None
     try:
         # Straight from the text: half the time of `json.loads` first, which 11,000 shards show.
         manifest = Manifest.model_validate_json(text)
         version = manifest.format_version
     except ValidationError:
-        manifest, version = None, _version_of(text)
+        manifest, version = _with_surrogates(text), _version_of(text)
     if version > FORMAT_VERSION:
         raise DataError(
             f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
@@ -207,6 +267,14 @@ def _read_manifest(root: Path) -> Manifest:
     if manifest is None:
         raise DataError(f"{path} is damaged: pack the set anew.")
     return manifest
+
+
+def _with_surrogates(text: bytes) -> Manifest | None:
+    """Return a manifest in which class names are not UTF-8, None if that is not what is wrong."""
+    try:
+        return Manifest.model_validate(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _version_of(text: bytes) -> int:
@@ -232,9 +300,10 @@ def read_labels(shard_set: ShardSet, table: str | Path) -> tuple[npt.NDArray[np.
     path = label_path(shard_set, table)
     try:
         about = json.loads(path.with_suffix(".json").read_text())
-        rows: npt.NDArray[np.void] = np.load(path, allow_pickle=False)
         owner, classes = str(about["set_id"]), [str(name) for name in about["classes"]]
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        rows = np.array(load_array(path))
+        changed = sha256_of(path) != about.get("sha256", sha256_of(path))  # none in older tables
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"The label table {path} cannot be read: {error}.") from error
     if owner != shard_set.manifest.set_id:
         raise DataError(
@@ -244,6 +313,10 @@ def read_labels(shard_set: ShardSet, table: str | Path) -> tuple[npt.NDArray[np.
     fault = _label_fault(rows, len(shard_set), len(classes))
     if fault:
         raise DataError(f"The label table {path} is damaged: {fault}.")
+    if changed:
+        raise DataError(
+            f"The label table {path} was changed after it was written: label the set anew."
+        )
     return rows, classes
 
 
@@ -285,18 +358,42 @@ def write_labels(
     if fault:
         raise DataError(f"{fault[0].upper()}{fault[1:]}.")
     path = label_path(shard_set, table)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The JSON makes the table count: without it, labels never meet the classes of another table.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as stream:
-        np.save(stream, rows)
-    sync(aside)
-    aside.replace(path)
     about = {"set_id": shard_set.manifest.set_id, "classes": list(classes), "origin": origin}
-    write_json(path.with_suffix(".json"), about)
+    with new_file(path.with_suffix(".json")) as about_aside, new_file(path) as rows_aside:
+        with rows_aside.open("wb") as stream:
+            np.save(stream, rows)
+        # Both are on the disk before the first takes the place of an older table.
+        write_json(about_aside, about | {"sha256": sha256_of(rows_aside)})
+        sync(rows_aside)
     sync(path.parent)
     return path
+
+
+def refuse_strangers(path: Path) -> None:
+    """Check that what stands where a label table goes, if anything, is one.
+
+    Raises:
+        UsageError: it is not.
+    """
+    for file, is_ours in ((path, _is_rows), (path.with_suffix(".json"), _is_about)):
+        if os.path.lexists(file) and not is_ours(file):
+            raise UsageError(
+                f"{file} is there and is no label table: choose another name, or move it away."
+            )
+
+
+def _is_rows(path: Path) -> bool:
+    try:
+        return load_array(path).dtype == LABEL_DTYPE
+    except ValueError:
+        return False
+
+
+def _is_about(path: Path) -> bool:
+    try:
+        return {"set_id", "classes", "origin"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 class Collection:
@@ -384,7 +481,9 @@ class Labelled:
 
 
 def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[Labelled, Labelled]:
-    """Open a labelled training set and a labelled test set that agree on their classes.
+    """Open a labelled training set and a labelled test set, its classes numbered as the first's.
+
+    The test set may lack classes of the training set; a class is found as `Known` finds it.
 
     Args:
         bank: the training set.
@@ -393,22 +492,30 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
             that name if it has one, else to the labels that it was packed with.
 
     Raises:
-        DataError: one has no labels, images of one class only, labels without a class, or other
-            classes than the other.
+        DataError: one has no labels, images of one class only or labels without a class, or the
+            test set has a class that the training set has not.
     """
     first = Labelled.of(ShardSet(bank), table)
     asked = ShardSet(queries)
     second = Labelled.of(asked, table if table and _has_table(asked, table) else None)
     for one in (first, second):
         _refuse_unfit(one)
-    if first.classes != second.classes:
-        odd = sorted(set(first.classes) ^ set(second.classes))[:5]
-        what = ", ".join(odd) or "the same names in another order"
-        same = (
-            "give both tables the same --classes" if table else "pack the second --like the first"
+    return first, _numbered_like(first, second, table)
+
+
+def _numbered_like(first: Labelled, second: Labelled, table: str | None) -> Labelled:
+    """Return the second with the class numbers of the first, which may have further classes."""
+    known = Known(first.classes)
+    codes = list(map(known.code, second.classes))
+    odd = [second.classes[label] for label in np.unique(second.labels) if codes[label] is None]
+    if odd:
+        mend = "give both tables the same --classes" if table else "pack the test set without them"
+        raise DataError(
+            f"{first.set.root} and {second.set.root} differ in their classes "
+            f"({', '.join(odd[:5])}): only the test set has these; {mend}."
         )
-        raise DataError(f"{bank} and {queries} differ in their classes ({what}): {same}.")
-    return first, second
+    numbers = np.array([-1 if code is None else code for code in codes])
+    return replace(second, labels=numbers[second.labels], classes=first.classes)
 
 
 def _has_table(one: ShardSet, table: str) -> bool:

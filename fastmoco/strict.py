@@ -1,12 +1,11 @@
 """Strict YAML: an unknown key, a wrong type or a doubled key is an error with a suggestion."""
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastmoco.errors import UsageError
 
@@ -14,28 +13,27 @@ Model = TypeVar("Model", bound="Strict")
 
 
 class Strict(BaseModel):
-    """A schema for YAML: unknown keys, infinite numbers and booleans for numbers are errors."""
+    """A schema for YAML: unknown keys and infinite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, value: Any) -> Any:
-        """Python takes True for 1: refuse it where a number is meant."""
-        for key, item in value.items() if isinstance(value, Mapping) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(item, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{key} must not be a boolean")
-        return value
-
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number and refuses a key given twice."""
+    """SafeLoader that leaves it to the schema what a text is, and refuses a key given twice.
+
+    YAML 1.1 would take `010` for 8, `1:30` for 90, `off` for false and a date for no text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:  # what it brings in may be given anew
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(
+                    f"a key that is no text in line {key_node.start_mark.line + 1}"
+                )
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise UsageError(f"The key {key!r} stands twice (line {line}): keep one.")
@@ -43,31 +41,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# As in YAML 1.2: `on`, `off`, `yes` and `no` are words, and `off` is one of the recipe's.
+_MERGE = "tag:yaml.org,2002:merge"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+    first: [(tag, rule) for tag, rule in rules if tag in (_MERGE, "tag:yaml.org,2002:null")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+_Loader.yaml_constructors = {
+    tag: build
+    for tag, build in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+}
 
 
-def parse_yaml(text: str, origin: str) -> Any:
-    """Parse YAML strictly.
+def parse_yaml(text: str | bytes, origin: str) -> Any:
+    """Parse YAML strictly: mappings, lists, null, and texts, of which a schema makes numbers.
 
     Raises:
         UsageError: it is not YAML, holds a tag, or gives a key twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds no objects
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{origin} is not plain YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UsageError(f"{origin} is not plain YAML: it is nested too deeply") from error
 
 
 def validate_as(model: type[Model], values: Any, origin: str) -> Model:
@@ -79,7 +76,12 @@ def validate_as(model: type[Model], values: Any, origin: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_fault(dict(fault), model) for fault in error.errors()]
+        faults = error.errors()
+        within = {fault["loc"][:cut] for fault in faults for cut in range(len(fault["loc"]))}
+        # A list whose items are wrong is not too short as well.
+        lines = [
+            _fault(dict(fault), model) for fault in faults if fault["loc"] not in within - {()}
+        ]
         raise UsageError(f"{origin}: " + "; ".join(lines)) from error
 
 

@@ -1,6 +1,8 @@
 """Metrics on their way to TensorBoard and Weights & Biases, beside metrics.jsonl."""
 
+import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -8,6 +10,7 @@ from uuid import uuid4
 from fastmoco.config import Recipe
 from fastmoco.errors import UsageError
 from fastmoco.files import write_bytes
+from fastmoco.streams import Spared
 
 Write = Callable[[dict[str, float], int], None]
 
@@ -16,18 +19,21 @@ class Tracker:
     """Hands the numbers of logged steps and epochs to a service.
 
     Args:
+        name: of the service; where it fails, the run goes on.
         write: takes numbers by name, and the step.
         close: called at the end.
     """
 
-    def __init__(self, write: Write, close: Callable[[], None]) -> None:
+    def __init__(self, name: str, write: Write, close: Callable[[], None]) -> None:
+        self._spared = Spared(f"some numbers in {name}", Exception)
         self._write, self._close = write, close
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._close()
+        with self._spared:
+            self._close()
 
     def step(self, row: dict[str, Any]) -> None:
         """Hand on a logged step."""
@@ -44,8 +50,13 @@ class Tracker:
         """A failed checkpoint is no number."""
 
     def _numbers(self, group: str, row: dict[str, Any]) -> None:
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        self._write({f"{group}/{name}": value for name, value in numbers.items()}, row["step"])
+        numbers = {
+            f"{group}/{name}": value
+            for name, value in row.items()
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step"
+        }
+        with self._spared:
+            self._write(numbers, row["step"])
 
 
 def trackers(recipe: Recipe, root: Path, start: int) -> list[Tracker]:
@@ -55,13 +66,16 @@ def trackers(recipe: Recipe, root: Path, start: int) -> list[Tracker]:
         UsageError: the package of one is not installed.
     """
     known = {"tensorboard": _tensorboard, "wandb": _wandb}
-    try:
-        return [known[name](recipe, root, start) for name in recipe.trackers]
-    except ImportError as error:
+    if missing := [name for name in recipe.trackers if not find_spec(name)]:
         raise UsageError(
             f"trackers={list(recipe.trackers)} needs a package that is not installed "
-            f"({error.name}): pip install 'fastmoco[trackers]', or leave it out."
-        ) from None
+            f"({', '.join(missing)}): pip install 'fastmoco[trackers]', or leave it out."
+        )
+    found = []
+    for name in recipe.trackers:
+        with Spared(name, Exception):
+            found.append(known[name](recipe, root, start))
+    return found
 
 
 def _tensorboard(recipe: Recipe, root: Path, start: int) -> Tracker:
@@ -73,7 +87,7 @@ def _tensorboard(recipe: Recipe, root: Path, start: int) -> Tracker:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
 
-    return Tracker(write, writer.close)
+    return Tracker("tensorboard", write, writer.close)
 
 
 def _id_of(root: Path) -> str:
@@ -95,4 +109,4 @@ def _wandb(recipe: Recipe, root: Path, start: int) -> Tracker:
         id=_id_of(root),
         resume="allow",
     )
-    return Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
+    return Tracker("wandb", lambda numbers, step: run.log(numbers, step=step), run.finish)

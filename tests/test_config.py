@@ -1,5 +1,6 @@
 """Recipes are strict, and say in words what does not fit."""
 
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,34 @@ def test_the_recipes_of_the_issue_are_there():
         ("monitor.bankk=x", "unknown key 'monitor.bankk': did you mean 'bank'?"),
         ("views.0.jiter=1", "unknown key 'views.0.jiter': did you mean 'jitter'?"),
         ("schedule.epochs=many", "schedule.epochs: Input should be a valid integer"),
-        ("batch=true", "batch must not be a boolean"),
+        ("batch=true", "batch: Input should be a valid integer"),
         ("batch=500", "batch 500 is not a whole number of bn_group 64"),
         ("temperature=0", "temperature: Input should be greater than 0"),
         ("momentum=1.5", "momentum: Input should be less than or equal to 1"),
-        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr=nan", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a valid number"),
         ("checkpoint_every=50", "name either checkpoint_every or checkpoint_minutes"),
         ("lr", "'lr' is not key=value"),
         ("name.deep=1", "name.deep does not name a key"),
         ("views=[{}]", "views: Tuple should have at least 2 items"),
         ("out=!!python/object/apply:os.system ['true']", "is not plain YAML"),
+        ("seed=!!int x", "is not plain YAML"),
+        ("out=!!timestamp x", "is not plain YAML"),
+        ("data=" + "[" * 2000, "is not plain YAML: it is nested too deeply"),
+        ("seed=" + "9" * 5000, "seed: Unable to parse input string as an integer"),
+        ("seed=1:30", "seed: Input should be a valid integer"),
+        ("monitor={[a]: b}", "is not plain YAML"),
+        ("monitor={{a: 1}: b}", "is not plain YAML"),
+        ("data.0.x=1", "data.0.x does not name a key"),
+        ("views.².blur=0.5", "views.².blur does not name a key"),
+        ("views.9.blur=0.5", "views.9.blur does not name a key"),
+        ("views.0.scale.0.a=1", "views.0.scale.0.a does not name a key"),
+        ("views.0.blur_sigma=[0.1,-1]", "views.0: blur_sigma [0.1, -1] needs 0 < low <= high"),
+        ("views.0.ratio=[0,1]", "views.0: ratio [0, 1] needs 0 < low"),
+        ("views.1.scale=[0,0]", "views.1: scale [0, 0] needs 0 < low"),
+        ("views.1.scale=[1,0.2]", "views.1: scale [1, 0.2] needs 0 < low <= high"),
+        ("std=[-1,1,1]", "std.0: Input should be greater than 0"),
+        ("schedule={name: step, epochs: 9, milestones: [6, 3]}", "the milestones must ascend"),
     ],
 )
 def test_a_fault_is_named_with_its_remedy(override, words):
@@ -55,6 +74,48 @@ def test_overrides_reach_one_view_only_and_read_1e_4_as_a_number():
     recipe = load_recipe("cifar10_r18", ["views.0.blur=0.5", "optimizer.lr=1e-4"])
     assert [view.blur for view in recipe.views] == [0.5, 0.0]
     assert recipe.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=010", "seed", 10),  # not 8
+        ("seed=1_000", "seed", 1000),
+        ("out=2026-11-22", "out", Path("2026-11-22")),  # no date
+        ("out=001", "out", Path("001")),
+        ("name=1e3", "name", "1e3"),
+        ("name=off", "name", "off"),
+        ("data=[2024, 1.50]", "data", (Path("2024"), Path("1.50"))),
+        ("data='my set, v2'", "data", (Path("my set, v2"),)),
+        ("symmetric=True", "symmetric", True),
+        ("clip=~", "clip", None),
+    ],
+)
+def test_a_text_is_what_its_key_asks_for(override, key, value):
+    assert getattr(load_recipe("demo", [override]), key) == value
+
+
+def test_a_view_may_be_another_one_with_one_key_changed(tmp_path):
+    text = (resources.files("fastmoco") / "recipes/cifar10_r18.yaml").read_text()
+    path = tmp_path / "merged.yaml"
+    assert text.count("- *view") == 1
+    path.write_text(text.replace("- *view", "- {<<: *view, blur: 0.5}"))
+    one, two = load_recipe(str(path)).views
+    assert (one.blur, two.blur) == (0, 0.5) and two.model_copy(update={"blur": 0.0}) == one
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sound"), [("utf-8-sig", True), ("utf-16", True), ("latin-1", False)]
+)
+def test_recipes_as_other_systems_save_them(tmp_path, encoding, sound):
+    text = (resources.files("fastmoco") / "recipes/demo.yaml").read_text()
+    path = tmp_path / "other.yaml"
+    path.write_bytes(f"# é\n{text}".replace("\n", "\r\n").encode(encoding))
+    if encoding != "latin-1":
+        assert load_recipe(str(path)) == load_recipe("demo")
+        return
+    with pytest.raises(UsageError, match="is not plain YAML"):
+        load_recipe(str(path))
 
 
 def test_an_unknown_recipe_suggests_the_near_one():

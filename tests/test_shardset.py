@@ -215,3 +215,18 @@ def test_a_damaged_label_table_is_refused(copied: ShardSet) -> None:
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"mine.npy cannot be read"):
         copied.labels("mine")
+    path.unlink()
+    with pytest.raises(DataError, match=r"mine.npy cannot be read"):
+        copied.labels("mine")
+
+
+def test_a_label_table_that_was_changed_is_refused(copied: ShardSet) -> None:
+    """Though it is sound in itself; one of before there were hashes is taken."""
+    path = write_labels(copied, "mine", rows_of((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
+    np.save(path, rows_of((1, 1, 1.0), (2, 0, 1.0)))
+    with pytest.raises(DataError, match="was changed after it was written"):
+        copied.labels("mine")
+    about = json.loads(path.with_suffix(".json").read_text())
+    del about["sha256"]
+    path.with_suffix(".json").write_text(json.dumps(about))
+    assert copied.labels("mine").tolist()[:3] == [-1, 1, 0]

@@ -1,6 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
 
-import os
+import errno
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -10,9 +10,12 @@ import typer
 from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
-from fastmoco.errors import FastmocoError
+from fastmoco.errors import FastmocoError, UsageError
+from fastmoco.streams import lasting_output
+from fastmoco.terminal import echo, speaks
 
 INTERRUPTED = 130
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Sets of images": {
@@ -42,6 +45,7 @@ app = typer.Typer(
     name="fastmoco",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich" would take `[default: ...]` for markup and drop it
     add_completion=False,
 )
 for panel, commands in COMMANDS.items():
@@ -52,7 +56,7 @@ app.add_typer(bench_app, rich_help_panel="Benchmarks")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fastmoco {__version__}")
+        echo(f"fastmoco {__version__}")
         raise typer.Exit()
 
 
@@ -67,20 +71,37 @@ def of_all_commands(
 
 def main() -> None:
     """Run the command line; a user error ends in plain lines and its exit code."""
+    with lasting_output() as output:
+        code = _ran()
+        output.flush()
+        if not code and output.lost and sys.argv[1:2] != ["pretrain"]:  # whose log it is
+            echo(f"error: the result could not be shown: {output.lost}", err=True)
+            code = 2
+    sys.exit(code)
+
+
+def _ran() -> int:
+    """Run the command and return its exit code."""
     try:
         app()
     except FastmocoError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 3:  # met by one rank alone
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        if speaks() or error.exit_code == 3:  # met by one rank alone
+            echo(f"error: {error}", err=True)
+        return error.exit_code
+    except OSError as error:  # of a full or a read-only disk, as a rule
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = ": make room, or choose another place" if error.errno in UNWRITABLE else ""
+        echo(f"error: {where}{error.strerror or error}{remedy}", err=True)
+        return UsageError.exit_code
     except KeyboardInterrupt:
-        _end_interrupted()
+        return _interrupted()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # how typer hands on a Ctrl-C
-            _end_interrupted()
-        raise
+            return _interrupted()
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
-def _end_interrupted() -> None:
-    print("interrupted", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+def _interrupted() -> int:
+    echo("interrupted", err=True)
+    return INTERRUPTED

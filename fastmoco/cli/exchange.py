@@ -6,14 +6,20 @@ from typing import Annotated, Literal
 import typer
 
 from fastmoco.cli import options
+from fastmoco.terminal import echo
 
 
 def import_(
     file: Annotated[Path, typer.Argument(help="A checkpoint (.pth, .pth.tar, .safetensors).")],
     out: Annotated[Path, typer.Argument(help="A new run folder.")],
-    layout: Annotated[
-        str, typer.Option(help="moco, solo, lightly, ...: whose names. [default: recognised]")
-    ] = "auto",
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Before conv1.weight, such as teacher.backbone. [default: found]"),
+    ] = None,
+    stem: Annotated[
+        Literal["imagenet", "small", "small-stride2"] | None,
+        typer.Option(help="Of the network. [default: by the first convolution; stride 1]"),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Pixels. [default: 224, or 32 after a 3x3 stem]")
     ] = None,
@@ -21,13 +27,13 @@ def import_(
     """Make a run folder of another program's ResNet, to probe or to export it."""
     from fastmoco.exchange.importing import import_weights
 
-    found = import_weights(file, out, layout, image_size)
+    found = import_weights(file, out, prefix, stem, image_size)
     recipe = found.recipe
     head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
-    print(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, in the layout of {found.layout}")
+    echo(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, {found.source}")
     for note in found.notes:
-        print(f"  {note}")
-    print(f"next: fastmoco probe {out} --train SET --test SET")
+        echo(f"  {note}")
+    echo(f"next: fastmoco probe {out} --train SET --test SET")
 
 
 def export(
@@ -47,8 +53,8 @@ def export(
 
     encoder, recipe, step = load_encoder(RunFolder(run), torch.device("cpu"))
     done = write(encoder, recipe, out, to)
-    print(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
-    print(done.note)
+    echo(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
+    echo(done.note)
 
 
 def embed(
@@ -56,9 +62,14 @@ def embed(
     set: options.Set,
     out: Annotated[Path, typer.Option(help="A new .npy; .ids.npy and .json go beside it.")],
     feature: options.Feature = "backbone",
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="That the network computes in.")
+    ] = "fp32",
     device: options.Device = "auto",
 ) -> None:
     """Write the features of a set's images, in id order, as fp32 numpy files."""
+    from dataclasses import replace
+
     import numpy as np
 
     from fastmoco.distributed import Ranks, device_of
@@ -75,7 +86,9 @@ def embed(
     encoder, recipe, step = load_encoder(RunFolder(run), where)
     data = Collection.open([set])
     sight = frozen_sight(recipe, settings_of(recipe, Ranks(), where))
+    sight = replace(sight, precision=precision)
     features = features_of(encoder, data, feature, sight).cpu().numpy()
     about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
+    about |= {"precision": precision}
     write_features(out, features, np.arange(len(features)), about)
-    print(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")
+    echo(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

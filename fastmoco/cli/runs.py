@@ -11,17 +11,10 @@ import typer
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
 from fastmoco.errors import UsageError
+from fastmoco.terminal import echo
 
 if TYPE_CHECKING:
     from fastmoco.evaluate.evaluation import Evaluation
-
-
-def _positive(value: Any) -> Any:
-    """Refuse a rate or temperature that is not above 0."""
-    for number in value if isinstance(value, list) else [value]:
-        if number is not None and not 0 < number < float("inf"):
-            raise typer.BadParameter(f"{number:g} is not above 0")
-    return value
 
 
 def pretrain(
@@ -47,7 +40,7 @@ def knn(
     feature: options.Feature = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
     t: Annotated[
-        float, typer.Option(callback=_positive, help="Temperature of their weights.")
+        float, typer.Option(callback=options.positive, help="Temperature of their weights.")
     ] = 0.1,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -66,7 +59,7 @@ def probe(
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
         list[float] | None,
-        typer.Option(callback=_positive, help="Repeatable. [default: ten, 0.003 to 100]"),
+        typer.Option(callback=options.positive, help="Repeatable. [default: ten, 0.003 to 100]"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 256,
     schedule: Annotated[
@@ -76,7 +69,7 @@ def probe(
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the order.")] = 0,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
@@ -114,14 +107,14 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            callback=_positive,
+            callback=options.positive,
             help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
         ),
     ] = None,
     head_lr: Annotated[
         float | None,
         typer.Option(
-            callback=_positive, help="Of the classifier. [default: 5 x lr; from scratch lr]"
+            callback=options.positive, help="Of the classifier. [default: 5 x lr; from scratch lr]"
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
@@ -132,7 +125,7 @@ def finetune(
     size: Annotated[
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of labels, order and random weights.")] = 0,
+    seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -179,13 +172,13 @@ def report(
     from fastmoco.report.page import report as write
 
     words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
-    print(words, file=sys.stderr)
-    print(write(run, out, train, test, samples, device, labels))
+    echo(words, err=True)
+    echo(write(run, out, train, test, samples, device, labels))
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    seed: Annotated[int, options.of_seed("Of the training.")] = 0,
 ) -> None:
     """Pack, pretrain and probe patches of photographs that come with the installation."""
     from fastmoco.demo import demo as run
@@ -210,7 +203,7 @@ def _evaluation(
         opened = Evaluation.open(run, train, test, device, labels, precision, ranks)
         if ranks.leads:
             for caution in opened.cautions:
-                print(f"warning: {caution}", file=sys.stderr)
+                echo(f"warning: {caution}", err=True)
         yield opened
 
 
@@ -218,12 +211,16 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     """Print a result on the first rank."""
     if not opened.ranks.leads:
         return
-    print(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
-        accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
-        print(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+        accuracies = "diverged"
+        if "diverged" not in score:
+            accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
+        echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
-    print("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
-    print(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")
+    echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
+    if "unrecorded" in found:
+        raise UsageError(f"Not all is recorded: {found['unrecorded']}.")
+    echo(f"  step {found['step']}, recorded in {opened.run.root / 'evaluations.jsonl'}")

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
+from fastmoco.terminal import printable
+
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
@@ -18,5 +20,5 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(escape(what), total=None)
+        task = bar.add_task(escape(printable(what)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

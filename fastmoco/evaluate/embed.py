@@ -9,6 +9,7 @@ import torch
 
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
+from fastmoco.errors import DivergedError
 from fastmoco.load.loader import Triple, evaluation_batches
 from fastmoco.load.order import Ids
 from fastmoco.load.work import Settings
@@ -86,12 +87,14 @@ def embed(
 
     Raises:
         Stopped: `stop` was true.
+        DivergedError: on all ranks alike, if a feature is not a finite number; names its sample.
     """
     count = len(data) if ids is None else len(ids)
     own = ranks.share(count)
     network = encoder if feature == "head" else encoder.backbone
     width = encoder.dim if feature == "head" else encoder.features
     rows = torch.empty(own.stop - own.start, width, device=sight.settings.device)
+    finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     batches = evaluation_batches(
         data,
         ids=own if ids is None else ids[own],
@@ -111,8 +114,25 @@ def embed(
             continue
         with torch.inference_mode(), sight.autocast():
             features = network(sight.cast(batch.views[0]))
-        rows[first : first + len(batch.ids)] = features
+        here = slice(first, first + len(batch.ids))
+        rows[here] = features
+        finite[here] = rows[here].isfinite().all(dim=1)  # not waited for
+    _check(finite, own.start, data, ids, ranks)
     return rows
+
+
+def _check(
+    finite: torch.Tensor, start: int, data: Collection, ids: Ids | None, ranks: Ranks
+) -> None:
+    """Refuse features that are no numbers, whichever rank has them."""
+    places = (~finite).nonzero()[:, 0].tolist()
+    bad = sorted(ranks.union({start + place for place in places}))
+    if bad:
+        sample = int(bad[0] if ids is None else ids[bad[0]])
+        raise DivergedError(
+            f"The network's output is not a finite number for {len(bad)} images, such as "
+            f"{data.describe(sample)}: its weights or the image's normalization are too large."
+        )
 
 
 def embed_labelled(

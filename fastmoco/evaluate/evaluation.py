@@ -127,6 +127,7 @@ class Evaluation:
 
         Raises:
             UsageError: the ranks cannot share a batch evenly.
+            DivergedError: of no learning rate the logits are finite numbers.
         """
         with unchanged(self.encoder):
             test = self.features(self.test, "backbone")
@@ -135,10 +136,10 @@ class Evaluation:
             else:
                 heads = self._train_augmented(protocol, on_epoch)
         found = [one.gathered(self.ranks) for one in judge(heads, *test)]
-        best = max(found, key=lambda one: one.top(1))
         result = record(scores(heads, found), protocol)
         result["protocol"]["precision"] = self.sight.precision
-        return self.record(result, best)
+        sound = (one for one in found if one.finite())
+        return self.record(result, max(sound, key=lambda one: one.top(1)))
 
     def _train_cached(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
@@ -176,13 +177,22 @@ class Evaluation:
         return features.float()
 
     def record(self, result: dict[str, Any], found: Predictions) -> dict[str, Any]:
-        """Add what the numbers were measured on, and append them to the run's evaluations."""
+        """Add what the numbers were measured on, and append them to the run's evaluations.
+
+        Where these cannot be written, the number is returned all the same, and under `unrecorded`
+        the reason.
+        """
         sets = {name: _described(one) for name, one in (("train", self.train), ("test", self.test))}
         result |= {"run": self.recipe.name, "step": self.step, "sets": sets}
         result |= {"cautions": list(self.cautions)}
+        result |= found.summary()
         if not self.ranks.leads:
-            return result | found.summary()
-        return append(self.run, result, found, self.test)
+            return result
+        try:
+            return append(self.run, result, found, self.test)
+        except (OSError, MemoryError, UsageError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+            return result | {"unrecorded": f"{self.run.root} cannot be written ({reason})"}
 
 
 def _described(one: Labelled) -> dict[str, Any]:

@@ -20,17 +20,19 @@ from fastmoco.errors import UsageError
 from fastmoco.evaluate.crops import Crops
 from fastmoco.evaluate.embed import Sight, embed_labelled
 from fastmoco.evaluate.evaluation import Evaluation
+from fastmoco.evaluate.frozen import check_finite
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.schedule import cosine
 from fastmoco.files import make_parent, new_folder, write_json
 from fastmoco.load.loader import Triple
 from fastmoco.load.subset import stratified
 from fastmoco.memory import keep_freed_memory
-from fastmoco.models.resnet import Encoder
+from fastmoco.models.resnet import Encoder, saved
 
 Normalize = Literal["run", "imagenet", "set"]
 
 _EPOCHS, _LEAST_STEPS = 30, 1000
+_CHECKED = 100  # steps between looks at whether the weights are finite, which wait for the device
 _HEAD = 5  # times the backbone's rate: with 10, features of norm 17 made the first steps explode
 _IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -108,6 +110,7 @@ def finetune(
 
     Raises:
         UsageError: `save` exists, or the ranks cannot share a batch evenly.
+        DivergedError: a weight, or a logit of the test set, is not a finite number.
     """
     if save and save.exists():
         raise UsageError(f"{save} exists: choose another folder by --save.")
@@ -130,7 +133,10 @@ def finetune(
     row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), ranks)
     recorded = evaluation.record(row, found)  # first: the number is what the time went into
     if save and ranks.leads:
-        _save(save, network, evaluation, sight)
+        try:
+            _save(save, network, evaluation, sight)
+        except OSError as error:
+            recorded["unrecorded"] = f"{save} cannot be written ({error.strerror})"
     return recorded
 
 
@@ -189,6 +195,8 @@ def _train(
         optimizer.step()
         schedule.step()
         on_step(done, protocol.steps)
+        if done % _CHECKED == 0 or done == protocol.steps:
+            check_finite(dict(network.named_parameters()), f"the network of step {done}")
     for statistic in network.buffers():
         if statistic.is_floating_point():
             crops.ranks.mean_(statistic)
@@ -233,5 +241,5 @@ def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Sight) -> 
         "std": sight.std,
     }
     with new_folder(out) as folder:
-        torch.save(network.cpu().state_dict(), folder / "weights.pt")
+        (folder / "weights.pt").write_bytes(saved(network.cpu().state_dict()))
         write_json(folder / "about.json", about)

@@ -1,13 +1,13 @@
 """A trained encoder that must not change: loaded in full or not at all, and watched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from fastmoco.config import Recipe
-from fastmoco.errors import CheckpointError
+from fastmoco.errors import CheckpointError, DivergedError
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
 
@@ -17,6 +17,7 @@ def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, Recipe,
 
     Raises:
         CheckpointError: no checkpoint, or its weights are not those of the recipe's network.
+        DivergedError: a weight is not a finite number.
     """
     recipe = run.recipe()
     found = run.latest()
@@ -27,8 +28,23 @@ def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, Recipe,
     state, step = found
     encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim)
     _check_keys(encoder, state["encoder_q"])
+    check_finite(state["encoder_q"], f"the checkpoint of step {step} in {run.root}")
     encoder.load_state_dict(state["encoder_q"])
     return encoder.to(device).eval().requires_grad_(False), recipe, step
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse weights that are not finite: they would give a number too.
+
+    Raises:
+        DivergedError: naming the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise DivergedError(
+                f"The values of {name} in {where} are not all finite numbers: it diverged. Lower "
+                "the learning rate, or go back to weights of before."
+            )
 
 
 def _check_keys(encoder: Encoder, weights: dict[str, torch.Tensor]) -> None:

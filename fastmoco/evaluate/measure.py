@@ -72,19 +72,34 @@ class Predictions:
         )
         return Predictions.cat(ranks.gather_object(own))
 
+    def finite(self) -> bool:
+        """Return whether all scores were numbers: of others no accuracy is one."""
+        return bool(self.confidence.isfinite().all())
+
     def top(self, k: int) -> float:
         """Return the percentage of samples whose class is among the first k."""
         return 100 * (self.place < k).double().mean().item()
 
     def confusion(self) -> torch.Tensor:
-        """Return (classes, classes) int64 counts: true class down, predicted class across."""
+        """Return (classes, classes) int64 counts: true class down, predicted class across.
+
+        8 bytes for each pair of classes, which `confused` spares.
+        """
         cells = self.labels * self.classes + self.predicted
         return torch.bincount(cells, minlength=self.classes**2).view(self.classes, -1)
 
+    def confused(self) -> torch.Tensor:
+        """Return (m, 3) int64 rows of true class, predicted class and count above 0, in order."""
+        cells, counts = torch.unique(
+            self.labels * self.classes + self.predicted, return_counts=True
+        )
+        return torch.stack([cells // self.classes, cells % self.classes, counts], dim=1)
+
     def per_class(self) -> list[float | None]:
         """Return the percentage of each class that is found; None where there is no sample."""
-        counts = self.confusion()
-        pairs = zip(counts.diagonal().tolist(), counts.sum(dim=1).tolist(), strict=True)
+        right = self.labels[self.labels == self.predicted]
+        both = (torch.bincount(labels, minlength=self.classes) for labels in (right, self.labels))
+        pairs = zip(*(counts.tolist() for counts in both), strict=True)
         return [100 * right / total if total else None for right, total in pairs]
 
     def summary(self) -> dict[str, Any]:

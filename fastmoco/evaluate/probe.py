@@ -4,6 +4,7 @@ Protocol of the MoCo paper (He et al. 2020, section 4.1): SGD, learning rate 30,
 weight decay, batch 256, 100 epochs, rate times 0.1 after 60 % and 80 % of them.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fastmoco.distributed import Ranks
+from fastmoco.errors import DivergedError
 from fastmoco.evaluate.embed import Pair
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.schedule import cosine
@@ -53,7 +55,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one head on the test set, percent."""
+    """Accuracy of one head on the test set, percent; NaN: it diverged."""
 
     lr: float
     top1: float
@@ -152,7 +154,10 @@ def judge(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Pr
 def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
     """Return each head's top-1 and top-5 accuracy."""
     pairs = zip(heads.rates, found, strict=True)
-    return [Score(lr, one.top(1), one.top(5)) for lr, one in pairs]
+    return [
+        Score(lr, one.top(1), one.top(5)) if one.finite() else Score(lr, math.nan, math.nan)
+        for lr, one in pairs
+    ]
 
 
 def train_cached(
@@ -182,8 +187,16 @@ def probe_cached(train: Pair, test: Pair, classes: int, protocol: Protocol) -> l
 
 
 def best_of(found: Sequence[Score]) -> Score:
-    """Return the score with the highest top-1."""
-    return max(found, key=lambda score: score.top1)
+    """Return the score with the highest top-1.
+
+    Raises:
+        DivergedError: every head diverged.
+    """
+    sound = [score for score in found if math.isfinite(score.top1)]
+    if not sound:
+        rates = ", ".join(f"{score.lr:g}" for score in found)
+        raise DivergedError(f"The probe diverged at every learning rate ({rates}): lower --lr.")
+    return max(sound, key=lambda score: score.top1)
 
 
 def record(found: Sequence[Score], protocol: Protocol) -> dict[str, Any]:
@@ -191,7 +204,10 @@ def record(found: Sequence[Score], protocol: Protocol) -> dict[str, Any]:
     return {
         "kind": "probe",
         "best": asdict(best_of(found)),
-        "learning_rates": [asdict(score) for score in found],
+        "learning_rates": [
+            asdict(score) if math.isfinite(score.top1) else {"lr": score.lr, "diverged": True}
+            for score in found
+        ],
         "protocol": asdict(protocol)
         | {"optimizer": "sgd 0.9", "weight_decay": 0.0, "best_by": "test"},
     }

@@ -7,7 +7,8 @@ evaluations/0003-probe.npz   that of row 3:
     predicted   (n,) int32       the class with the highest score
     confidence  (n,) float32     its share, 0..1
     place       (n,) int32       classes that came before the true one; below 5: right in the top 5
-    confusion   (c, c) int64     counts; true class down, predicted class across
+    confusion   (c, c) int64     counts; true class down, predicted class across; of 1,000 classes
+                                 and more (m, 3): true class, predicted class, count above 0
     classes     (c,) str         names of the labels 0, 1, ...
 """
 
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from fastmoco.errors import UsageError
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.files import new_file
 from fastmoco.run import RunFolder
 from fastmoco.shardset import Labelled
+
+SPARSE = 1000  # classes from which on the pairs of classes are many more than the samples
 
 
 def append(
@@ -32,24 +34,21 @@ def append(
 
     Args:
         run: of the encoder.
-        result: its "kind", and all that the number depends on.
+        result: its "kind", the numbers, and all that they depend on.
         found: of the test samples, in the order of their ids.
         test: the test set.
 
     Raises:
-        UsageError: the run folder cannot be written.
+        OSError: the run folder cannot be written.
     """
     rows = run.root / "evaluations.jsonl"
-    try:
-        # Two evaluations of one run may end at once: each gets a number of its own.
-        with FileLock(run.root / ".evaluations.lock"):
-            number = 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
-            name = f"evaluations/{number:04d}-{result['kind']}.npz"
-            _save(run.root / name, found, test)
-            row = result | found.summary() | {"predictions": name}
-            _add(rows, json.dumps(row))
-    except OSError as error:
-        raise UsageError(f"Cannot write to {run.root} ({error.strerror}).") from error
+    # Two evaluations of one run may end at once: each gets a number of its own.
+    with FileLock(run.root / ".evaluations.lock"):
+        number = 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
+        name = f"evaluations/{number:04d}-{result['kind']}.npz"
+        _save(run.root / name, found, test)
+        row = result | {"predictions": name}
+        _add(rows, json.dumps(row, allow_nan=False))
     return row
 
 
@@ -69,6 +68,6 @@ def _save(path: Path, found: Predictions, test: Labelled) -> None:
             predicted=found.predicted.numpy().astype(np.int32),
             confidence=found.confidence.numpy(),
             place=found.place.numpy().astype(np.int32),
-            confusion=found.confusion().numpy(),
+            confusion=(found.confused() if found.classes >= SPARSE else found.confusion()).numpy(),
             classes=np.array(test.classes),
         )

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from fastmoco.config import Recipe, validate
+from fastmoco.config import Recipe, Stem, validate
 from fastmoco.errors import CheckpointError, UsageError
-from fastmoco.exchange.layouts import layout_names
 from fastmoco.exchange.matching import Match, match
 from fastmoco.exchange.reading import About, read_weights
 from fastmoco.files import new_folder, sha256_of, write_json
@@ -19,47 +18,52 @@ class Imported:
 
     Attributes:
         recipe: of the run folder.
-        layout: that the file was in.
+        source: where in the file the backbone was, and by whose names.
         notes: sentences that its user must know.
     """
 
     recipe: Recipe
-    layout: str
+    source: str
     notes: tuple[str, ...]
 
 
 def import_weights(
-    file: Path, out: Path, layout: str = "auto", image_size: int | None = None
+    file: Path,
+    out: Path,
+    prefix: str | None = None,
+    stem: Stem | None = None,
+    image_size: int | None = None,
 ) -> Imported:
     """Make a run folder, at step 0, of the weights of another program.
 
     Args:
         file: safetensors, or a checkpoint of torch that holds tensors and plain values only.
         out: the run folder; must not exist.
-        layout: one of `layout_names()`, or "auto": the one that the file fills.
+        prefix: before the names of the backbone's tensors; None: that of the network that they
+            fill, and of the trained one where its moving average is there too.
+        stem: of the network; None: what our own export says, else by the first convolution.
         image_size: that the network is shown, pixels; None: what our own export says, else 224,
             or 32 after a 3x3 stem.
 
     Raises:
-        UsageError: no such file or layout, or `out` exists.
-        CheckpointError: the file is damaged, unsafe, or does not fill a network in full.
+        UsageError: no such file, or `out` exists.
+        CheckpointError: the file is damaged, unsafe, or does not fill a network in full with
+            finite numbers.
     """
-    if layout not in ("auto", *layout_names()):
-        raise UsageError(f"There is no layout {layout!r}: use auto, {', '.join(layout_names())}.")
     if out.exists():
         raise UsageError(f"{out} exists: choose another folder.")
     weights = read_weights(file)
     try:
-        found = match(weights.tensors, layout, weights.about.stem)
+        found = match(weights.tensors, prefix, stem or weights.about.stem)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     recipe = _recipe(found, out, weights.about, image_size)
-    notes = _notes(found, recipe)
+    notes = _notes(found, recipe, known_stem=bool(stem or weights.about.stem))
     origin = {
         "file": file.name,
         "sha256": sha256_of(file),
-        "layout": found.layout.name,
-        "prefix": found.layout.prefix,
+        "prefix": found.prefix,
+        "names": found.naming.name,
         "notes": notes,
     }
     with new_folder(out) as folder:
@@ -67,7 +71,8 @@ def import_weights(
         run.describe(recipe, {name: version(name) for name in ("fastmoco", "torch")})
         run.save({"encoder_q": found.weights}, step=0, marks={}, keep=1)
         write_json(folder / ORIGIN, origin)
-    return Imported(recipe, found.layout.name, notes)
+    behind = f"behind {found.prefix}, " if found.prefix else ""
+    return Imported(recipe, f"{behind}by the names of {found.naming.name}", notes)
 
 
 def _recipe(found: Match, out: Path, about: About, image_size: int | None) -> Recipe:
@@ -90,18 +95,16 @@ def _recipe(found: Match, out: Path, about: About, image_size: int | None) -> Re
     return validate(values | statistics, str(out))
 
 
-def _notes(found: Match, recipe: Recipe) -> tuple[str, ...]:
+def _notes(found: Match, recipe: Recipe, known_stem: bool) -> tuple[str, ...]:
     notes = [
         f"Images are shown at {recipe.image_size} px, mean {recipe.mean}, std {recipe.std}: "
-        "if the weights were trained with others, put those into config.yaml."
+        "if the weights were trained with others, put those into config.yaml.",
+        *found.notes,
     ]
-    if found.left_out:
-        notes.append(f"The head was left out: {found.left_out}.")
-    elif found.head == "none":
-        notes.append("No head was taken; head features are the backbone's.")
-    if found.layout.name == "solo" and found.stem == "small":
+    if found.stem == "small" and not known_stem:
         notes.append(
-            "solo-learn pads the 3x3 stem of its CIFAR networks by 2 pixels and ours by 1: "
-            "features differ at the borders, and a number from here is not quite theirs."
+            "A 3x3 stem was taken to have stride 1, padding 1 and no max-pool, which no file "
+            "says: --stem small-stride2 is for stride 2. solo-learn pads by 2: features differ at "
+            "the borders, and a number from here is not quite theirs."
         )
     return tuple(notes)

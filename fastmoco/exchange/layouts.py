@@ -1,12 +1,12 @@
-"""How other programs name the tensors of a ResNet: one small table for each layout.
+"""How other programs name the tensors of a ResNet: one small table for each way.
 
 Our names are torchvision's. A table renames them into another program's, pattern by pattern; an
 import looks up the names that a table gives, an export writes under them. So both directions read
-the same few lines.
+the same few lines. What stands before the names in a file is no concern of the tables.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Table = dict[str, str]
 """Regular expressions and their replacements, applied to a torchvision name in this order."""
@@ -26,6 +26,9 @@ _NOTEBOOK: Table = {
     r"^bn1\.": "1.",
     **{rf"^layer{n}\.": f"{n + 2}." for n in _STAGES},
 }
+
+# The ResNets for CIFAR that SupContrast and many others go back to.
+_SHORTCUT: Table = {r"\.downsample\.": ".shortcut."}
 
 HUGGINGFACE: Table = {
     r"^conv1\.": "embedder.embedder.convolution.",
@@ -54,51 +57,24 @@ def renamed(name: str, table: Table) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where one program keeps an encoder among the tensors of its files.
+class Naming:
+    """One way to name the tensors of a ResNet.
 
     Attributes:
-        name: of the program; several layouts may bear the same.
-        prefix: before the names of the backbone.
-        head: prefix of the projection head, which ours fits as `weight` and `bias` (linear) or as
-            `0.weight` ... `2.bias` (mlp); None: no head of such a kind.
+        name: of the library that it is known by.
         table: renames the backbone.
+        head: prefix of what stands in the place of the classifier; None: nothing does.
     """
 
     name: str
-    prefix: str
+    table: Table = field(default_factory=dict, hash=False)
     head: str | None = None
-    table: Table | None = None
-
-    def key(self, name: str) -> str:
-        """Return what a backbone tensor of ours, by torchvision's name, is called there."""
-        return self.prefix + renamed(name, self.table or {})
 
 
-_CLASSY = "classy_state_dict.base_model.model."
-
-# A wrapping `module.` of DistributedDataParallel is gone before these are read. The query encoder
-# stands before the momentum encoder where both could be taken.
-LAYOUTS = (
-    Layout("fastmoco", "backbone.", "head."),
-    Layout("moco", "encoder_q.", "encoder_q.fc."),
-    Layout("moco", "encoder_q.net.", "encoder_q.net.9.", _NOTEBOOK),
-    Layout("moco_v3", "base_encoder.", "base_encoder.fc."),
-    Layout("lightly", "query_backbone.", "query_projection_head.layers."),
-    Layout("lightly", "query_backbone.", "query_projection_head.layers.", _SEQUENTIAL),
-    Layout("lightly", "backbone.", "projection_head.layers."),
-    Layout("lightly", "backbone.", "projection_head.layers.", _SEQUENTIAL),
-    Layout("lightly", "", None, _SEQUENTIAL),
-    Layout("solo", "backbone.", "projector."),
-    Layout("solo", "encoder.", "projector."),
-    Layout("vissl", f"{_CLASSY}trunk._feature_blocks.", f"{_CLASSY}heads."),
-    Layout("vissl", "_feature_blocks."),
-    Layout("torchvision", ""),  # timm's ResNets have these names too
-    Layout("huggingface", "", None, HUGGINGFACE),
-    Layout("huggingface", "resnet.", None, HUGGINGFACE),
+NAMINGS = (
+    Naming("torchvision", head="fc."),  # and of timm, OpenMMLab, MoCo, DINO, solo-learn, VISSL, ...
+    Naming("torchvision, shortcut for downsample", _SHORTCUT),
+    Naming("torch.nn.Sequential", _SEQUENTIAL),
+    Naming("torch.nn.Sequential without the max-pool", _NOTEBOOK, head="9."),
+    Naming("huggingface", HUGGINGFACE),
 )
-
-
-def layout_names() -> list[str]:
-    """Return the names of the layouts, each once."""
-    return list(dict.fromkeys(layout.name for layout in LAYOUTS))

@@ -2,12 +2,13 @@
 
 import json
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from fastmoco.config import Recipe
@@ -15,7 +16,7 @@ from fastmoco.exchange.layouts import DETECTRON2, HUGGINGFACE, Table, renamed
 from fastmoco.exchange.matching import match
 from fastmoco.exchange.reading import METADATA, About, read_weights
 from fastmoco.files import write_json
-from fastmoco.models.resnet import Encoder
+from fastmoco.models.resnet import Encoder, saved
 
 Tensors = dict[str, torch.Tensor]
 OPSET = 18
@@ -58,12 +59,23 @@ def _backbone(encoder: Encoder, table: Table | None = None) -> Tensors:
     return {renamed(name, table or {}): tensor.contiguous() for name, tensor in state.items()}
 
 
-def _save(tensors: Tensors, out: Path) -> None:
-    """Write a state dict as the name's ending asks: safetensors, or a checkpoint of torch."""
+def _about(recipe: Recipe) -> str:
+    fields = set(About.model_fields)
+    return json.dumps(recipe.model_dump(mode="json", include=fields), sort_keys=True)
+
+
+def _save(encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    """Write the backbone as the name's ending asks: safetensors, or a checkpoint of torch.
+
+    Either says what network it is of, where those who load the tensors do not see it: no tensor
+    tells the stride of a 3x3 stem.
+    """
     if out.suffix == ".safetensors":
-        save_file(tensors, out, {"format": "pt"})
+        out.write_bytes(save(_backbone(encoder), {"format": "pt", METADATA: _about(recipe)}))
     else:
-        torch.save(tensors, out)
+        state: Any = OrderedDict(_backbone(encoder))
+        state._metadata = OrderedDict({"": {METADATA: _about(recipe)}})
+        out.write_bytes(saved(state))
 
 
 def _only_imagenet_stem(recipe: Recipe, program: str) -> str | None:
@@ -88,7 +100,7 @@ class Torchvision(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write the state dict."""
-        _save(_backbone(encoder), out)
+        _save(encoder, recipe, out)
 
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as the note says."""
@@ -144,7 +156,7 @@ class Timm(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write the state dict: timm's names are torchvision's."""
-        _save(_backbone(encoder), out)
+        _save(encoder, recipe, out)
 
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it strictly."""
@@ -171,15 +183,13 @@ class Safetensors(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""
-        fields = set(About.model_fields)
-        about = json.dumps(recipe.model_dump(mode="json", include=fields), sort_keys=True)
         tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-        save_file(tensors, out, {"format": "pt", METADATA: about})
+        out.write_bytes(save(tensors, {"format": "pt", METADATA: _about(recipe)}))
 
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""
         weights = read_weights(out)
-        found = match(weights.tensors, "fastmoco", weights.about.stem)
+        found = match(weights.tensors, "backbone", weights.about.stem)
         encoder = Encoder(found.arch, found.stem, found.head, found.dim)
         encoder.load_state_dict(found.weights)
         features: torch.Tensor = encoder.eval().backbone(images)
@@ -204,9 +214,8 @@ class HuggingFace(Target):
 
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write weights, network and how images are shown to it."""
-        save_file(
-            _backbone(encoder, HUGGINGFACE), out / "model.safetensors", metadata={"format": "pt"}
-        )
+        content = save(_backbone(encoder, HUGGINGFACE), {"format": "pt"})
+        (out / "model.safetensors").write_bytes(content)
         write_json(out / "config.json", _huggingface_config(recipe))
         write_json(out / "preprocessor_config.json", _huggingface_images(recipe))
 

@@ -30,6 +30,7 @@ class Plan:
         batch: images a step over all ranks.
         seed: of the run.
         through: the way through the samples; None: all of them, shuffled.
+        chosen: the ids that take part; None: all.
 
     Raises:
         UsageError: the batch is larger than the data.
@@ -39,6 +40,7 @@ class Plan:
     batch: int
     seed: int
     through: Order | None = None
+    chosen: Ids | None = None
 
     def __post_init__(self) -> None:
         if self.batch > self.samples:
@@ -86,9 +88,15 @@ class Plan:
         raise DataError("No image of the data can be decoded: copy the set again.")
 
     def digest(self) -> str:
-        """Return a SHA-256 over the first ids of the run: another order, another digest."""
+        """Return a SHA-256 over the first ids of the run, and over the chosen ones.
+
+        Another order or other samples, another digest.
+        """
         first = np.arange(min(self.samples, _DIGESTED), dtype=np.int64)
-        return hashlib.sha256(self.order(first).astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(self.order(first).astype("<i8").tobytes())
+        if self.chosen is not None and len(self.chosen) > _DIGESTED:  # else all are among the first
+            digest.update(self.chosen.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def _through(self) -> Order:
@@ -102,12 +110,12 @@ def plan_of(recipe: Recipe, data: Collection) -> Plan:
         DataError: the subset does not fit the data.
         UsageError: the batch is larger than the data.
     """
-    order = _order_of(recipe, data)
-    return Plan(len(order), recipe.batch, recipe.seed, order)
-
-
-def _order_of(recipe: Recipe, data: Collection) -> Order:
     ids = chosen_ids(recipe.subset, data) if recipe.subset else None
+    order = _order_of(recipe, data, ids)
+    return Plan(len(order), recipe.batch, recipe.seed, order, ids)
+
+
+def _order_of(recipe: Recipe, data: Collection, ids: Ids | None) -> Order:
     count = len(data) if ids is None else len(ids)
     order: Order = Shuffled(count, recipe.seed)
     if recipe.window:

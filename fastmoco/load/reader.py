@@ -4,19 +4,22 @@ A shard that shrinks under a memory map kills the process (SIGBUS); a short prea
 can be named.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.errors import DataError
 from fastmoco.shardset import Collection
 
 READERS = 16  # images that are read at the same time: at 1 ms each, 16,000 a second
-_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files
+_OPEN_SHARDS = 256  # at most: well under the usual limit of 1,024 open files
 _JPEG = b"\xff\xd8"  # what one begins with
 _LOOKED_AT = 100  # rows of the table, to know the usual size of an image
 
@@ -54,7 +57,7 @@ class Reader:
 
     def __init__(self, data: Collection) -> None:
         self.data = data
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
+        self._open = lru_cache(maxsize=_most_open())(self._opened)
 
     def fetch(self, ids: npt.NDArray[np.int64], pool: ThreadPoolExecutor | None = None) -> Images:
         """Return the encoded image of each id as a uint8 array.
@@ -65,6 +68,7 @@ class Reader:
 
         Raises:
             Unfit: a shard is missing or shorter than its table says.
+            DataError: no more files may be opened.
         """
         places = self._places(ids)
         if pool:
@@ -112,7 +116,11 @@ class Reader:
         try:
             opened = self._open(number, shard)  # held, lest another thread close it
             content = os.pread(opened.descriptor, size, offset)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about the shard
+                raise DataError(
+                    "Too many files are open: allow more by `ulimit -n 1024`, in this shell."
+                ) from error
             return None
         return np.frombuffer(content, dtype=np.uint8) if len(content) == size else None
 
@@ -120,3 +128,13 @@ class Reader:
 def _hash_of(image: npt.NDArray[np.uint8]) -> int:
     """Return what the column `hash` of the sample table holds, see `shardset.SAMPLE_DTYPE`."""
     return int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little")
+
+
+def _most_open() -> int:
+    """Return how many shards may be open: a quarter of the files that the process may open."""
+    try:
+        resource = import_module("resource")
+    except ImportError:  # there is none on Windows
+        return _OPEN_SHARDS
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_SHARDS if allowed < 0 else max(1, min(_OPEN_SHARDS, allowed // 4))

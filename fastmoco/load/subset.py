@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fastmoco.config import Subset
 from fastmoco.errors import DataError
+from fastmoco.files import load_array
 from fastmoco.load.order import Ids, Permutation
 from fastmoco.shardset import Collection
 
@@ -39,7 +40,7 @@ def read_ids(path: Path, samples: int) -> Ids:
     """
     try:
         if path.suffix == ".npy":
-            ids = np.load(path, allow_pickle=False).astype(np.int64, casting="safe")
+            ids = load_array(path).astype(np.int64, casting="safe")
         else:
             ids = np.array(path.read_text().split(), dtype=np.int64)
     except (OSError, ValueError, TypeError, OverflowError) as error:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,31 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import new_folder, sync, write_json
-from fastmoco.pack.classes import Classes
-from fastmoco.pack.foreign import Adopted, AdoptTask, adopt_shard
+from fastmoco.files import locked, make_parent, new_folder, sha256_of, sync, write_json
+from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
 from fastmoco.pack.parallel import mapped
+from fastmoco.pack.sources.tree import is_training
+from fastmoco.pack.sources.webdataset import splits_of
 from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
+    HASHED,
     SAMPLE_DTYPE,
     Manifest,
     Shard,
     set_id_of,
+    write_manifest,
 )
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TABLES = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
-_ASIDE = ".fastmoco-index.partial"
+_ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"
+_OURS = ".ours"  # names and hashes of the files that go beside the shards
 _SHOWN = 5
 
 
@@ -54,12 +58,15 @@ class AdoptOptions:
         classes: the names of the labels 0, 1, ...; by default the values that occur, and for
             whole numbers all from 0 to the largest.
         workers: processes that decode; what is written does not depend on it.
+        max_rejects: the number of images left out above which nothing is adopted; by default 1 %
+            of the images, and at least 10.
     """
 
     label_key: str | None = None
     unlabelled: bool = False
     classes: tuple[str, ...] = ()
     workers: int = 1
+    max_rejects: int | None = None
 
 
 def adopt(
@@ -81,18 +88,73 @@ def adopt(
         are rotated by EXIF, with the names of the first.
 
     Raises:
-        UsageError: no tars there, a set already, or files in the way.
-        DataError: a shard is damaged or compressed, or nothing in them is fit.
+        UsageError: no tars there, a set already, files in the way, or shards of several splits.
+        DataError: a shard is damaged or compressed, or too little in them is fit.
     """
     shards = _shards(folder)
+    splits = splits_of(shards)
+    if len(splits) > 1:
+        held = ", ".join(f"{split} {len(mine)}" for split, mine in splits.items())
+        raise UsageError(
+            f"{folder} holds shards of several splits ({held}), and a set is one of them: "
+            f"--out DIR makes a set of each, {', '.join(f'DIR/{split}' for split in splits)}."
+        )
+    with _told(out or folder), _place(folder, out, shards) as aside:
+        return _write_set(aside, shards, options, on_progress)
+
+
+def adopt_each(
+    folder: Path,
+    out: Path | None = None,
+    options: AdoptOptions = AdoptOptions(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Manifest]:
+    """Make a shard set of each split that the names of the shards say; see `adopt`.
+
+    The classes are those of the first split to train on.
+
+    Returns:
+        The manifests, by split; "" without splits.
+    """
+    splits = splits_of(_shards(folder))
+    if len(splits) == 1 or out is None:
+        return {"": adopt(folder, out, options, on_progress)}
+    manifests: dict[str, Manifest] = {}
+    with _told(out), _new(out) as aside:
+        for split in sorted(splits, key=lambda split: not is_training(split)):
+            (aside / split).mkdir()
+            _link(splits[split], aside / split)
+            found = _write_set(aside / split, splits[split], options, on_progress)
+            manifests[split] = found
+            options = replace(options, classes=options.classes or tuple(found.classes))
+    return manifests
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
     try:
-        with _place(folder, out, shards) as aside:
-            return _write_set(aside, shards, options, on_progress)
+        yield
     except OSError as error:
         raise DataError(
-            f"{out or folder} cannot be written: {error.strerror or error}. With --out the set "
-            "goes elsewhere."
+            f"{out} cannot be written: {error.strerror or error}. With --out the set goes "
+            "elsewhere."
         ) from error
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out`, of one call at a time."""
+    make_parent(out)
+    with locked(out.with_name(f".{out.name}.lock"), out):
+        if os.path.lexists(out):
+            raise UsageError(f"{out} exists already: remove it or choose another name.")
+        with new_folder(out) as aside:
+            yield aside
+
+
+def _link(shards: Sequence[Path], folder: Path) -> None:
+    for shard in shards:
+        (folder / shard.name).symlink_to(shard.resolve())
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -129,41 +191,52 @@ def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[P
         with _beside(folder, shards) as aside:
             yield aside
         return
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already: remove it or choose another name.")
-    with new_folder(out) as aside:
-        for shard in shards:
-            (aside / shard.name).symlink_to(shard.resolve())
+    with _new(out) as aside:
+        _link(shards, aside)
         yield aside
 
 
 @contextmanager
 def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
+    """Yield a folder whose files go beside the shards; none of somebody else's is touched."""
     aside = folder / _ASIDE
-    # The folder says that an earlier call was interrupted, perhaps while its files were renamed.
-    if not aside.exists():
+    with locked(folder / _LOCK, folder):
+        _remove_begun(folder, aside)
         _refuse_strangers(folder, shards)
+        aside.mkdir()
+        try:
+            yield aside
+            files = sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json")
+            for path in files:
+                sync(path)
+            write_json(aside / _OURS, {path.name: sha256_of(path) for path in files})
+            _refuse_strangers(folder, shards)  # who came in the meantime
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for path in files:
+            path.rename(folder / path.name)
+        sync(folder)
+        shutil.rmtree(aside)
+
+
+def _remove_begun(folder: Path, aside: Path) -> None:
+    """Remove what a call left behind that was killed, perhaps while its files were renamed."""
+    ours = aside / _OURS
+    for name, digest in json.loads(ours.read_text()).items() if ours.exists() else ():
+        path = folder / name
+        if path.is_file() and sha256_of(path) == digest:
+            path.unlink()
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
-        sync(path)
-        path.rename(folder / path.name)
-    sync(folder)
-    aside.rmdir()
 
 
 def _refuse_strangers(folder: Path, shards: Sequence[Path]) -> None:
-    wanted = [*_TABLES, *(index_path(shard).name for shard in shards)]
+    wanted = ["manifest.json", *HASHED, *(index_path(shard).name for shard in shards)]
     taken = [name for name in wanted if os.path.lexists(folder / name)]
     if taken:
         raise UsageError(
             f"{folder} has files of the names that the set needs ({', '.join(taken[:3])}): "
-            "remove them, or write the set elsewhere by --out."
+            "move them away, or write the set elsewhere by --out."
         )
 
 
@@ -172,18 +245,24 @@ class _Gathered:
     """What the shards have told so far, beside what is in the tables.
 
     Attributes:
-        classes: the labels in the shards, and their codes in the table.
+        known: the classes that were given, if any.
+        values: the labels in the shards, and their codes in the table, if none were.
+        labelled: whether any sample has a label.
         rotated: names of the first images that EXIF rotates.
         rotations: their number.
         damaged: what is wrong with shards that cannot be used.
+        seen: the codes of all labels, those of unfit images included.
     """
 
-    classes: Classes
+    known: Known
+    values: Found = field(default_factory=Found)
+    labelled: bool = False
     shards: list[Shard] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     rotated: list[str] = field(default_factory=list)
     rotations: int = 0
     damaged: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
     def add(self, path: Path, found: Adopted) -> None:
         """Note a shard.
@@ -198,16 +277,26 @@ class _Gathered:
         self.rotations += len(found.rotated)
         self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
         codes = [self._code(path, value) for value in found.values]
+        self.seen.update(codes)
         labelled = found.rows["label"] >= 0
+        self.labelled |= bool(labelled.any())
         found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
         found.rows["shard"] = len(self.shards) - 1
 
     def _code(self, path: Path, value: str) -> int:
-        code = self.classes.code(value)
+        if not self.known.names:
+            return self.values.code(value)
+        code = self.known.code(value)
         if code is None:
-            known = len(self.classes.given)
-            raise DataError(f"{path} has the label {value!r}, which is none of {known} classes.")
+            count = len(self.known.names)
+            raise DataError(f"{path} has the label {value!r}, which is none of {count} classes.")
         return code
+
+    def labels(self) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each code in the table, and the class names."""
+        if self.known.names:
+            return np.arange(len(self.known.names), dtype=np.int32), self.known.names
+        return self.values.as_classes()
 
 
 def _entry(path: Path, found: Adopted) -> Shard:
@@ -219,7 +308,7 @@ class _Tables:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.samples = self.rejected = 0
+        self.samples = self.rejected = self.lost = 0  # the lost are those rejects that count
         self._end = np.uint64(0)  # of names.txt
 
     def __enter__(self) -> "_Tables":
@@ -248,6 +337,7 @@ class _Tables:
             self._rejects.write(line.encode())
         self.samples += len(found.rows)
         self.rejected += len(found.rejects)
+        self.lost += sum(reason != BESIDE for _, reason in found.rejects)
         header = f"v1.2 {len(found.rows)}\n".encode()
         index_path(self.folder / path.name).write_bytes(header + found.index)
 
@@ -285,33 +375,54 @@ def _write_set(
     on_progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
-    gathered = _Gathered(Classes(options.classes))
+    gathered = _Gathered(Known(options.classes, by_place=True))
     with _Tables(aside) as tables, closing(mapped(adopt_shard, tasks, options.workers)) as results:
         for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
             gathered.add(path, found)
             tables.add(path, found)
             if on_progress:
                 on_progress(done, len(shards))
-    _refuse_unusable(gathered, tables)
-    labels, classes = gathered.classes.finished()
+    _refuse_unusable(gathered, tables, options, shards[0].parent)
+    if options.label_key and not gathered.labelled:
+        raise DataError(
+            f"No sample has a label in the field {options.label_key!r} of its JSON: name another "
+            "one by --label-key, or pass --unlabelled."
+        )
+    labels, classes = gathered.labels()
     counts = tables.finish(labels)
-    manifest = _manifest(aside, gathered, tables, classes, counts, options)
-    write_json(aside / "manifest.json", manifest.model_dump())
-    return manifest
+    there = set(np.flatnonzero(counts).tolist())
+    gone = sorted({int(labels[code]) for code in gathered.seen} - there)
+    if gone:
+        raise DataError(
+            f"All images of the class {classes[gone[0]]} would be left out: "
+            f"fastmoco shard {shards[0].parent} OUT re-encodes what can be read."
+        )
+    return write_manifest(aside, _manifest(aside, gathered, tables, classes, counts, options))
 
 
-def _refuse_unusable(gathered: _Gathered, tables: _Tables) -> None:
+def _refuse_unusable(
+    gathered: _Gathered, tables: _Tables, options: AdoptOptions, folder: Path
+) -> None:
     if gathered.damaged:
         named = "".join(f"\n  {what}" for what in gathered.damaged[:_SHOWN])
         raise DataError(
             f"{len(gathered.damaged)} shard(s) are damaged; fetch them again, or move them away. "
             f"The first:{named}"
         )
+    total = tables.samples + tables.lost
+    limit = max(10, total // 100) if options.max_rejects is None else options.max_rejects
+    if tables.samples and tables.lost <= limit:
+        return
+    with (tables.folder / "rejects.jsonl").open() as lines:
+        rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
+    first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
     if not tables.samples:
-        with (tables.folder / "rejects.jsonl").open() as lines:
-            rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
-        first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
         raise DataError(f"The shards hold no image that can be read in place.{first}")
+    raise DataError(
+        f"{tables.lost} of {total} images would be left out, more than {limit}, so nothing was "
+        f"adopted: --max-rejects {tables.lost} puts up with them; fastmoco shard {folder} OUT "
+        f"re-encodes what can be read. The first:{first}"
+    )
 
 
 def _manifest(

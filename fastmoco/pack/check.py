@@ -2,10 +2,10 @@
 
 DALI cannot skip a damaged image, so every image is decoded here. Bytes are kept where the training
 decoder is sure to read them as PIL does: 8-bit Huffman-coded JPEG, sequential or progressive, with
-1 or 3 components; 8-bit PNG; still WebP; each without EXIF rotation. All other JPEG becomes JPEG of
-quality 95 without chroma subsampling, all other formats and raw pixels become PNG, upright and
-8-bit: 16-bit grey is rounded, of 16-bit colour PIL gives the high byte, alpha is dropped, of an
-animation the first frame stays. With a short side to shrink to, larger images become JPEG.
+1 or 3 components; 8-bit PNG; still WebP whose EXIF is in step; each without EXIF rotation. All
+other JPEG becomes JPEG of quality 95 without chroma subsampling, all other formats and raw pixels
+become PNG, upright and 8-bit: more bits are mapped by levels or, of 16, rounded, alpha is dropped,
+of an animation the first frame stays. With a short side to shrink to, larger images become JPEG.
 
 A large JPEG may be decoded at an eighth of its size: the entropy-coded data is read to its end all
 the same, so the same files are refused (held by a test), at a third of the time.
@@ -15,24 +15,39 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastmoco.pack.inputs import Input, Pixels, Unreadable
+from fastmoco.pack.kinds import START, by_content, heif_is_read
+from fastmoco.pack.levels import Levels, Span
 
 MAX_SIDE = 2**16 - 1  # the sample table holds sides as uint16
 
 # A closed list: PIL's other plugins are attack surface (EPS starts Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    FORMATS += ("AVIF",)
+if heif_is_read():
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-ORIENTATION = 0x0112
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SCAN = 0xDA
 LONE_MARKERS = frozenset([0x00, 0x01, *range(0xD0, 0xDA)])  # not followed by a length
+SIXTEEN_BIT_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")
+DEEP_GRAY = (*SIXTEEN_BIT_GRAY, "I", "F")
+_SIXTEEN_BITS: Levels = (0, 65535)
 POWERS = np.arange(256, dtype=np.int64)[:, None] ** [1, 2]
 SMALL = 2**16  # pixels up to which a scaled decode saves nothing
 
@@ -47,6 +62,7 @@ class Rules:
         max_bytes: the largest encoded size.
         short_side: images with a longer short side are shrunk to it; None: none is.
         quality: of the JPEGs that shrinking gives.
+        levels: what becomes 0 and 255 of values of more than 8 bits; None: all of 16 bits.
     """
 
     min_side: int = 1
@@ -54,6 +70,7 @@ class Rules:
     max_bytes: int = 128 * 2**20
     short_side: int | None = None
     quality: int = 90
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +99,7 @@ class Checked:
         width: in pixels.
         progressive: whether it is a progressive JPEG.
         statistics: of its pixels, if they were asked for.
+        span: of its values, if they had more than 8 bits.
     """
 
     content: bytes
@@ -90,6 +108,7 @@ class Checked:
     width: int
     progressive: bool
     statistics: Statistics | None
+    span: Span | None = None
 
 
 class _Unfit(Exception):
@@ -117,7 +136,8 @@ def check_image(content: bytes, rules: Rules = Rules(), measure: bool = True) ->
     try:
         return _check(content, rules, measure)
     except UnidentifiedImageError:
-        return "is not an image of a known format"
+        kind = by_content(content[:START])
+        return (kind and kind.about) or "is not an image of a known format"
     except Image.DecompressionBombError:
         return _too_many_pixels(rules)
     except _Unfit as reason:
@@ -142,13 +162,14 @@ def _check(content: bytes, rules: Rules, measure: bool) -> Checked:
         if image.format == "PNG":
             _verify_checksums(content)
         if rules.short_side and min(image.size) > rules.short_side:
-            return _shrunk(image, rules.short_side, rules.quality, measure)
+            return _shrunk(image, content, rules, measure)
         size = image.size
         if not measure and _may_scale(image):
             image.draft(None, (size[0] // 8, size[1] // 8))
         image.load()
         if not _is_kept(image, content):
-            return _check(_reencoded(content), rules, measure)
+            plain, span = _reencoded(content, rules)
+            return replace(_check(plain, rules, measure), span=span)
         return _described(image, content, size, measure)
 
 
@@ -188,7 +209,23 @@ def _is_kept(image: Image.Image, content: bytes) -> bool:
     if image.format == "PNG":
         # The bit depth stands in the header, which must come first; PIL pardons a damaged end.
         return content[24] == 8 and PNG_END in content
-    return image.format == "WEBP"
+    return image.format == "WEBP" and not _has_exif_out_of_step(content)
+
+
+def _has_exif_out_of_step(webp: bytes) -> bool:
+    """Return whether EXIF stands behind a chunk of odd length.
+
+    Such a chunk is padded to an even one, which the parser before DALI's decoder does not know: on
+    its way to the EXIF, which it wants for the rotation, it loses step and fails.
+    """
+    at, odd = 12, False
+    while at + 8 <= len(webp):
+        name, size = webp[at : at + 4], int.from_bytes(webp[at + 4 : at + 8], "little")
+        if name == b"EXIF":
+            return odd
+        odd = odd or size % 2 == 1
+        at += 8 + size + size % 2
+    return False
 
 
 def _is_rotated(image: Image.Image) -> bool:
@@ -219,24 +256,27 @@ def _frame_marker(content: bytes) -> int:
     return 0
 
 
-def _reencoded(content: bytes) -> bytes:
+def _reencoded(content: bytes, rules: Rules) -> tuple[bytes, Span | None]:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        plain = _upright(image)
-        return _jpeg(plain, 95, "4:4:4") if image.format in ("JPEG", "MPO") else _png(plain)
+        plain, span = _upright(image, content, rules)
+        jpeg = image.format in ("JPEG", "MPO")
+        return _jpeg(plain, 95, "4:4:4") if jpeg else _png(plain), span
 
 
-def _shrunk(image: Image.Image, short_side: int, quality: int, measure: bool) -> Checked:
+def _shrunk(image: Image.Image, original: bytes, rules: Rules, measure: bool) -> Checked:
+    assert rules.short_side
+    short_side = rules.short_side
     # Twice the size is left for the filter, as PIL's own thumbnails do.
     scale = short_side / min(image.size)
     image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
-    plain = _upright(image)
+    plain, span = _upright(image, original, rules)
     scale = short_side / min(plain.size)
     size = (
         max(short_side, round(scale * plain.width)),
         max(short_side, round(scale * plain.height)),
     )
     small = plain.resize(size, Image.Resampling.BILINEAR)  # as training resizes: antialiased
-    content = _jpeg(small, quality, "4:2:0")
+    content = _jpeg(small, rules.quality, "4:2:0")
     return Checked(
         content=content,
         extension="jpg",
@@ -244,16 +284,20 @@ def _shrunk(image: Image.Image, short_side: int, quality: int, measure: bool) ->
         width=small.width,
         progressive=False,
         statistics=_statistics(small) if measure else None,
+        span=span,
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image as 8-bit grey or RGB, turned as its EXIF tag says."""
-    upright = ImageOps.exif_transpose(image) if _is_rotated(image) else image
-    plain = _eight_bit(upright)
+def _upright(image: Image.Image, content: bytes, rules: Rules) -> tuple[Image.Image, Span | None]:
+    """Return the image as 8-bit gray or RGB, turned as its EXIF tag says, and its span."""
+    turned = _is_rotated(image)
+    plain, span = _eight_bit(image, content, rules.levels)
     plain.load()
+    if turned:
+        plain.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
+        plain = ImageOps.exif_transpose(plain)
     plain.info = {}  # else PIL writes the profile and comments of the old pixels
-    return plain
+    return plain, span
 
 
 def _jpeg(image: Image.Image, quality: int, subsampling: str) -> bytes:
@@ -268,13 +312,59 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise _Unfit("holds 32-bit values, whose range is not known")
-    return _as(image, "L" if image.mode in ("1", "L") else "RGB")
+def _eight_bit(
+    image: Image.Image, content: bytes, levels: Levels | None
+) -> tuple[Image.Image, Span | None]:
+    if _has_deep_color(image, content):
+        if levels:
+            return _leveled(_deep_color(image, content), levels), None
+        plain = _as(image, "RGB")  # of the 16 bits, PIL gives the high byte
+        return plain, _span(257 * np.asarray(plain, np.uint16), "16-bit color", _SIXTEEN_BITS)
+    if image.mode in SIXTEEN_BIT_GRAY or (image.format, image.mode) == ("PPM", "I"):
+        kind, full = "16-bit gray", _SIXTEEN_BITS  # PIL scales PPM by the maximum in its header
+    elif image.mode in ("I", "F"):
+        kind, full = "32-bit floating-point" if image.mode == "F" else "32-bit", None
+    else:
+        return _as(image, "L" if image.mode in ("1", "L") else "RGB"), None
+    span = _span(np.asarray(image), kind, full)
+    # Where nothing tells the range, the set is refused by the spans of its images.
+    levels = levels or full or (span.least, max(span.most, span.least + 1))
+    return _leveled(np.asarray(image), levels), span
+
+
+def _leveled(values: npt.NDArray[Any], levels: Levels) -> Image.Image:
+    low, high = levels
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
+
+
+def _has_deep_color(image: Image.Image, content: bytes) -> bool:
+    if image.format == "PNG":
+        return content[24] == 16 and image.mode not in DEEP_GRAY
+    if image.format == "TIFF":
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
+        return image.mode not in DEEP_GRAY and max(bits) > 8
+    return False
+
+
+def _deep_color(image: Image.Image, content: bytes) -> npt.NDArray[Any]:
+    """Return (H, W, 3) values 0..65535; of these, PIL gives the high byte alone."""
+    if image.format != "PNG":
+        raise _Unfit("is 16-bit color in a TIFF: for --levels, save it as PNG")
+    import torch  # takes seconds, and few images need it
+    from torchvision.io import ImageReadMode, decode_png
+
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    decoded: npt.NDArray[Any] = decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return decoded
+
+
+def _span(values: npt.NDArray[Any], kind: str, full: Levels | None) -> Span:
+    if not np.isfinite(values).all():
+        raise _Unfit("holds values that are not finite numbers")
+    low, high = np.quantile(values, (0.001, 0.999), method="nearest")
+    ends = (values.min(), values.max(), low, high)
+    return Span(kind, full, *(float(end) for end in ends))
 
 
 def _as(image: Image.Image, mode: str) -> Image.Image:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fastmoco.classes import several_labels
 from fastmoco.files import sha256_of
 from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image
 from fastmoco.pack.fragment import Totals, row_of
@@ -29,6 +30,7 @@ from fastmoco.shardset import SAMPLE_DTYPE
 IMAGES = frozenset(
     ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
 )
+BESIDE = "is another image of a sample that has one"  # its mask, perhaps: no image that is lost
 _MAX_LABEL = 4096  # bytes of a `.cls`
 _MAX_JSON = 2**24
 _MEASURED, _STRIDE = 64, 16  # images that enter the statistics: the first, then one of so many
@@ -65,7 +67,7 @@ class Adopted:
         rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
         names: the original name of each row, encoded.
         index: the lines of DALI's index.
-        values: the different labels as they are written.
+        values: the different labels as they are written, those of unfit images included.
         rejects: (name, reason) of the images that are no samples.
         rotated: names of the samples that EXIF says to rotate.
         totals: over the samples; the statistics over some of them.
@@ -98,16 +100,16 @@ def _adopt(task: AdoptTask) -> Adopted:
         if isinstance(member, Damage):
             return Adopted(damage=member.reason)
         members.append(member)
-    contents = _Contents(members)
+    contents = Contents(members)
     rows, lines, codes = [], [], dict[str, int]()
     with task.path.open("rb") as stream:
         for image in contents.samples(found, task.path.name):
+            value = None if task.unlabelled else label_of(stream, contents, image, task.label_key)
+            label = -1 if value is None else codes.setdefault(value, len(codes))
             checked = _checked(stream, image, found, _name(task, image))
             if checked is None:
                 continue
             side = contents.side(image, "cls")
-            value = None if task.unlabelled else _label(stream, contents, image, task.label_key)
-            label = -1 if value is None else codes.setdefault(value, len(codes))
             rows.append(row_of(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
             lines.append(index_line([_component(m) for m in _in_order(image, side)]))
@@ -120,7 +122,7 @@ def _name(task: AdoptTask, member: Member) -> str:
     return f"{task.path.name}!{member.name}"
 
 
-class _Contents:
+class Contents:
     """The members of a shard by what they are; those of a sample need not be neighbours."""
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -141,8 +143,10 @@ class _Contents:
             reason = None
             if not image.regular:
                 reason = "is not a regular file"
-            elif stem in used or (stem not in self.plain and _root(stem) in self.plain):
-                reason = "is another image of a sample that has one"
+            elif stem not in self.plain and _root(stem) in self.plain:
+                reason = BESIDE
+            elif stem in used:
+                reason = "has the key of an image before it"
             if reason:
                 found.rejects.append((f"{shard}!{image.name}", reason))
             else:
@@ -241,27 +245,29 @@ def _why_not(content: bytes) -> str:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             what = f"{image.format} of mode {image.mode}"
-    return f"would have to be re-encoded ({what}): pack the shards by `fastmoco shard`"
+    return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 
-def _label(stream: BinaryIO, contents: _Contents, image: Member, key: str | None) -> str | None:
+def label_of(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
     """Return the label of a sample as it is written, None if there is none."""
     side = contents.side(image, "json" if key else "cls")
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):
         return None
     text = _read(stream, side)
-    value = _field(text, key) if key else text.decode("utf-8", "replace").strip()
+    value = _field(text, key, side.name) if key else text.decode("utf-8", "replace").strip()
     return None if not value or _NEGATIVE.fullmatch(value) else value
 
 
-def _field(text: bytes, key: str) -> str | None:
+def _field(text: bytes, key: str, name: str) -> str | None:
     try:
         value = json.loads(text).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int):
+    if isinstance(value, list) and len(value) > 1:
+        raise several_labels(f"The field {key!r} of {name}")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if not isinstance(value, str | int | float):
         return None
     # JSON may hold halves of characters, which no manifest can.
     return str(value).encode("utf-8", "replace").decode().strip()

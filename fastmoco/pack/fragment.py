@@ -13,6 +13,7 @@ from functools import cache
 
 from fastmoco.pack.check import Checked, Rules, check_input, without_warnings
 from fastmoco.pack.inputs import Input
+from fastmoco.pack.levels import Span
 
 TAR_BLOCK = 512
 
@@ -89,6 +90,7 @@ class Fragment:
         extensions: of the samples.
         rejects: (position, reason) of the others.
         totals: over the samples.
+        spans: of the samples that had more than 8 bits.
     """
 
     shard: int
@@ -99,6 +101,7 @@ class Fragment:
     extensions: list[str]
     rejects: list[tuple[int, str]]
     totals: Totals
+    spans: list[Span]
 
 
 def make_fragment(run: Run) -> Fragment:
@@ -109,6 +112,7 @@ def make_fragment(run: Run) -> Fragment:
     extensions: list[str] = []
     rejects: list[tuple[int, str]] = []
     totals = Totals()
+    spans: list[Span] = []
     inputs = zip(run.inputs, run.labels, run.measured, strict=True)
     with without_warnings():
         for position, (source, label, measure) in enumerate(inputs, run.first):
@@ -121,6 +125,7 @@ def make_fragment(run: Run) -> Fragment:
             positions.append(position)
             extensions.append(image.extension)
             totals.count(image)
+            spans += [image.span] if image.span else []
     path = os.path.join(run.scratch, f".run-{run.first}")
     with open(path, "wb", buffering=0) as stream:
         stream.write(tar)
@@ -133,6 +138,7 @@ def make_fragment(run: Run) -> Fragment:
         extensions=extensions,
         rejects=rejects,
         totals=totals,
+        spans=spans,
     )
 
 

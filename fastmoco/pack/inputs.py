@@ -6,7 +6,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 ZIP_HEADER = 30  # bytes of a local header before its name and extra field
 _SIZE_AND_TIME = struct.Struct("<qq")
+DEFLATE_TABLES = 1024  # bytes, more than stand before the first ones that are packed
 STORED, DEFLATED = 0, 8  # the two ways in which zip members are packed that every tool reads
 
 
@@ -92,16 +93,29 @@ class Zipped:
         """Return the unpacked bytes; see `File.read`."""
         if max(self.size, self.stored) > limit:
             raise _too_large(limit)
-        header = _stretch(self.path, ZIP_HEADER, self.offset)
-        # The lengths of name and extra field may differ from those in the directory.
-        before = ZIP_HEADER + int.from_bytes(header[26:28], "little")
-        before += int.from_bytes(header[28:30], "little")
-        content = _stretch(self.path, self.stored, self.offset + before)
+        content = self._packed()
         if self.method == DEFLATED:
             content = _inflated(content, self.size)
         if len(content) != self.size or zlib.crc32(content) != self.crc:
             raise Unreadable("is damaged in the archive")
         return content
+
+    def _packed(self) -> bytes:
+        header = _stretch(self.path, ZIP_HEADER, self.offset)
+        # The lengths of name and extra field may differ from those in the directory.
+        before = ZIP_HEADER + int.from_bytes(header[26:28], "little")
+        before += int.from_bytes(header[28:30], "little")
+        return _stretch(self.path, self.stored, self.offset + before)
+
+    def start(self, size: int) -> bytes:
+        """Return the first bytes of a member, as far as they can be had."""
+        deflated = self.method == DEFLATED
+        stored = min(self.stored, size + DEFLATE_TABLES if deflated else size)
+        try:
+            content = replace(self, stored=stored)._packed()
+            return _inflated(content, size) if deflated else content
+        except Unreadable:
+            return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,18 @@ class Pixels:
     array: npt.NDArray[np.uint8]
 
 
-Input = File | Span | Zipped | Pixels
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An encoded image whose bytes travel with it."""
+
+    content: bytes
+
+    def read(self, limit: int) -> bytes:
+        """Return the bytes; see `File.read`."""
+        return _bounded(self.content, limit)
+
+
+Input = File | Span | Zipped | Pixels | Held
 
 
 class Inputs(ABC):
@@ -133,17 +158,24 @@ class Inputs(ABC):
 
 
 class FileInputs(Inputs):
-    """Files below a folder."""
+    """Files below a folder.
+
+    Attributes:
+        aliases: files that are the same, by links, as one that came before.
+    """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root, self.names = str(root), names
         self.sizes = np.empty(len(names), dtype=np.int64)
+        files = np.empty((len(names), 2), dtype=np.uint64)
         digest = hashlib.sha256()
         for row, name in enumerate(names):
-            size, changed = _stat(os.path.join(self.root, name))
+            size, changed, *files[row] = _stat(os.path.join(self.root, name))
             self.sizes[row] = size
             digest.update(_SIZE_AND_TIME.pack(size, changed))  # the times are of no other use
         self._state = digest.digest()
+        there = files[files[:, 1] > 0]
+        self.aliases = len(there) - len(np.unique(there.view("V16")))
 
     def __getitem__(self, row: int) -> Input:
         return File(os.path.join(self.root, self.names[row]))
@@ -178,7 +210,7 @@ class ArchiveInputs(Inputs):
 
     def state(self) -> bytes:
         """See `Inputs`."""
-        return repr(_stat(str(self.path))).encode() + self.table.tobytes()
+        return repr(_stat(str(self.path))[:2]).encode() + self.table.tobytes()
 
 
 class PixelInputs(Inputs):
@@ -199,7 +231,7 @@ class PixelInputs(Inputs):
 
     def state(self) -> bytes:
         """See `Inputs`."""
-        return repr((_stat(str(self.origin)), self.array.shape)).encode()
+        return repr((_stat(str(self.origin))[:2], self.array.shape)).encode()
 
 
 class Picked(Inputs):
@@ -234,13 +266,16 @@ class Joined(Inputs):
         return b"".join(part.state() for part in self.parts)
 
 
-def _stat(path: str) -> tuple[int, int]:
-    """Return size and time of change; a file that went away is for the worker to report."""
+def _stat(path: str) -> tuple[int, int, int, int]:
+    """Return size, time of change, device and number of a file; zeros for one that went away.
+
+    That is for the worker to report.
+    """
     try:
         found = os.stat(path)
     except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
+        return 0, 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 
 def _stretch(path: str, size: int, offset: int) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmoco.errors import UsageError
 from fastmoco.pack.check import Rules
+from fastmoco.pack.levels import Levels
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class PackOptions:
         format: of the source, a name of `sources.FORMATS`; None: recognised.
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
-        like: a set whose classes the source must have.
+        root: holds the images that a CSV lists; None: the folder of the CSV.
+        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognised.
+        like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.
         shard_mb: the size that no shard exceeds, in MB of 10^6 bytes; see `Schedule`.
@@ -26,14 +29,17 @@ class PackOptions:
         max_mb: the largest encoded image allowed, in MiB.
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
         quality: of the JPEGs that shrinking gives.
+        levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
         workers: processes that decode; the bytes written do not depend on it.
-        max_rejects: the number of unfit images above which nothing is packed;
+        max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
     """
 
     format: str | None = None
     seed: int = 0
+    root: Path | None = None
     unlabelled: bool = False
+    classes_at: str | None = None
     like: Path | None = None
     splits: tuple[tuple[str, float], ...] = ()
     dedupe: bool = False
@@ -43,6 +49,7 @@ class PackOptions:
     max_mb: float = 128
     short_side: int | None = None
     quality: int = 90
+    levels: Levels | None = None
     workers: int = 1
     max_rejects: int | None = None
 
@@ -55,12 +62,15 @@ class PackOptions:
             max_bytes=int(self.max_mb * 2**20),
             short_side=self.short_side,
             quality=self.quality,
+            levels=self.levels,
         )
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
-        left_out = ("format", "like", "splits", "workers", "max_rejects")
+        left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if self.levels is None:
+            del chosen["levels"]
         return {**chosen, "splits": dict(self.splits)}
 
 
@@ -82,7 +92,7 @@ def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
     sound = all(re.fullmatch(r"[\w-]+", name) for name in names) and len(set(names)) == len(names)
     if (
         not sound
-        or min(share for _, share in splits) <= 0
+        or not all(share > 0 for _, share in splits)  # nor a NaN
         or abs(sum(dict(splits).values()) - 1) > 1e-6
     ):
         raise UsageError(form)

@@ -76,7 +76,7 @@ def check_shard(task: ShardTask) -> ShardReport:
     report = ShardReport(sha256_of(task.path))
     sound = report.sha256 == task.sha256
     lines = _read_index(task.path) if task.check_index else []
-    known = _Known.of(lines, task.rows)
+    known = _Known.of(lines, task.rows, task.path.stat().st_size)
     members, damage = _members(task, known)
     bad = [fault for fault in map(_SampleCheck(task, sound, members), range(len(task.rows)))]
     samples = [fault for fault in bad if fault]
@@ -98,7 +98,8 @@ def check_shard(task: ShardTask) -> ShardReport:
 
 def lost_rows(rows: npt.NDArray[np.void], size: int) -> npt.NDArray[np.intp]:
     """Return which rows of a shard lie, in part at least, beyond a file of `size` bytes."""
-    return np.flatnonzero(rows["offset"] + rows["size"] > size)
+    # A damaged offset may be so large that the sum would wrap around.
+    return np.flatnonzero(np.minimum(rows["offset"], np.uint64(size)) + rows["size"] > size)
 
 
 Lines = list[list[Component] | None]
@@ -125,11 +126,17 @@ class _Known:
     hidden: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, lines: Lines, rows: npt.NDArray[np.void]) -> "_Known":
-        """Take the index's word where it has the images where the table has them."""
+    def of(cls, lines: Lines, rows: npt.NDArray[np.void], size: int) -> "_Known":
+        """Take the index's word where it has the images where the table has them.
+
+        Args:
+            lines, rows: of index and table.
+            size: of the shard, in bytes.
+        """
         images = list(zip(rows["offset"].tolist(), range(len(rows)), strict=True))
         listed = [(c.offset, row) for row, line in enumerate(lines) for c in line or ()]
         pairs = sorted(listed if set(images) <= set(listed) else images)
+        pairs = [(offset, row) for offset, row in pairs if offset <= size]
         return cls([offset for offset, _ in pairs], [row for _, row in pairs])
 
     def behind(self, offset: int) -> int | None:

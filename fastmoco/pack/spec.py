@@ -1,7 +1,7 @@
 """Known image sets: what a `shards/*.yaml` says of a set, and whether a source is that set."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +12,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.sources import FORMATS
 from fastmoco.pack.sources.base import Source
-from fastmoco.pack.writer import pack_sources, sources_for
-from fastmoco.shardset import Manifest
+from fastmoco.pack.writer import sources_for
 from fastmoco.strict import Strict, near, parse_yaml, validate_as
 
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
@@ -83,21 +82,19 @@ def load_spec(path: Path) -> Spec:
     return validate_as(Spec, parse_yaml(text, str(path)), str(path))
 
 
-def pack_known(
-    path: Path,
-    source: Path | None,
-    out: Path,
-    given: Mapping[str, Any],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Manifest]:
-    """Pack a known set, once it is sure that the source is that set; see `writer.pack`.
+def open_known(
+    path: Path, source: Path | None, out: Path, given: Mapping[str, Any]
+) -> tuple[PackOptions, dict[str, Source]]:
+    """Open a known set, once it is sure that the source is that set.
 
     Args:
         path: of the description.
         source: where the images lie.
-        out: see `writer.pack`.
+        out: see `writer.sources_for`.
         given: options that the user gave, by their names in `PackOptions`.
-        on_progress: see `writer.pack`.
+
+    Returns:
+        The options that suit the set, and its splits, for `writer.pack_sources`.
 
     Raises:
         UsageError: the description is faulty, or there is no source.
@@ -110,7 +107,7 @@ def pack_known(
     options = PackOptions(**{"format": spec.format, **suited, **given})
     sources = sources_for(source, out, options)
     check(spec, sources, source, options.unlabelled)
-    return pack_sources(sources, out, options, on_progress)
+    return options, sources
 
 
 def check(

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import write_bytes
+from fastmoco.files import SOFTWARE, write_bytes
 from fastmoco.pack.index import index_path, read_header, read_lines
 from fastmoco.shardset import CHUNK, ShardSet
+from fastmoco.terminal import printable
 
 IMAGES = ("jpg", "png", "webp")
 _SHOWN_CLASSES = 20
@@ -232,12 +234,7 @@ def _histogram(spread: Spread) -> Table:
 
 
 def _plain(text: str) -> Text:
-    return Text(_printable(text))  # not markup
-
-
-def _printable(text: str) -> str:
-    """Return a text without the control characters that a file name may hold."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return Text(printable(text))  # not markup
 
 
 def contact_sheet(root: Path, path: Path, count: int = 64, seed: int = 0) -> None:
@@ -263,7 +260,9 @@ def contact_sheet(root: Path, path: Path, count: int = 64, seed: int = 0) -> Non
         corner = number % columns * pitch[0] + _GAP, number // columns * pitch[1] + _GAP
         _draw(sheet, corner, _thumbnail(shard_set, row), _caption(shard_set, row))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    sheet.save(buffer, "PNG", pnginfo=mark)
     try:
         write_bytes(path, buffer.getvalue())
     except OSError as error:
@@ -282,7 +281,7 @@ def _draw(sheet: Image.Image, corner: tuple[int, int], picture: Image.Image, cap
 def _caption(shard_set: ShardSet, row: int) -> str:
     label, classes = int(shard_set.samples["label"][row]), shard_set.manifest.classes
     name = classes[label] if 0 <= label < len(classes) else ""
-    return _printable(f"{row} {name}")
+    return printable(f"{row} {name}")
 
 
 def _thumbnail(shard_set: ShardSet, row: int) -> Image.Image:

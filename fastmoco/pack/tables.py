@@ -12,13 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
-from fastmoco.files import write_json
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.journal import Journal, ShardRecord
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.schedule import Schedule
 from fastmoco.pack.sources.base import Reject, by_name
-from fastmoco.shardset import FORMAT_VERSION, SAMPLE_DTYPE, Manifest, Shard, set_id_of
+from fastmoco.shardset import (
+    FORMAT_VERSION,
+    SAMPLE_DTYPE,
+    Manifest,
+    Shard,
+    set_id_of,
+    write_manifest,
+)
 
 OFFSET_DTYPE = np.dtype("<u8")  # of names.idx.npy
 
@@ -128,5 +134,4 @@ class _Tables:
             options=options.recorded(),
             shards=self.shards,
         )
-        write_json(self.folder / "manifest.json", manifest.model_dump())
-        return manifest
+        return write_manifest(self.folder, manifest)

@@ -1,13 +1,16 @@
 """`fastmoco verify`: is a set what its manifest says, down to every image?"""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastmoco.errors import DataError
+from fastmoco.files import sha256_of
 from fastmoco.pack.adopt import ADOPTED
 from fastmoco.pack.index import index_path, read_header
 from fastmoco.pack.parallel import mapped
@@ -21,9 +24,12 @@ from fastmoco.pack.shardcheck import (
 )
 from fastmoco.shardset import (
     CHUNK,
+    HASHED,
+    MANIFEST,
     SAMPLE_DTYPE,
     Shard,
     ShardSet,
+    manifest_sha256,
     read_labels,
     set_id_of,
 )
@@ -79,7 +85,36 @@ def verify(
         for number in checks.swapped & set(sizes):  # of one defect, the better word
             del sizes[number]
     found = [*samples, *names, *_rejects(shard_set), *sizes.values(), *_extras(shard_set)]
-    return [*found, *indexes.values(), *deep, *_label_tables(shard_set)]
+    found += [*indexes.values(), *deep, *_label_tables(shard_set)]
+    told = {finding.file for finding in found}
+    return [*found, *(one for one in _changed(shard_set, full) if one.file not in told)]
+
+
+def unhashed(root: Path) -> list[str]:
+    """Return the files of a set that have no hash, because an older version wrote them."""
+    shard_set = ShardSet(root, check=False)
+    known = shard_set.manifest.sha256
+    tables = (shard_set.root / "labels").glob("*.json")
+    older = sorted(f"labels/{path.stem}.npy" for path in tables if "sha256" not in _json(path))
+    return [*(name for name in (MANIFEST, *HASHED) if name not in known), *older]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def _changed(shard_set: ShardSet, full: bool) -> Iterator[Finding]:
+    """Yield the tables whose bytes are not those of the manifest, and the manifest if changed."""
+    hashes = shard_set.manifest.sha256
+    if not hashes:  # of an older set
+        return
+    found = {MANIFEST: manifest_sha256(_json(shard_set.root / MANIFEST))}
+    if full:
+        present = (name for name in HASHED if (shard_set.root / name).is_file())
+        found |= {name: sha256_of(shard_set.root / name) for name in present}
+    for name, digest in found.items():
+        if hashes.get(name) != digest:
+            yield Finding(name, "its SHA-256 has changed")
 
 
 def _sample_table(shard_set: ShardSet) -> list[Finding]:
@@ -97,10 +132,13 @@ def _sample_table(shard_set: ShardSet) -> list[Finding]:
 
 
 def _name_table(shard_set: ShardSet) -> list[Finding]:
+    file = "names.idx.npy"
     try:
-        end, size = int(shard_set.name_offsets[-1]), len(shard_set.name_bytes)
+        end = int(shard_set.name_offsets[-1])
+        file = "names.txt"
+        size = len(shard_set.name_bytes)
     except DataError as error:
-        return [Finding("names.idx.npy", str(error))]
+        return [Finding(file, str(error))]
     what = f"has {size} bytes, not {end}, where its index ends"
     return [] if end == size else [Finding("names.txt", what)]
 
@@ -185,7 +223,9 @@ def _index_fault(path: Path, samples: int) -> str | None:
 
 def _label_tables(shard_set: ShardSet) -> list[Finding]:
     found = []
-    for path in sorted((shard_set.root / "labels").glob("*.npy")):
+    paths = (shard_set.root / "labels").glob("[!.]*.*")
+    tables = {path.with_suffix(".npy") for path in paths if path.suffix in (".npy", ".json")}
+    for path in sorted(tables):
         try:
             read_labels(shard_set, path)
         except DataError as error:

@@ -63,7 +63,7 @@ class Facts:
         metrics: rows of metrics.jsonl.
         latest: the last value of each curve, in words, by its title.
         numbers: the evaluations, newest first.
-        origin: of weights that another program trained: file and layout; else empty.
+        origin: of weights that another program trained: their file; else empty.
     """
 
     recipe: Recipe

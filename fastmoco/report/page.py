@@ -17,9 +17,9 @@ from fastmoco.evaluate.embed import frozen_sight
 from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.frozen import load_encoder
 from fastmoco.evaluate.measure import Predictions
+from fastmoco.evaluate.record import SPARSE
 from fastmoco.figures import Images, curves_in, draw_curve
 from fastmoco.files import write_bytes
-from fastmoco.load.order import Ids
 from fastmoco.load.work import settings_of
 from fastmoco.preview import preview
 from fastmoco.report.gather import Facts, gather
@@ -217,8 +217,8 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
     """Draw what needs labels."""
     study = Study.of(evaluation, samples)
     found, names = study.predictions(), study.evaluation.train.classes
-    confusion = found.confusion().numpy()
-    draw_confusion(folder / "confusion.png", confusion, names)
+    if len(names) < SPARSE:
+        draw_confusion(folder / "confusion.png", found.confusion().numpy(), names)
     return {
         "train": study.evaluation.train,
         "test": study.evaluation.test,
@@ -227,9 +227,9 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
         "queries": _queries(folder, study),
         "best": _extremes(folder, study, found, right=True),
         "worst": _extremes(folder, study, found, right=False),
-        "confusion": "confusion.png",
-        "confused": most_confused(confusion, names, _PAIRS),
-        "classes": _per_class(confusion, names),
+        "confusion": "confusion.png" if len(names) < SPARSE else None,
+        "confused": most_confused(found.confused().numpy(), names, _PAIRS),
+        "classes": _per_class(found, names),
         "plane": _plane(folder, study, names),
     }
 
@@ -297,13 +297,13 @@ def _judged(
     return Tile(file, title, f"{100 * found.confidence[place]:.0f} %", tile.alt, right)
 
 
-def _per_class(confusion: Ids, names: list[str]) -> list[dict[str, Any]]:
+def _per_class(found: Predictions, names: list[str]) -> list[dict[str, Any]]:
     """Return the accuracy of each class that has test samples, the worst one first."""
-    totals, rights = confusion.sum(axis=1), np.diag(confusion)
+    totals = np.bincount(found.labels.numpy(), minlength=len(names)).tolist()
     rows = [
-        {"name": name, "top1": 100 * int(right) / int(total), "samples": int(total)}
-        for name, right, total in zip(names, rights, totals, strict=True)
-        if total
+        {"name": name, "top1": top1, "samples": total}
+        for name, top1, total in zip(names, found.per_class(), totals, strict=True)
+        if top1 is not None
     ]
     return sorted(rows, key=lambda row: (row["top1"], row["name"]))
 

@@ -185,9 +185,14 @@ def _principal(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return plane
 
 
-def most_confused(confusion: Ids, names: Sequence[str], count: int) -> list[tuple[str, str, int]]:
-    """Return the most frequent errors: true class, predicted class, how often."""
-    errors = confusion - np.diag(np.diag(confusion))
-    order = np.argsort(-errors, axis=None, kind="stable")[:count]
-    pairs = (divmod(int(place), len(names)) for place in order)
-    return [(names[a], names[b], int(errors[a, b])) for a, b in pairs if errors[a, b]]
+def most_confused(confused: Ids, names: Sequence[str], count: int) -> list[tuple[str, str, int]]:
+    """Return the most frequent errors: true class, predicted class, how often.
+
+    Args:
+        confused: see `Predictions.confused`.
+        names: of the classes.
+        count: of errors.
+    """
+    errors = confused[confused[:, 0] != confused[:, 1]]
+    order = np.argsort(-errors[:, 2], kind="stable")[:count]
+    return [(names[a], names[b], times) for a, b, times in errors[order].tolist()]

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from fastmoco.errors import CheckpointError, DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import Fingerprint, RunFolder, State
+from fastmoco.streams import Spared
 from fastmoco.train.meter import Meter
 from fastmoco.train.moco import MoCo
 from fastmoco.train.optim import learning_rate, set_learning_rate
@@ -25,8 +25,6 @@ Monitor = Callable[[Encoder, Callable[[], bool]], dict[str, float]]
 
 It asks the second argument every second or so whether to give up, equally often on all ranks, and
 then returns no numbers."""
-
-_MAX_UNSAVED = 3  # checkpoints in a row that a full disk may cost
 
 
 class Display(Protocol):
@@ -71,7 +69,7 @@ class Trainer:
         self._meter = Meter(self.recipe, self.moco.ranks, self.moco.device)
         self._per_epoch = self.loader.plan.steps_per_epoch
         self._known_bad: set[int] = set()
-        self._unsaved = 0
+        self._metrics = Spared("rows of metrics.jsonl")
         self._vote = Vote(self.moco.ranks)
         self._watchdog = Watchdog(self.recipe.stall_s)
         self._signal = StopSignal(answers=self.moco.ranks.leads)
@@ -86,7 +84,7 @@ class Trainer:
         Raises:
             DataError: an image cannot be read or decoded.
             DivergedError: too many non-finite steps in a row.
-            CheckpointError: the last checkpoint, or several in a row, could not be written.
+            CheckpointError: the last checkpoint could not be written.
             KeyboardInterrupt: on rank 0 at a Ctrl-C, once the checkpoint is written.
         """
         try:
@@ -153,7 +151,7 @@ class Trainer:
         """Write a row down and show it."""
         if self.moco.ranks.leads:
             row = {"kind": kind, "step": done, "epoch": done / self._per_epoch, **numbers}
-            with suppress(OSError):  # on a full disk a row is not worth the run
+            with self._metrics:
                 self.run.log(row)
             for display in self.displays:
                 getattr(display, kind)(row)
@@ -194,15 +192,13 @@ class Trainer:
             (done, written), self._saving = self._saving, None
             try:
                 written.result()
-                self._unsaved = 0
             except OSError as error:
                 self._go_on_unsaved(done, error, final)
 
     def _go_on_unsaved(self, done: int, error: OSError, final: bool) -> None:
         """A full disk costs a checkpoint, not the run: whoever watches may make room in time."""
-        self._unsaved += 1
         words = f"No checkpoint of step {done} ({error.strerror or error}): make room."
-        if final or self._unsaved == _MAX_UNSAVED:
+        if final:
             raise CheckpointError(f"{words} {self.run.last_good()}") from error
         self._log("unsaved", done, {"message": f"{words} {self.run.last_good()}"})
 

@@ -5,6 +5,7 @@ import torch
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch import nn
 
+from fastmoco.errors import DivergedError
 from fastmoco.evaluate.probe import (
     Heads,
     Protocol,
@@ -106,12 +107,15 @@ def test_ten_rates_or_more_are_the_default_and_the_papers_is_among_them() -> Non
     assert len(Protocol.lrs) >= 10 and 30.0 in Protocol.lrs
 
 
-def test_a_head_that_diverged_is_not_right() -> None:
-    heads = Heads(DIM, CLASSES, (0.1,))
+def test_a_head_that_diverged_has_no_number() -> None:
+    heads = Heads(DIM, CLASSES, (0.1, 1.0))
     with torch.no_grad():
-        heads.weight.fill_(torch.nan)
-    found = judge(heads, torch.randn(2000, DIM), torch.arange(2000) % CLASSES)
-    assert scores(heads, found)[0].top1 == pytest.approx(100 / CLASSES)
+        heads.weight[:CLASSES] = torch.nan
+    found = scores(heads, judge(heads, torch.randn(2000, DIM), torch.arange(2000) % CLASSES))
+    assert best_of(found) == found[1]
+    assert record(found, Protocol())["learning_rates"][0] == {"lr": 0.1, "diverged": True}
+    with pytest.raises(DivergedError, match=r"at every learning rate \(0\.1\): lower --lr"):
+        best_of(found[:1])
 
 
 def test_an_epoch_holds_every_sample_once_in_a_new_order(train: Pair) -> None:

@@ -45,6 +45,7 @@ def test_features_are_those_of_the_encoder_in_id_order(
         "step": 12,
         "set_id": small_set.manifest.set_id,
         "feature": feature,
+        "precision": "fp32",
         "samples": 24,
         "width": width,
     }

@@ -1,11 +1,17 @@
 """Files in the layouts of others, taken in full or refused by the names of what is wrong."""
 
+import argparse
 import json
 import pickle
+import shlex
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -132,30 +138,72 @@ def plain(encoder: Encoder) -> Any:
     return dict(encoder.backbone.state_dict()) | classifier
 
 
+def dino(encoder: Encoder) -> Any:
+    """The options of its script lie beside the weights."""
+    backbone, head = parts(encoder)
+    student = prefixed("module.backbone.", backbone) | prefixed("module.head.mlp.", head)
+    teacher = prefixed("backbone.", other(backbone)) | prefixed("head.mlp.", other(head))
+    return {"student": student, "teacher": teacher, "args": argparse.Namespace(arch="resnet10")}
+
+
+def openselfsup(encoder: Encoder) -> Any:
+    """The query's backbone is there a second time."""
+    backbone, head = parts(encoder)
+    query = prefixed("encoder_q.0.", backbone) | prefixed("encoder_q.1.mlp.", head)
+    return {
+        "meta": {"epoch": 200},
+        "state_dict": prefixed("encoder_k.0.", other(backbone))
+        | prefixed("backbone.", backbone)
+        | query
+        | prefixed("encoder_k.1.mlp.", other(head)),
+    }
+
+
+def swav(encoder: Encoder) -> Any:
+    """Head and prototypes lie beside the first convolution."""
+    wide = nn.Sequential(nn.Linear(512, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 16))
+    state = prefixed("module.", encoder.backbone.state_dict())
+    state |= prefixed("module.projection_head.", wide.state_dict())
+    return state | {"module.prototypes.weight": torch.zeros(30, 16)}
+
+
+def compiled_in_parts(encoder: Encoder) -> Any:
+    state = {k.replace("layer1.", "layer1._orig_mod."): v for k, v in parts(encoder)[0].items()}
+    return {"anything": [{"net": prefixed("_orig_mod.module.model.", state)}], "best_acc": 9.0}
+
+
+def supcontrast(encoder: Encoder) -> Any:
+    state = {k.replace("downsample", "shortcut"): v for k, v in parts(encoder)[0].items()}
+    return {"model": prefixed("encoder.module.", state), "opt": argparse.Namespace(model="r")}
+
+
 FILES: list[tuple[Callable[[Encoder], Any], str, str]] = [
-    (moco, "moco", "linear"),
-    (moco, "moco", "mlp"),
-    (moco_without_module, "moco", "linear"),
-    (moco_notebook, "moco", "linear"),
-    (moco_v3, "moco_v3", "none"),
-    (solo, "solo", "none"),
-    (solo, "solo", "mlp"),
-    (solo_older, "solo", "none"),
-    (lightly, "lightly", "mlp"),
-    (lightly_benchmark, "lightly", "mlp"),
-    (lightly_bare, "lightly", "none"),
-    (vissl, "vissl", "none"),
-    (plain, "torchvision", "none"),
+    (moco, "state_dict.encoder_q.", "linear"),
+    (moco, "state_dict.encoder_q.", "mlp"),
+    (moco_without_module, "state_dict.encoder_q.", "linear"),
+    (moco_notebook, "state_dict.encoder_q.net.", "linear"),
+    (moco_v3, "state_dict.base_encoder.", "none"),
+    (solo, "state_dict.backbone.", "none"),
+    (solo, "state_dict.backbone.", "mlp"),
+    (solo_older, "state_dict.encoder.", "none"),
+    (lightly, "backbone.", "mlp"),
+    (lightly_benchmark, "state_dict.query_backbone.", "mlp"),
+    (lightly_bare, "", "none"),
+    (vissl, "classy_state_dict.base_model.model.trunk._feature_blocks.", "none"),
+    (plain, "", "none"),
+    (dino, "student.backbone.", "mlp"),
+    (openselfsup, "state_dict.encoder_q.0.", "mlp"),
+    (swav, "", "none"),
+    (compiled_in_parts, "anything.0.net.model.", "none"),
+    (supcontrast, "model.encoder.", "none"),
 ]
 
 
-@pytest.mark.parametrize(("make", "layout", "head"), FILES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("asked", ["auto", "named"])
-def test_each_layout_gives_the_query_encoder_bit_by_bit(
+@pytest.mark.parametrize(("make", "prefix", "head"), FILES, ids=lambda x: getattr(x, "__name__", x))
+def test_each_file_gives_the_trained_encoder_bit_by_bit(
     make: Callable[[Encoder], Any],
-    layout: str,
+    prefix: str,
     head: str,
-    asked: str,
     r10: Encoder,
     r10_mlp: Encoder,
     tmp_path: Path,
@@ -163,9 +211,10 @@ def test_each_layout_gives_the_query_encoder_bit_by_bit(
     encoder = r10_mlp if head == "mlp" else r10
     file = saved(make(encoder), tmp_path / "theirs.pth.tar")
     out = tmp_path / "run"
-    found = import_weights(file, out, "auto" if asked == "auto" else layout)
-    assert (found.layout, found.recipe.head) == (layout, head)
+    found = import_weights(file, out)
     assert (found.recipe.arch, found.recipe.stem) == ("resnet10", "imagenet")
+    assert found.recipe.head == head
+    assert json.loads((out / "origin.json").read_text())["prefix"] == prefix
     run = RunFolder(out)
     state, step = run.latest() or ({}, -1)
     whole = encoder.state_dict()
@@ -174,8 +223,37 @@ def test_each_layout_gives_the_query_encoder_bit_by_bit(
     same(state["encoder_q"], wanted)
 
 
+def test_the_moving_average_is_taken_if_asked_for(r10_mlp: Encoder, tmp_path: Path) -> None:
+    file = saved(dino(r10_mlp), tmp_path / "theirs.pth")
+    found = import_weights(file, tmp_path / "a")
+    assert any("behind teacher.backbone there are other weights" in n for n in found.notes)
+    import_weights(file, tmp_path / "b", prefix="teacher.backbone")
+    state = RunFolder(tmp_path / "b").latest()[0]["encoder_q"]  # type: ignore[index]
+    assert torch.equal(state["backbone.bn1.bias"], r10_mlp.backbone.bn1.bias + 1)
+    assert torch.equal(state["head.2.bias"], r10_mlp.head[2].bias + 1)
+
+
+def test_of_two_networks_that_nothing_tells_apart_the_user_chooses(
+    run: Run, r10: Encoder, tmp_path: Path
+) -> None:
+    backbone, _ = parts(r10)
+    two = prefixed("left.", backbone) | prefixed("right.", other(backbone))
+    file = saved(two, tmp_path / "theirs.pth")
+    code, _, err = run("import", file, tmp_path / "run")
+    assert code == 4 and "choose by --prefix left or --prefix right" in err
+    code, out, err = run("import", file, tmp_path / "run", "--prefix", "right")
+    assert code == 0 and "behind right." in out, err
+    state = RunFolder(tmp_path / "run").latest()[0]["encoder_q"]  # type: ignore[index]
+    assert torch.equal(state["backbone.bn1.bias"], r10.backbone.bn1.bias + 1)
+    code, _, err = run("import", file, tmp_path / "other", "--prefix", "middle")
+    assert code == 4 and "no ResNet behind 'middle'; there are some behind left, right." in err
+
+
 def test_heads_that_do_not_fit_are_left_out_in_words(r10: Encoder, tmp_path: Path) -> None:
-    for make, prefix, count in ((moco_v3, "base_encoder.fc.", 7), (solo, "projector.", 4)):
+    for make, prefix, count in (
+        (moco_v3, "state_dict.base_encoder.fc.", 7),
+        (solo, "state_dict.projector.", 4),
+    ):
         file = saved(make(r10), tmp_path / f"{prefix}pth")
         found = import_weights(file, tmp_path / f"{prefix}run")
         assert any(f"left out: {count} tensors under {prefix}" in n for n in found.notes)
@@ -199,14 +277,12 @@ def test_torchvision_has_no_other_networks() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_network_is_known_by_its_shapes(arch: str, tmp_path: Path) -> None:
-    """Values do not matter here: one element stands for all of a tensor."""
+    """Values do not matter here: all tensors are views of one."""
     with torch.device("meta"):
         shapes = Encoder(arch, "small", "linear", 4).backbone.state_dict()
-    one = {
-        name: torch.zeros((), dtype=like.dtype).expand(like.shape) for name, like in shapes.items()
-    }
-    found = match(one)
-    assert (found.arch, found.stem, found.layout.name) == (arch, "small", "torchvision")
+    values = torch.zeros(3 * 2048 * 2048)
+    found = match({name: values[: like.numel()].view(like.shape) for name, like in shapes.items()})
+    assert (found.arch, found.stem, found.naming.name) == (arch, "small", "torchvision")
 
 
 def test_a_file_of_before_the_counts_of_batches(r10: Encoder, tmp_path: Path) -> None:
@@ -239,14 +315,14 @@ def widen(state: Tensors) -> None:
 
 
 REFUSALS = [
-    (lambda s: s.pop(KEY), r"1 tensors keep .* a resnet10 in the layout of moco: "
-     r"encoder_q\.layer3\.0\.conv1\.weight is missing\."),
+    (lambda s: s.pop(KEY), r"1 tensors keep .* a resnet10 by the names of torchvision: "
+     r"state_dict\.encoder_q\.layer3\.0\.conv1\.weight is missing\."),
     (rename, r"encoder_q\.layer3\.0\.conv1\.weight is missing: did you mean "
-     r"'encoder_q\.layer3\.0\.convA\.weight'\?"),
+     r"'state_dict\.encoder_q\.layer3\.0\.convA\.weight'\?"),
     (cut, r"encoder_q\.layer3\.0\.conv1\.weight is \(256, 127, 3, 3\), "
      r"wanted \(256, 128, 3, 3\)"),
     (widen, r"it is not a resnet10 .* lacks 1 of its tensors: "
-     r"encoder_q\.layer1\.0\.se\.fc1\.weight\."),
+     r"state_dict\.encoder_q\.layer1\.0\.se\.fc1\.weight\."),
     (lambda s: s.pop("module.encoder_q.bn1.running_mean"),
      r"encoder_q\.bn1\.running_mean is missing"),
 ]  # fmt: skip
@@ -262,14 +338,13 @@ def test_what_does_not_fill_the_network_is_refused_by_name(
     assert [p.name for p in tmp_path.iterdir()] == ["theirs.pth"]
 
 
-def test_another_layout_than_the_one_asked_for(r10: Encoder, tmp_path: Path) -> None:
-    file = saved(moco(r10), tmp_path / "theirs.pth")
+def test_what_is_no_resnet(tmp_path: Path) -> None:
+    state = prefixed("backbone.", nn.TransformerEncoderLayer(8, 2).state_dict())
     with pytest.raises(
-        CheckpointError, match=r"are in no layout of a ResNet that is known: fastmoco"
+        CheckpointError,
+        match=r"tensors \(backbone\.self_attn\..*, \.\.\.\) are those of no ResNet\.$",
     ):
-        import_weights(file, tmp_path / "run", "solo")
-    with pytest.raises(UsageError, match=r"no layout 'mocov9': use auto, fastmoco, moco, moco_v3"):
-        import_weights(file, tmp_path / "run", "mocov9")
+        import_weights(saved(state, tmp_path / "theirs.pth"), tmp_path / "run")
 
 
 class Payload:
@@ -293,6 +368,105 @@ def test_a_pickle_with_a_payload_is_refused_and_not_executed(r10: Encoder, tmp_p
     ):
         import_weights(file, tmp_path / "run")
     assert not trap.exists() and not (tmp_path / "run").exists()
+
+
+def test_the_remedy_for_more_than_tensors_works_when_typed(
+    run: Run, r10: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arrays = {name: tensor.numpy() for name, tensor in r10.backbone.state_dict().items()}
+    extras = {"args": Path("x"), "best_acc": np.float64(3), "lrs": [np.float32(0.1), None]}
+    odd = 'it\'s $HOME "a".pth'
+    saved({"model": arrays, "net": named(r10), **extras}, tmp_path / odd)
+    code, _, err = run("import", odd, "run")
+    assert code == 4 and "reading that could run code" in err
+    remedy = err[err.index('python -c "') :].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(["bash", "-c", remedy], check=True)
+    plain_file = torch.load("plain.pth", weights_only=True)
+    same(plain_file["model"], plain_file["net"])
+    code, _, err = run("import", "plain.pth", "run")
+    assert code == 0, err
+    state = RunFolder(tmp_path / "run").latest()[0]["encoder_q"]  # type: ignore[index]
+    same(state, prefixed("backbone.", r10.backbone.state_dict()))
+
+
+def one_value(state: Tensors, key: str, value: float) -> Tensors:
+    state = dict(state)
+    state[key] = state[key].clone(memory_format=torch.contiguous_format)
+    state[key].view(-1)[3] = value
+    return state
+
+
+def floats(state: Tensors, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+    return {k: change(v) if v.is_floating_point() else v for k, v in state.items()}
+
+
+HOSTILE = [
+    (lambda s: one_value(s, "layer2.0.conv1.weight", float("nan")),
+     "layer2.0.conv1.weight holds 1 values that are not finite"),
+    (lambda s: one_value(s, "layer2.0.bn1.running_var", float("inf")),
+     "layer2.0.bn1.running_var holds 1 values that are not finite"),
+    (lambda s: one_value({k: v.double() for k, v in s.items()}, "bn1.weight", 1e300),
+     "bn1.weight holds 1 values that are not finite"),
+    (lambda s: one_value(s, "bn1.running_var", -1), "bn1.running_var holds a negative variance"),
+    (lambda s: floats(s, torch.Tensor.bool), "holds torch.bool, wanted floating-point"),
+    (lambda s: floats(s, torch.Tensor.int), "holds torch.int32, wanted floating-point"),
+    (lambda s: floats(s, lambda v: v.to(torch.complex64)), "holds torch.complex64, wanted float"),
+    (lambda s: floats(s, torch.Tensor.to_sparse), "is no plain tensor"),
+    (lambda s: floats(s, lambda v: v.to("meta")), "is no plain tensor"),
+    (lambda s: floats(s, lambda v: torch.zeros(1).expand(v.shape)),
+     "shows more values than the file stores"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE)
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(
+    change: Callable[[Tensors], Tensors], message: str, run: Run, r10: Encoder, tmp_path: Path
+) -> None:
+    file = saved({"model": change(r10.backbone.state_dict())}, tmp_path / "theirs.pth")
+    code, _, err = run("import", file, tmp_path / "run")
+    assert code == 4 and message in err and not (tmp_path / "run").exists()
+
+
+def test_heads_of_no_size_or_of_any_are_left_out(run: Run, r10: Encoder, tmp_path: Path) -> None:
+    """Rows that the file does not store would be asked of memory: 20 TB here."""
+    query = prefixed("encoder_q.", r10.backbone.state_dict())
+    wide, none = torch.zeros(1).expand(10**10, 512), torch.zeros(0, 512)
+    heads = (
+        (wide, wide[:, 0]), (none, none[:, 0]), (torch.zeros(16, 512), torch.tensor(1.0)),
+        (one_value({"w": torch.zeros(16, 512)}, "w", float("nan"))["w"].int(), torch.zeros(16)),
+    )  # fmt: skip
+    for number, (weight, bias) in enumerate(heads):
+        state = query | {"encoder_q.fc.weight": weight, "encoder_q.fc.bias": bias}
+        file = saved({"state_dict": state}, tmp_path / "theirs.pth")
+        code, out, err = run("import", file, tmp_path / str(number))
+        assert code == 0 and "no head" in out and "2 tensors under" in out, err
+
+
+def test_containers_without_end(run: Run, r10: Encoder, tmp_path: Path) -> None:
+    loop: dict[str, Any] = dict(r10.backbone.state_dict())
+    loop["model"] = loop["again"] = loop
+    twice: Any = []
+    deep: dict[str, Any] = {}
+    for _ in range(60):
+        twice, deep = [twice, twice], {"a": deep}
+    code, _, err = run("import", saved(loop, tmp_path / "a.pth"), tmp_path / "run")
+    assert code == 0, err
+    for content in (twice, deep):
+        code, _, err = run("import", saved(content, tmp_path / "b.pth"), tmp_path / "other")
+        assert code == 4 and "nests its tensors too deeply" in err
+
+
+def test_a_file_that_unpacks_to_more_is_refused(run: Run, r10: Encoder, tmp_path: Path) -> None:
+    file = saved(r10.backbone.state_dict(), tmp_path / "theirs.pth")
+    with (
+        zipfile.ZipFile(file) as plain_file,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain_file.namelist():
+            packed.writestr(name, plain_file.read(name))
+    code, _, err = run("import", tmp_path / "small.pth", tmp_path / "run")
+    assert code == 4 and "is a compressed archive" in err
 
 
 @pytest.mark.parametrize("about", ["[1]", '{"stem": 3}', '{"image_size": "wide"}', "{"])
@@ -322,8 +496,8 @@ def test_damaged_files(keep: int, r10: Encoder, tmp_path: Path) -> None:
 def test_files_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no tensors"):
         import_weights(saved({"epoch": 3}, tmp_path / "a.pth"), tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"holds a list, no state dict"):
-        import_weights(saved([torch.zeros(1)], tmp_path / "b.pth"), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"holds a str, no state dict"):
+        import_weights(saved("weights", tmp_path / "b.pth"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"There is no file"):
         import_weights(tmp_path / "none.pth", tmp_path / "run")
 
@@ -332,7 +506,7 @@ def test_the_origin_is_written_down(r10: Encoder, tmp_path: Path) -> None:
     file = saved(plain(r10), tmp_path / "theirs.pth")
     found = import_weights(file, tmp_path / "run")
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
-    assert (origin["file"], origin["layout"]) == ("theirs.pth", "torchvision")
+    assert (origin["file"], origin["names"]) == ("theirs.pth", "torchvision")
     assert origin["sha256"] == sha256_of(file) and origin["notes"] == list(found.notes)
     with pytest.raises(UsageError, match=r"exists: choose another folder"):
         import_weights(file, tmp_path / "run")
@@ -341,12 +515,12 @@ def test_the_origin_is_written_down(r10: Encoder, tmp_path: Path) -> None:
 def test_the_3x3_stem_and_what_solo_learn_pads(small: Encoder, tmp_path: Path) -> None:
     found = import_weights(saved(solo_older(small), tmp_path / "a.pth"), tmp_path / "a")
     assert (found.recipe.stem, found.recipe.image_size) == ("small", 32)
-    assert any("by 2 pixels" in note for note in found.notes)
+    assert any("solo-learn pads by 2" in note for note in found.notes)
     other_size = import_weights(
-        saved(plain(small), tmp_path / "b.pth"), tmp_path / "b", image_size=48
+        saved(plain(small), tmp_path / "b.pth"), tmp_path / "b", stem="small-stride2", image_size=48
     )
-    assert other_size.recipe.image_size == 48
-    assert not any("by 2 pixels" in note for note in other_size.notes)
+    assert (other_size.recipe.image_size, other_size.recipe.stem) == (48, "small-stride2")
+    assert not any("pads by 2" in note for note in other_size.notes)
 
 
 def test_knn_probe_and_embed_work_on_an_imported_run(
@@ -356,7 +530,7 @@ def test_knn_probe_and_embed_work_on_an_imported_run(
     file = saved(prefixed("backbone.", encoder.backbone.state_dict()), tmp_path / "theirs.pth")
     imported = tmp_path / "run"
     code, out, err = run("import", file, imported, "--image-size", 16)
-    assert (code, err) == (0, "") and "resnet10, small stem, no head, in the layout of" in out
+    assert (code, err) == (0, "") and "resnet10, small stem, no head, behind backbone." in out
     sets = ("--train", small_set.root, "--test", small_set.root, "--device", "cpu")
     for feature in ("backbone", "head"):
         code, out, err = run("knn", imported, *sets, "--feature", feature, "--k", 1)

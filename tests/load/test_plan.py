@@ -198,6 +198,19 @@ def test_another_order_has_another_digest() -> None:
     assert plans[0].digest() == Plan(200, 20, 0).digest()
 
 
+def test_any_other_chosen_id_has_another_digest() -> None:
+    """Also one that an epoch shows after all those that the digest looks at in order."""
+    chosen = np.arange(80_000)
+    other = chosen.copy()
+    other[-1] += 1
+    digests = {
+        Plan(80_000, 10, seed, Chosen(ids, Shuffled(80_000, seed)), ids).digest()
+        for seed in range(5)
+        for ids in (chosen, other)
+    }
+    assert len(digests) == 10
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UsageError, match=r"batch 11 is larger than the data \(10 images\): lower"):
         Plan(10, 11, seed=0)

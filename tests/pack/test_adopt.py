@@ -325,7 +325,7 @@ LABELS = [
         ["0", "1"],
         [1, -1, -1],
     ),
-    ({"0.json": b'{"y": [1]}', "1.json": b"[1]"}, {"label_key": "y"}, [], [-1, -1, -1]),
+    ({"0.json": b'{"y": [1]}', "1.json": b"[1]"}, {"label_key": "y"}, ["0", "1"], [1, -1, -1]),
     ({"0.json": b'{"y": "\\ud800"}'}, {"label_key": "y"}, ["?"], [0, -1, -1]),
 ]
 
@@ -371,3 +371,16 @@ def test_elsewhere_by_links(folder: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "set", full=True) == []
     with pytest.raises(UsageError, match="exists already"):
         adopt(folder, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b'{"y": [1, 2]}', "several labels"), (b'{"x": 1}', "No sample has a label in the field 'y'")],
+)
+def test_a_field_that_gives_no_label(
+    tmp_path: Path, jpeg: Callable[..., bytes], text: bytes, words: str
+) -> None:
+    write_tar(tmp_path / "s/a.tar", [("0.json", text), ("0.jpg", jpeg(0))])
+    with pytest.raises(DataError, match=words):
+        adopt(tmp_path / "s", options=AdoptOptions(label_key="y"))
+    assert adopt(tmp_path / "s", options=AdoptOptions(unlabelled=True)).classes == []

@@ -30,7 +30,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path, small_set: ShardSet) -> N
         with pytest.raises(UsageError, match=words):
             adopt(place)
     (folder / "part-0.idx").write_text("v1.2 0\n")
-    with pytest.raises(UsageError, match=r"\(part-0.idx\): remove them, or .* --out"):
+    with pytest.raises(UsageError, match=r"\(part-0.idx\): move them away, or .* --out"):
         adopt(folder)
     assert (folder / "part-0.idx").read_text() == "v1.2 0\n"
     (folder / "more.tar.gz").write_bytes(b"")
@@ -103,7 +103,8 @@ if moment == "rename":
     renames = iter(range(100))
     rename = Path.rename
     Path.rename = lambda path, to: stall() if next(renames) == 3 else rename(path, to)
-station.adopt(Path(sys.argv[1]), on_progress=stall if moment == "check" else None)
+out = Path(sys.argv[3]) if sys.argv[3:] else None
+station.adopt(Path(sys.argv[1]), out, on_progress=stall if moment == "check" else None)
 """
 
 
@@ -121,6 +122,12 @@ def test_an_interrupted_call_leaves_no_set(
     assert not (folder / "manifest.json").exists()
     if (moment, number) == ("check", signal.SIGINT):
         assert sorted(p.name for p in folder.iterdir()) == ["part-0.tar", "part-1.tar"]
+    notes = folder / "names.txt"
+    notes.write_text("my own notes")
+    with pytest.raises(UsageError, match=r"names.txt"):
+        adopt(folder)
+    assert notes.read_text() == "my own notes", "a stranger's file, though a call was killed here"
+    notes.unlink()
     adopt(folder)
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -132,13 +139,28 @@ def test_an_interrupted_call_leaves_no_set(
     }
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_two_calls_at_once(folder: Path, tmp_path: Path, elsewhere: bool) -> None:
+    out = tmp_path / "out" if elsewhere else None
+    command = [sys.executable, "-c", STALLED, str(folder), "check", *[str(out)] * elsewhere]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"stalled\n"
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        with pytest.raises(UsageError, match="Another process is writing"):
+            adopt(folder, out)
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        process.kill()
+    assert before == after
+    adopt(folder, out)
+
+
 def test_a_full_disk_is_plain_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastmoco.pack.adopt as station
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(station, "write_json", full)
+    monkeypatch.setattr(station, "write_manifest", full)
     with pytest.raises(DataError, match="cannot be written: No space left on device"):
         adopt(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["part-0.tar", "part-1.tar"]

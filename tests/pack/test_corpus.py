@@ -92,7 +92,6 @@ def pictures(image: Image.Image) -> Corpus:
         "black and white.png": (encode(image.convert("1"), "PNG"), CONVERTED),
         "16-bit.png": (encode(deep, "PNG"), CONVERTED),
         "16-bit.tiff": (encode(deep, "TIFF"), CONVERTED),
-        "float.tiff": (encode(image.convert("F"), "TIFF"), "32-bit values"),
         "pages.tiff": (encode(image, "TIFF", **frames), CONVERTED),
         "plain.gif": (encode(image, "GIF"), CONVERTED),
         "moving.gif": (encode(image, "GIF", **frames), CONVERTED),
@@ -257,7 +256,7 @@ def check_pixels(shards: ShardSet) -> None:
 
 def test_too_many_refusals_stop_the_pack(corpus: Corpus, tmp_path: Path) -> None:
     source = as_folder(corpus, tmp_path / "source")
-    with pytest.raises(DataError, match="More than 10 images are unfit"):
+    with pytest.raises(DataError, match=r"35 of 83 .* more than 10,.*--max-rejects 35"):
         pack(source, tmp_path / "set", PackOptions())
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
@@ -276,7 +275,7 @@ def test_members_that_leave_the_archive(tmp_path: Path) -> None:
     assert [ShardSet(tmp_path / "set").name_of(0), len(ShardSet(tmp_path / "set"))] == ["ok.png", 1]
     lines = (tmp_path / "set/rejects.jsonl").read_text().splitlines()
     reasons = {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
-    assert "leaves the archive" in reasons["../up.png"] and "regular" in reasons["link.png"]
+    assert "leaves the archive" in reasons["../up.png"] and "is a link" in reasons["link.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"source.tar", "set"}
 
 

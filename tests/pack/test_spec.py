@@ -9,7 +9,8 @@ import torchvision
 import fastmoco
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.sources import open_sources
-from fastmoco.pack.spec import check, load_spec, pack_known
+from fastmoco.pack.spec import check, load_spec, open_known
+from fastmoco.pack.writer import pack_sources
 
 SHARDS = Path(fastmoco.__file__).parents[1] / "shards"
 SPEC = """
@@ -102,7 +103,7 @@ def test_the_checksums_are_those_of_torchvision():
         ("about:", "abuot:", "unknown key 'abuot': did you mean 'about'?"),
         ("images: 4", "imges: 4", "unknown key 'splits.train.imges': did you mean 'images'?"),
         ("images: 4", "images: 0", "splits.train.images: Input should be greater than or equal"),
-        ("images: 4", "images: true", "images must not be a boolean"),
+        ("images: 4", "images: true", "images: Input should be a valid integer"),
         ("format: folder", "format: foldr", "no format 'foldr': did you mean 'folder'?"),
         ("format: folder", "", "the key 'format' is missing"),
         ("classes:", "options: {shards_mb: 3}\nclasses:", "'options.shards_mb': did you mean"),
@@ -204,7 +205,7 @@ def test_the_checksum_of_a_source_that_is_a_file(spec, tmp_path):
 def test_a_known_set_needs_its_source(tmp_path, spec):
     spec()
     with pytest.raises(UsageError, match="describes pets: say by --source DIR"):
-        pack_known(tmp_path / "pets.yaml", None, tmp_path / "out", {})
+        open_known(tmp_path / "pets.yaml", None, tmp_path / "out", {})
 
 
 def test_a_known_set_is_packed_or_refused_before_anything_is_written(tmp_path, spec, source):
@@ -214,12 +215,13 @@ def test_a_known_set_is_packed_or_refused_before_anything_is_written(tmp_path, s
     root = source(*TRAIN, *VAL)
     for number, path in enumerate(sorted(root.rglob("*.png"))):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    found = pack_known(tmp_path / "pets.yaml", root, tmp_path / "out", {"seed": 1})
+    options, sources = open_known(tmp_path / "pets.yaml", root, tmp_path / "out", {"seed": 1})
+    found = pack_sources(sources, tmp_path / "out", options)
     assert {split: manifest.samples for split, manifest in found.items()} == {"train": 4, "val": 2}
     assert found["train"].options["min_side"] == 3 and found["train"].options["seed"] == 1
-    found = pack_known(tmp_path / "pets.yaml", root, tmp_path / "two", {"min_side": 4})
-    assert found["train"].options["min_side"] == 4
+    options, _ = open_known(tmp_path / "pets.yaml", root, tmp_path / "two", {"min_side": 4})
+    assert options.min_side == 4
     (root / TRAIN[0]).unlink()
     with pytest.raises(DataError, match="expected 4 images, found 3"):
-        pack_known(tmp_path / "pets.yaml", root, tmp_path / "three", {})
+        open_known(tmp_path / "pets.yaml", root, tmp_path / "three", {})
     assert not list(tmp_path.glob("*three*"))

@@ -12,9 +12,16 @@ import pytest
 
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.verify import Finding, verify
+from fastmoco.pack.verify import Finding, unhashed, verify
 from fastmoco.pack.writer import pack
-from fastmoco.shardset import LABEL_DTYPE, SAMPLE_DTYPE, ShardSet, set_id_of, write_labels
+from fastmoco.shardset import (
+    LABEL_DTYPE,
+    SAMPLE_DTYPE,
+    ShardSet,
+    set_id_of,
+    write_labels,
+    write_manifest,
+)
 
 Make = Callable[..., Path]
 
@@ -295,7 +302,7 @@ def test_tables_of_another_length(copied: ShardSet, full: bool) -> None:
             if name == "rejects.jsonl" and content in (b"", sound[:-1]):
                 path.write_bytes(sound)
                 continue  # the set has none
-            assert only(verify(copied.root, full)).file in (name, "names.idx.npy"), content
+            assert only(verify(copied.root, full)).file in (name, "names.txt"), content
             path.write_bytes(sound)
     assert verify(copied.root, full) == []
 
@@ -330,6 +337,57 @@ def test_side_tables_are_looked_at(copied: ShardSet) -> None:
     path.with_suffix(".json").unlink()
     assert "cannot be read" in only(verify(copied.root, full=False)).what
 
+    path.unlink()
+    write_labels(copied, "mine", rows, ["a"], "by hand")
+    path.unlink()
+    assert "cannot be read" in only(verify(copied.root, full=False)).what
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "samples.npy",
+        "names.txt",
+        "names.idx.npy",
+        "manifest.json",
+        "labels/mine.npy",
+        "shard-000000.idx",
+    ],
+)
+def test_any_changed_byte_is_found(copied: ShardSet, name: str) -> None:
+    """None of them ends in a traceback: in a header, in a value, or where only a hash can tell."""
+    rows = np.array([(row, row % 2, 1.0) for row in range(20)], dtype=LABEL_DTYPE)
+    write_labels(copied, "mine", rows, ["a", "b"], "by hand")
+    path = copied.root / name
+    sound = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.choice(len(sound), 6, replace=False):
+        changed = bytearray(sound)
+        changed[place] ^= int(random.integers(1, 256))
+        path.write_bytes(changed)
+        try:
+            assert verify(copied.root, full=True), f"byte {place} was changed"
+        except DataError as error:
+            assert name == "manifest.json" and name in str(error)
+    path.write_bytes(sound)
+    assert verify(copied.root, full=True) == []
+
+
+def test_what_only_a_hash_can_tell(copied: ShardSet) -> None:
+    path = copied.root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["classes"].reverse()
+    path.write_text(json.dumps(manifest))
+    assert only(verify(copied.root, full=False)).file == "manifest.json"
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert verify(copied.root, full=True) == [], "as of an older set, which has no hashes"
+    assert "manifest.json" in unhashed(copied.root)
+    for channels in ([float("nan")] * 3, [0.5]):
+        path.write_text(json.dumps(manifest | {"mean": channels}))
+        with pytest.raises(DataError, match=r"manifest.json is damaged"):
+            verify(copied.root, full=False)
+
 
 def test_no_manifest_is_an_error_in_words(copied: ShardSet) -> None:
     (copied.root / "manifest.json").write_text("{")
@@ -361,7 +419,7 @@ def rebuild(one: ShardSet, path: Path, row: int) -> None:
     manifest = one.manifest.model_copy(deep=True)
     manifest.shards[0].sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest.set_id = set_id_of(manifest.shards, rows)
-    (one.root / "manifest.json").write_text(manifest.model_dump_json())
+    write_manifest(one.root, manifest)
 
 
 def test_the_set_id_is_that_of_the_whole_table_at_once() -> None:

@@ -203,21 +203,45 @@ def test_unfit_images_are_skipped_and_listed(make_images: Make, tmp_path: Path) 
     assert pack(source, tmp_path / "set", PackOptions())[""].samples == 6
     lines = (tmp_path / "set/rejects.jsonl").read_text().splitlines()
     rejects = {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
-    assert list(rejects) == ["cat/0002.jpg", "cat/notes.txt", "dog/0001.jpg"]
+    assert list(rejects) == ["cat/0002.jpg", "dog/0001.jpg"]
     assert rejects["dog/0001.jpg"] == "is not an image of a known format"
     shards = ShardSet(tmp_path / "set")
-    assert shards.manifest.rejected == 3 and shards.manifest.class_counts == [3, 3]
+    assert shards.manifest.rejected == 2 and shards.manifest.class_counts == [3, 3]
     assert not {shards.name_of(row) for row in range(6)} & set(rejects)
 
 
 def test_too_many_unfit_images_stop_the_pack(make_images: Make, tmp_path: Path) -> None:
     source = make_images(tmp_path / "in", per_class=8)
-    for path in sorted(source.glob("*/*"))[:11]:
+    for path in sorted(source.glob("*/*"))[2:13]:
         path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"More than 10 .*--max-rejects(?s:.*)is not an image"):
+    with pytest.raises(DataError, match=r"11 of 16 .*--max-rejects 11 (?s:.*)is not an image"):
         pack(source, tmp_path / "set", PackOptions())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     assert pack(source, tmp_path / "set", PackOptions(max_rejects=11))[""].samples == 5
+
+
+def test_a_class_that_would_be_gone_stops_the_pack(make_images: Make, tmp_path: Path) -> None:
+    source = make_images(tmp_path / "in", per_class=8)
+    for path in (source / "dog").iterdir():
+        path.write_bytes(b"x")
+    for limit in (None, 3, 8):
+        with pytest.raises(DataError, match=r"All 8 images of the class dog would be left out"):
+            pack(source, tmp_path / "set", PackOptions(max_rejects=limit))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_the_value_that_would_pass_counts_all_splits(make_images: Make, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for split in ("train", "val"):
+        make_images(source / split, per_class=5)
+        for name in ("cat", "dog"):
+            (source / split / name / "0003.jpg").write_bytes(b"x")
+    (source / "train/cat/photo.jp2").write_bytes(b"\0\0\0\x0cjP  ")
+    with pytest.raises(DataError, match=r"5 of 21 images .* --max-rejects 5 puts up with them"):
+        pack(source, tmp_path / "set", PackOptions(max_rejects=1))
+    assert not (tmp_path / "set").exists()
+    found = pack(source, tmp_path / "set", PackOptions(max_rejects=5))
+    assert {split: manifest.rejected for split, manifest in found.items()} == {"train": 3, "val": 2}
 
 
 def test_nothing_fit_is_refused(make_images: Make, tmp_path: Path) -> None:
@@ -231,12 +255,12 @@ def test_nothing_fit_is_refused(make_images: Make, tmp_path: Path) -> None:
 def test_any_name_finds_its_way_back(make_images: Make, tmp_path: Path, stem: str) -> None:
     source = make_images(tmp_path / "in", ())
     (source / "0000.jpg").rename(source / f"{stem}.jpg")
-    (source / f"{stem}.txt").write_bytes(b"x")
+    (source / f"{stem}.png").write_bytes(b"x")
     pack(source, tmp_path / "set", PackOptions())
     shards = ShardSet(tmp_path / "set")
     names = sorted(shards.name_of(row) for row in range(4))
     assert names == sorted(["0001.jpg", "0002.jpg", "0003.jpg", f"{stem}.jpg"])
-    assert json.loads((tmp_path / "set/rejects.jsonl").read_text())["name"] == f"{stem}.txt"
+    assert json.loads((tmp_path / "set/rejects.jsonl").read_text())["name"] == f"{stem}.png"
 
 
 def test_out_must_be_new_and_outside(make_images: Make, tmp_path: Path) -> None:

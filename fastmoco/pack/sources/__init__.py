@@ -7,18 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.sources.agree import agreed
 from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
+from fastmoco.pack.sources.arrow import is_arrow, open_arrow
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
 from fastmoco.pack.sources.folder import open_folder
 from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
+from fastmoco.pack.sources.metadata import is_metadata, open_metadata
+from fastmoco.pack.sources.reader import How
 from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
 from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
+from fastmoco.pack.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
+from fastmoco.pack.sources.webdataset import is_webdataset, open_webdataset
 
 Adapter = Callable[[Path, bool], dict[str, Source]]
 
@@ -33,7 +37,13 @@ FORMATS: dict[str, Adapter] = {
     "imagenet": open_imagenet,
     "tensor": open_tensor,
     "png-tensor": open_png_tensor,
+    "tiny-imagenet": open_tiny_imagenet,
+    "metadata": open_metadata,
+    "arrow": open_arrow,
+    "webdataset": open_webdataset,
 }
+
+BY_LAYOUT = {"folder": open_folder, "zip": open_zip, "tar": open_tar}
 
 # In this order, and before the general formats: the first that knows a source opens it.
 KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
@@ -42,9 +52,22 @@ KNOWN_FOLDERS: dict[str, Callable[[Path], bool]] = {
     "stl10": is_stl10,
     "svhn": is_svhn,
     "png-tensor": is_png_tensor,
+    "tiny-imagenet": is_tiny_imagenet,
+    "metadata": is_metadata,
+    "arrow": is_arrow,
+    "webdataset": is_webdataset,
 }
-KNOWN_FILES = {name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn")}
-SUFFIXES = {".zip": "zip", ".tar": "tar", ".csv": "csv", ".npy": "tensor", ".pt": "tensor"}
+KNOWN_FILES = {
+    name: KNOWN_FOLDERS[name] for name in ("imagenet", "cifar", "svhn", "webdataset", "arrow")
+}
+SUFFIXES = {
+    ".zip": "zip",
+    ".tar": "tar",
+    ".csv": "csv",
+    ".jsonl": "csv",
+    ".npy": "tensor",
+    ".pt": "tensor",
+}
 
 
 def open_sources(
@@ -52,6 +75,8 @@ def open_sources(
     format: str | None = None,
     unlabelled: bool = False,
     like: list[str] | None = None,
+    classes_at: str | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Source]:
     """Open a source of images.
 
@@ -60,6 +85,8 @@ def open_sources(
         format: a name of `FORMATS`; None: recognised.
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
+        classes_at: one of `CLASSES_AT`, for folders and archives.
+        folder: holds the images that a CSV lists; see `open_table`.
 
     Returns:
         The source of each split; "" for a source without splits.
@@ -76,15 +103,25 @@ def open_sources(
     if not path.exists():
         raise UsageError(f"There is no file or folder {path}.")
     chosen = format or recognise(path)
+    if folder is not None and chosen != "csv":
+        raise UsageError(f"--root says where the images of a CSV lie; {path} is a {chosen}.")
     try:
-        sources = FORMATS[chosen](path, unlabelled)
+        if chosen in BY_LAYOUT:
+            how = How(unlabelled, classes_at, tuple(like or ()))
+            sources = BY_LAYOUT[chosen](path, unlabelled, how)
+        elif classes_at:
+            raise UsageError(f"--classes-at reads folders; {path} is of the format {chosen}.")
+        elif folder is not None:
+            sources = open_table(path, unlabelled, folder)
+        else:
+            sources = FORMATS[chosen](path, unlabelled)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise DataError(f"{path} cannot be read as {chosen} ({reason}).") from error
     if unlabelled:
         sources = {split: _without_labels(source) for split, source in sources.items()}
     if like:
-        sources = {split: _agreed(source, like) for split, source in sources.items()}
+        sources = {split: agreed(source, like) for split, source in sources.items()}
     return sources
 
 
@@ -112,22 +149,3 @@ def _first(known: dict[str, Callable[[Path], bool]], path: Path) -> str | None:
 
 def _without_labels(source: Source) -> Source:
     return replace(source, labels=no_labels(len(source)), classes=[])
-
-
-def _agreed(source: Source, expected: list[str]) -> Source:
-    """Return the source with the class numbers of another set, whose classes it must have."""
-    missing = sorted(set(expected) - set(source.classes))
-    extra = sorted(set(source.classes) - set(expected))
-    if missing or extra:
-        raise DataError(
-            f"The classes differ from those of the set to be like: missing here {_few(missing)}; "
-            f"unknown there {_few(extra)}."
-        )
-    numbers = np.array([expected.index(name) for name in source.classes], dtype=np.int32)
-    labels = np.where(source.labels < 0, np.int32(-1), numbers[source.labels])
-    return replace(source, labels=labels, classes=list(expected))
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

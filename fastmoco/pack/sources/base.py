@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -20,6 +20,19 @@ class Reject(NamedTuple):
 
     name: str
     reason: str
+
+
+@dataclass
+class Passed:
+    """Files of one kind that are not meant as images.
+
+    Attributes:
+        first: the name of one.
+        count: their number.
+    """
+
+    first: str
+    count: int = 0
 
 
 class Names(Sequence[str]):
@@ -71,7 +84,10 @@ class Source:
         labels: (N,) int32, -1 for none.
         classes: the name of each class number; empty without labels.
         inputs: where each image lies.
-        left_out: what was passed over.
+        left_out: what looks like an image, or was listed as one, and is not packed.
+        passed: what is not meant as an image, by its group.
+        labels_from: where the labels come from, in words; "" without labels.
+        notes: what else is worth saying before anything is decoded.
     """
 
     names: Names
@@ -79,6 +95,9 @@ class Source:
     classes: list[str]
     inputs: Inputs
     left_out: list[Reject]
+    passed: Mapping[str, Passed] = field(default_factory=dict)
+    labels_from: str = ""
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.labels) == len(self.inputs.sizes):
@@ -89,12 +108,12 @@ class Source:
 
     def pick(self, rows: npt.NDArray[np.int64], left_out: Sequence[Reject] = ()) -> "Source":
         """Return the source of some of the images, in the order given."""
-        return Source(
-            self.names.pick(rows),
-            self.labels[rows],
-            self.classes,
-            Picked(self.inputs, rows),
-            [*self.left_out, *left_out],
+        return replace(
+            self,
+            names=self.names.pick(rows),
+            labels=self.labels[rows],
+            inputs=Picked(self.inputs, rows),
+            left_out=[*self.left_out, *left_out],
         )
 
     def fingerprint(self) -> str:

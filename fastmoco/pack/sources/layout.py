@@ -1,136 +1,168 @@
-"""What the layout of folders says: which split and which class an image belongs to."""
+"""What the layout of folders says: which split and which class an image belongs to.
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+Everything is read from the folders that hold images, never from one image at a time: there are few
+folders. How they are read: see `reader`.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs, Picked
-from fastmoco.pack.sources.base import Names, Reject, Source, no_labels, numbered
+from fastmoco.pack.kinds import ARCHIVES
+from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
+from fastmoco.pack.sources.found import Found, folder_of
+from fastmoco.pack.sources.masks import few_valued, stems_of
+from fastmoco.pack.sources.reader import Branch, How, Looks, Reader
+from fastmoco.pack.sources.tree import Node, is_training, tree_of
 
-SPLIT = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|unlabell?ed", re.IGNORECASE)
+NO_IMAGES = "folders without images"
 
-# A suffix only says which files are meant as images; what they are, `check` reads from the bytes.
-SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|avif|p[bgpn]m)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split of a layout.
-
-    Attributes:
-        rows: of its images among all names.
-        labels: (len(rows),) int32, -1 for none.
-        classes: empty without labels.
-    """
-
-    rows: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int32]
-    classes: list[str]
-
-
-def split_by_layout(
-    names: Sequence[str], where: str, unlabelled: bool, wrapping: int = 0
-) -> dict[str, Part]:
-    """Return the parts that the folders of the names make, by split; "" where there are none.
-
-    `train/cat/1.jpg` is of the split train and the class cat, `cat/1.jpg` of the class cat;
-    folders below the class do not count.
-
-    Args:
-        names: posix paths.
-        where: what holds them, for errors.
-        unlabelled: take all as one part without labels.
-        wrapping: characters at the start of each name that do not belong to the layout.
-
-    Raises:
-        DataError: a layout that does not give sound labels.
-    """
-    rows = np.arange(len(names), dtype=np.int64)
-    if unlabelled:
-        return {"": Part(rows, no_labels(len(rows)), [])}
-    numbers, tops = numbered(first_folder(name, wrapping) for name in names)
-    if not all(map(SPLIT.fullmatch, tops)):
-        return {"": _part(rows, numbers, tops, where)}
-    parts = {}
-    for number, split in enumerate(tops):
-        chosen = np.flatnonzero(numbers == number)
-        start = wrapping + len(split) + 1
-        below = numbered(first_folder(names[row], start) for row in map(int, chosen))
-        parts[split] = _part(chosen, *below, f"{where}/{split}")
-    _refuse_other_classes(parts, where)
-    return parts
+T = TypeVar("T")
 
 
 def sources_by_layout(
-    names: Names,
-    inputs: Inputs,
-    left_out: Sequence[Reject],
-    where: str,
-    unlabelled: bool,
-    wrapping: int = 0,
+    found: Found, names: Names, paths: Iterable[str], inputs: Inputs, where: str, how: How
 ) -> dict[str, Source]:
-    """Return the source of each split of some names; see `split_by_layout`.
+    """Return the source of each split of what was found; "" where there are none.
+
+    `train/cat/1.jpg` is of the split train and the class cat, `cat/1.jpg` of the class cat.
 
     Args:
-        names: posix paths.
+        found: what is beside the images.
+        names: of the images, in the order of their bytes.
+        paths: the names with slashes, from which the layout is read.
         inputs: of each name.
-        left_out: what was passed over, named as `names` are.
         where: what holds them, for errors.
-        unlabelled: take all as one part without labels.
-        wrapping: characters at the start of each name that do not belong to the layout.
+        how: see `How`.
 
     Raises:
-        DataError: there are no images, or the layout does not give sound labels.
+        DataError: there are no images, the layout does not give sound labels, or it can be read
+            in two ways.
     """
     if not names:
-        first = "".join(f" ({reject.name}: {reject.reason})" for reject in left_out[:1])
-        raise DataError(f"{where} holds no images{first}.")
-    sources = {}
-    for split, part in split_by_layout(names, where, unlabelled, wrapping).items():
-        passed = [r for r in left_out if not split or first_folder(r.name, wrapping) == split]
-        sources[split] = _source(names, inputs, part, passed)
-    return sources
+        raise DataError(f"{where} holds no images{_instead(found)}.")
+    codes, folders = numbered(map(folder_of, paths))
+    root = tree_of(folders, np.bincount(codes, minlength=len(folders)))
+
+    def rows_of(node: Node) -> npt.NDArray[np.int64]:
+        numbers = [one.number for one in node.folders()]
+        return np.flatnonzero(np.isin(codes, numbers))
+
+    def rejects(reasons: Mapping[int, str]) -> list[Reject]:
+        return [
+            Reject(names[row], reason)
+            for number, reason in reasons.items()
+            for row in np.flatnonzero(codes == number).tolist()
+        ]
+
+    looks = Looks(
+        stems=_remembered(lambda node: stems_of(names, rows_of(node))),
+        few=_remembered(lambda node: few_valued(inputs, rows_of(node).tolist())),
+    )
+    branches, beside = Reader(found, where, how, looks).branches(root)
+    agreed = _agreed(branches, where)
+    sources: dict[str, Source] = {}
+    untold = list(found.left_out)
+    for split, branch in branches.items():
+        left_out = [r for r in untold if branch.base.holds(r.name)]
+        untold = [r for r in untold if not branch.base.holds(r.name)]
+        part = _source(branch, agreed, names, codes, inputs)
+        sources[split] = replace(part, left_out=[*left_out, *rejects(branch.strays)])
+    first = next(iter(sources))  # tells what belongs to no split, too
+    others = [*sources[first].left_out, *untold, *rejects(beside)]
+    sources[first] = replace(
+        sources[first],
+        left_out=others,
+        passed=found.passed | _folders_without_images(found, root),
+        notes=[*found.notes, *sources[first].notes],
+    )
+    return {s: replace(o, left_out=sorted(o.left_out, key=by_name)) for s, o in sources.items()}
 
 
-def first_folder(name: str, start: int = 0) -> str:
-    """Return the first folder of a posix path that begins at `start`, "" if it has none."""
-    return name[start : max(start, name.find("/", start))]
+def _remembered(look: Callable[[Node], T]) -> Callable[[Node], T]:
+    known: dict[str, T] = {}
+
+    def remembered(node: Node) -> T:
+        if node.path not in known:
+            known[node.path] = look(node)
+        return known[node.path]
+
+    return remembered
 
 
-def _source(names: Names, inputs: Inputs, part: Part, left_out: list[Reject]) -> Source:
-    if len(part.rows) < len(names):  # else a copy of all that there is
-        names, inputs = names.pick(part.rows), Picked(inputs, part.rows)
-    return Source(names, part.labels, part.classes, inputs, left_out)
+def _instead(found: Found) -> str:
+    """Return what a source holds in place of images."""
+    for reject in found.left_out:
+        return f" ({reject.name} {reject.reason})"
+    held = ", ".join(f"{one.count} {kind} ({one.first})" for kind, one in found.passed.items())
+    several = ", pack each by itself or unpack it" if ARCHIVES in found.passed else ""
+    return held and f"; it holds {held}{several}"
 
 
-def _part(
-    rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int32], classes: list[str], where: str
-) -> Part:
-    if classes == [""]:
-        return Part(rows, no_labels(len(rows)), [])
-    if "" in classes:
-        raise DataError(
-            f"{where} holds images beside class folders: move them into a class, or pass "
-            "--unlabelled."
-        )
-    if len(classes) == 1:
-        raise DataError(
-            f"{where} has a single class folder ({classes[0]}), and everything in one class gives "
-            "100 % accuracy: pass --unlabelled to pack without labels."
-        )
-    return Part(rows, numbers, classes)
+def _source(
+    branch: Branch,
+    agreed: Sequence[str],
+    names: Names,
+    codes: npt.NDArray[np.int32],
+    inputs: Inputs,
+) -> Source:
+    number_of = {name: number for number, name in enumerate(agreed)}
+    means = matched(list(dict.fromkeys(branch.classes.values())), agreed)
+    of_folder = np.full(int(codes.max()) + 1, -2, dtype=np.int32)
+    for folder, name in branch.classes.items():
+        of_folder[folder] = number_of[means[name]] if name else -1
+    labels = of_folder[codes]
+    rows = np.flatnonzero(labels > -2)
+    if len(rows) < len(names):  # else a copy of all that there is
+        names, inputs = names.pick(rows), Picked(inputs, rows)
+    labelled = any(branch.classes.values())
+    return Source(
+        names=names,
+        labels=labels[rows],
+        classes=list(agreed) if labelled else [],
+        inputs=inputs,
+        left_out=[],
+        labels_from=branch.labels_from,
+        notes=branch.notes,
+    )
 
 
-def _refuse_other_classes(parts: dict[str, Part], where: str) -> None:
-    labelled = {split: part.classes for split, part in parts.items() if part.classes}
-    lists = list(labelled.values())
-    if any(classes != lists[0] for classes in lists):
-        odd = sorted({name for one in lists for other in lists for name in set(one) - set(other)})
-        raise DataError(
-            f"The splits of {where} ({', '.join(labelled)}) differ in their classes "
-            f"({', '.join(odd[:5])}): add what is missing, or pack each by itself."
-        )
+def _folders_without_images(found: Found, root: Node) -> dict[str, Passed]:
+    """Return the highest folders without images, as a group; none if there is none."""
+    held = root.paths()
+    bare = sorted(f for f in found.folders if f not in held and folder_of(f) in held)
+    return {NO_IMAGES: Passed(bare[0], len(bare))} if bare else {}
+
+
+def _agreed(branches: Mapping[str, Branch], where: str) -> list[str]:
+    """Return the classes of all splits: those of the split to train on, which others may lack.
+
+    Raises:
+        DataError: a split has another class; or without a split to train on, they differ.
+    """
+    classes = {
+        split: sorted(set(branch.classes.values()), key=os.fsencode)
+        for split, branch in branches.items()
+        if any(branch.classes.values())
+    }
+    if not classes:
+        return []
+    training = [split for split in classes if is_training(split)]
+    first = max(training or classes, key=lambda split: len(classes[split]))
+    for split, mine in classes.items():
+        means = matched(mine, classes[first])
+        odd = [name for name in mine if name not in means]
+        lacking = [name for name in classes[first] if name not in means.values()]
+        if odd or (lacking and (split in training or not training)):
+            raise DataError(
+                f"The splits of {where} ({', '.join(classes)}) differ in their classes "
+                f"({few(odd or lacking)}): add what is missing, or pack each by itself."
+            )
+    return classes[first]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs
 from fastmoco.pack.sources.base import Names, Source, check_labels, no_labels
@@ -44,14 +45,18 @@ def records(content: Bytes, shape: tuple[int, ...], where: str) -> Bytes:
     return content.reshape(-1, *shape)
 
 
-def as_labels(values: Any, count: int, where: str, first: int = 0) -> npt.NDArray[np.int32]:
+def as_labels(
+    values: Any, count: int, where: str, first: int = 0, missing: bool = False
+) -> npt.NDArray[np.int32]:
     """Return labels as class numbers, checked before the conversion, which would wrap around.
 
     Args:
-        values: (N,), (N, 1) or (1, N) whole numbers.
+        values: (N,), (N, 1) or (1, N) whole numbers, also as floats or bools; or (N, classes) with
+            one 1 in each row.
         count: of the images.
         where: what holds the labels, for errors.
         first: the label of class number 0.
+        missing: whether -1 and NaN mean no label, as -1 in the result.
 
     Raises:
         DataError: another type, shape or number, or a label that is no class number.
@@ -61,6 +66,12 @@ def as_labels(values: Any, count: int, where: str, first: int = 0) -> npt.NDArra
     except ValueError as error:
         raise DataError(f"{where} must hold one whole number an image.") from error
     flat = array.reshape(-1) if array.ndim == 2 and 1 in array.shape else array
+    if flat.ndim == 2 and flat.dtype.kind in "biuf":
+        flat = _from_one_hot(flat, where)
+    if missing and flat.dtype.kind == "f":
+        flat = np.nan_to_num(flat, nan=-1)
+    if flat.dtype.kind == "b" or (flat.dtype.kind == "f" and (flat == np.rint(flat)).all()):
+        flat = flat.astype(np.int64)
     if flat.ndim != 1 or flat.dtype.kind not in "iu":
         raise DataError(
             f"{where} must hold one whole number an image, not {array.dtype} values of shape "
@@ -68,10 +79,20 @@ def as_labels(values: Any, count: int, where: str, first: int = 0) -> npt.NDArra
         )
     if len(flat) != count:
         raise DataError(f"{where} holds {len(flat)} labels for {count} images.")
-    bad = (flat < first) | (flat >= MAX_CLASSES)
+    bad = (flat < first - missing) | (flat >= MAX_CLASSES)
     if bad.any():
         raise DataError(f"{where}: {flat[bad][0]} is no label; they run from {first}.")
     return flat.astype(np.int32) - np.int32(first)
+
+
+def _from_one_hot(rows: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    """Return (N,) the column of the one 1 in each row."""
+    if ((rows != 0) & (rows != 1)).any() or (rows == 0).all(axis=1).any():
+        raise DataError(f"{where}: {rows.shape[1]} columns, but no single 1 in each row.")
+    if (rows.sum(axis=1) > 1).any():
+        raise several_labels(where)
+    columns: npt.NDArray[np.int64] = rows.argmax(axis=1)
+    return columns
 
 
 def number_names(labels: npt.NDArray[np.int32]) -> list[str]:

@@ -1,51 +1,53 @@
-"""A CSV manifest: one line an image, with columns path and, where wanted, label and split.
+"""A CSV manifest: one line an image, with columns for path and, where wanted, label and split.
 
-The whole file is refused for what is a fault of the file: no header, a row of another length, a
-path that is absolute or goes up by `..`, the same path twice. What is a fault of one image - it is
-missing, or a link leads out of the folder - is listed, and the others are taken.
+How it may be written: see `listing`. The whole file is refused for what is a fault of the file: no
+header, a row of another length, a path that leads out of the folder, the same path twice. What is a
+fault of one image - it is missing - is listed, and the others are taken.
 """
 
-import csv
 import os
 import posixpath
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import Found, is_no_label, is_utf8, several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, numbered
-from fastmoco.pack.sources.raw import as_labels, number_names
+from fastmoco.pack.listing import Listing, opened, tidied
+from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels
 
-COLUMNS = ("path", "label", "split")
+_DRIVE = re.compile(r"[A-Za-z]:/")
 SPLIT = re.compile(r"[A-Za-z0-9_-]*")  # names a folder of the packed set
-# Not 007: numbers with zeros before them are names of classes (001.cat), and 1 another than 01.
-NUMBER = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)
 
 
 class Row(NamedTuple):
-    """One line of the manifest."""
+    """One line of the manifest, its path as it is written."""
 
-    name: str
+    line: int
+    path: str
     label: str
     split: str
 
 
-def open_table(path: Path, unlabelled: bool = False) -> dict[str, Source]:
+def open_table(
+    path: Path, unlabelled: bool = False, folder: Path | None = None
+) -> dict[str, Source]:
     """Open the images that a CSV file lists.
 
     Labels that are all whole numbers keep their number, and the classes are named by it; other
-    labels are class names, numbered in the order of their bytes. All splits have the same classes.
+    labels are class names, sorted. All splits have the same classes.
 
     Args:
-        path: of the CSV; UTF-8, comma-separated, with a header. Paths in it are relative to its
-            folder. An empty label means none.
+        path: of the CSV. An empty label and -1 mean none.
         unlabelled: do not read the column label.
+        folder: holds the images: the paths are below it, here or where the CSV was written;
+            None: the folder of the CSV.
 
     Returns:
         The source of each split, in the order of the names; "" without the column split.
@@ -53,118 +55,156 @@ def open_table(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     Raises:
         DataError: a fault of the file, by line; see the module.
     """
-    rows = _read(path)
+    rows, origin, notes = _read(path, unlabelled)
     if not rows:
         raise DataError(f"{path} lists no images.")
     if len({bool(row.split) for row in rows}) > 1:
         raise DataError(f"{path} names a split in some lines only: name it in all or in none.")
-    rows.sort(key=lambda row: os.fsencode(row.name))
-    labels, classes = (None, []) if unlabelled else _labels([row.label for row in rows], path)
+    named = _named(rows, path, unlabelled, folder)
+    names = sorted(named, key=os.fsencode)
+    rows = [named[name] for name in names]
+    labels, classes = _labels([row.label for row in rows])
     sources = {}
     for split in sorted({row.split for row in rows}):
         chosen = [number for number, row in enumerate(rows) if row.split == split]
-        names = [rows[number].name for number in chosen]
-        numbers = np.full(len(names), -1, np.int32) if labels is None else labels[chosen]
-        sources[split] = _split(path, names, numbers, classes, f"{path} {split}".rstrip())
+        where = f"{path} {split}".rstrip()
+        its_names = [names[number] for number in chosen]
+        found = _split(folder or path.parent, its_names, labels[chosen], classes, where)
+        sources[split] = replace(found, labels_from=origin if classes else "", notes=notes)
     return sources
 
 
-def _read(path: Path) -> list[Row]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            columns = _columns(next(reader, []), path)
-            lines: dict[str, int] = {}
-            return [
-                _row(fields, columns, lines, line, f"{path}, line {line}")
-                for line, fields in ((reader.line_num, fields) for fields in reader if fields)
-            ]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+def _read(path: Path, unlabelled: bool) -> tuple[list[Row], str, list[str]]:
+    """Return the rows, where their labels come from, and what is worth saying, in words."""
+    with opened(path, ("name", "label", "split")) as listing:
+        if "name" not in listing.columns:
+            raise DataError(
+                f"{path} must open with a header that names the columns: path, and label and split "
+                f"if there are any; it opens with: {', '.join(listing.header[:8])}."
+            )
+        if not unlabelled and "label" not in listing.columns and any(listing.unread()):
+            unread = ", ".join(map(repr, listing.unread()[:5]))
+            raise DataError(
+                f"{path} has no column `label`, but {unread}: call the one with the class of each "
+                "image `label` (a column for each class is not read), or pass --unlabelled."
+            )
+        label = listing.columns.get("label")
+        origin = "" if label is None else f"the column {listing.header[label].strip()}"
+        unread = ", ".join(map(repr, listing.unread()))
+        notes = [f"columns that were not read: {unread}"] if unread else []
+        rows = [_row(listing, fields, line, unlabelled) for line, fields in listing.rows]
+    return rows, origin, notes
 
 
-def _columns(header: Sequence[str], path: Path) -> list[str]:
-    columns = [name.strip() for name in header]
-    doubled = [name for name in COLUMNS if columns.count(name) > 1]
-    if "path" not in columns or doubled:
+def _row(listing: Listing, fields: list[str], line: int, unlabelled: bool) -> Row:
+    where = f"{listing.path}, line {line}"
+    if len(fields) != len(listing.header):
         raise DataError(
-            f"{path} must open with a header that names the column path once, and label and split "
-            f"if there are any; it opens with: {', '.join(columns[:8])}."
+            f"{where}: {len(fields)} fields, the header has {len(listing.header)}; a name with a "
+            "comma needs quotes."
         )
-    return columns
-
-
-def _row(
-    fields: list[str], columns: list[str], lines: dict[str, int], line: int, where: str
-) -> Row:
-    if len(fields) != len(columns):
-        raise DataError(
-            f"{where}: {len(fields)} fields, the header has {len(columns)}; a name with a comma "
-            "needs quotes."
-        )
-    values = dict(zip(columns, fields, strict=True))
-    name, split = _name(values["path"], where), values.get("split", "").strip()
+    values = {role: fields[place] for role, place in listing.columns.items()}
+    split = values.get("split", "").strip()
+    label = "" if unlabelled else values.get("label", "").strip()
     if not SPLIT.fullmatch(split):
         raise DataError(f"{where}: the split {split!r} may hold letters, digits, _ and - only.")
-    if name in lines:
-        raise DataError(f"{where}: {name} stands in line {lines[name]} already: keep one.")
-    lines[name] = line
-    return Row(name, values.get("label", "").strip(), split)
+    if not is_utf8(label):
+        raise DataError(f"{where}: the label {label!r} is not UTF-8: save the file in UTF-8.")
+    if not values["name"].strip() or "\0" in values["name"]:
+        raise DataError(f"{where}: {values['name']!r} is no path.")
+    return Row(line, values["name"], "" if is_no_label(label) else label, split)
 
 
-def _name(text: str, where: str) -> str:
-    parts = text.split("/")
-    if not text or "\0" in text or text.startswith("/") or ".." in parts:
-        raise DataError(
-            f"{where}: {text!r} is no path below the folder of the file: write it relative to that "
-            "folder, without `..`."
-        )
-    return posixpath.normpath(text)
+def _named(rows: list[Row], path: Path, unlabelled: bool, folder: Path | None) -> dict[str, Row]:
+    """Return the rows by the names of their images below the folder."""
+    below = _Below(path, folder)
+    found: dict[str, Row] = {}
+    for row in rows:
+        where = f"{path}, line {row.line}"
+        name = below.name(row.path)
+        if name is None:
+            raise DataError(
+                f"{where}: {row.path!r} is no path below {below.folder}: name the folder that "
+                f"holds the images by --root {_shared(rows, path.parent)}."
+            )
+        other = found.setdefault(name, row)
+        if other is not row and not unlabelled:
+            if other.label != row.label:
+                raise several_labels(f"{where}: {name} has another label in line {other.line}")
+            raise DataError(f"{where}: {name} stands in line {other.line} already: keep one.")
+    return found
 
 
-def _labels(labels: list[str], path: Path) -> tuple[npt.NDArray[np.int32], list[str]]:
+def _shared(rows: list[Row], home: Path) -> str:
+    """Return the folder that holds all that does not lie in `home`, for the command line."""
+    paths = [row.path for row in rows if os.path.isabs(row.path) or row.path.startswith("..")]
+    folders = [os.path.dirname(os.path.abspath(home / path)) for path in paths]
+    shared = os.path.commonpath(folders) if folders else ""
+    return shlex.quote(shared) if os.path.isdir(shared) else "FOLDER"
+
+
+class _Below:
+    """Finds the names of images below a folder from the paths in a CSV.
+
+    Args:
+        path: of the CSV.
+        folder: see `open_table`.
+    """
+
+    def __init__(self, path: Path, folder: Path | None) -> None:
+        self.folder, self._is_given = folder or path.parent, folder is not None
+        self._home = os.path.abspath(path.parent)
+        self._root = os.path.abspath(self.folder)
+        self._elsewhere = ""  # what the folder was called where the CSV was written
+
+    def name(self, text: str) -> str | None:
+        """Return the name of an image, None if it does not lie below the folder."""
+        text = text if os.path.lexists(os.path.join(self.folder, text)) else tidied(text)
+        path = posixpath.normpath(text)
+        leads_out = _DRIVE.match(path) or path.startswith("/") or path.split("/")[0] == ".."
+        if not leads_out and (not self._is_given or os.path.lexists(f"{self._root}/{path}")):
+            return path
+        for full in (os.path.join(self._home, text), text):
+            full = posixpath.normpath(full)
+            if full.startswith(f"{self._root}/"):
+                return full[len(self._root) + 1 :]
+        return self._from_elsewhere(path) if self._is_given else None
+
+    def _from_elsewhere(self, path: str) -> str | None:
+        parts = path.split("/")
+        if not self._elsewhere:
+            cuts = range(1, len(parts))
+            ends = (cut for cut in cuts if os.path.lexists(f"{self._root}/{'/'.join(parts[cut:])}"))
+            self._elsewhere = "/".join(parts[: next(ends, 0)]) + "/"
+        known = len(self._elsewhere) > 1 and path.startswith(self._elsewhere)
+        return path[len(self._elsewhere) :] if known else None
+
+
+def _labels(labels: list[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Return class numbers, -1 for none, and class names."""
-    rows = np.array([row for row, label in enumerate(labels) if label], dtype=np.int64)
-    given = [labels[row] for row in rows.tolist()]
-    if all(map(NUMBER.fullmatch, given)):
-        whole = np.array([int(label) for label in given], dtype=np.int64)
-        numbers = as_labels(whole, len(given), str(path))
-        classes = number_names(numbers)
-    else:
-        numbers, classes = numbered(given)
-    found = np.full(len(labels), -1, dtype=np.int32)
-    found[rows] = numbers
-    return found, classes
+    found = Found()
+    codes = np.array([found.code(label) if label else -1 for label in labels], dtype=np.int32)
+    numbers, classes = found.as_classes()
+    return np.append(numbers, np.int32(-1))[codes], classes
 
 
 def _split(
-    path: Path, names: list[str], labels: npt.NDArray[np.int32], classes: list[str], where: str
+    folder: Path, names: list[str], labels: npt.NDArray[np.int32], classes: list[str], where: str
 ) -> Source:
-    reasons = [_why_not(str(path.parent / name), str(path.parent)) for name in names]
+    reasons = [_why_not(os.path.join(folder, name)) for name in names]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     left_out = [Reject(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
     if not kept:
         raise DataError(f"{where}: none of the images is there ({names[0]}: {reasons[0]}).")
     check_labels(labels[kept], classes, where)
     held = Names(names[row] for row in kept)
-    inputs = FileInputs(path.parent, held)
-    return Source(held, labels[kept], classes, inputs, sorted(left_out, key=by_name))
+    return Source(
+        held, labels[kept], classes, FileInputs(folder, held), sorted(left_out, key=by_name)
+    )
 
 
-@lru_cache(maxsize=4096)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def _why_not(path: str, root: str) -> str | None:
+def _why_not(path: str) -> str | None:
     """Return why an image cannot be taken, None if it can."""
-    folder, name = os.path.split(path)
-    real = os.path.join(_real(folder), name)
-    real = os.path.realpath(real) if os.path.islink(real) else real
-    if os.path.commonpath([real, _real(root)]) != _real(root):
-        return "is a link that leaves the source folder"
-    if not os.path.lexists(real):
-        return "does not exist"
-    return None if os.path.isfile(real) else "is not a regular file"
+    if not os.path.exists(path):
+        return "is a link that leads nowhere" if os.path.lexists(path) else "does not exist"
+    return None if os.path.isfile(path) else "is not a regular file"

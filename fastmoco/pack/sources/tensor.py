@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import Found, is_no_label
 from fastmoco.errors import DataError
+from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, no_labels
-from fastmoco.pack.sources.layout import SPLIT
 from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, number_names, source_of
+from fastmoco.pack.sources.tree import is_split
 
 SUFFIXES = (".npy", ".pt")
 NUMBERED = re.compile(r"(\d{1,18})\.png", re.IGNORECASE | re.ASCII)
@@ -29,7 +31,7 @@ def open_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 
     Args:
         path: a .npy or .pt file with uint8 images of shape (N, 3, H, W), (N, H, W, 3), (N, H, W),
-            (N, 1, H, W) or (N, H, W, 1).
+            (N, 1, H, W) or (N, H, W, 1); 4 channels are colors and alpha, which is dropped.
         unlabelled: look for no labels.
 
     Returns:
@@ -44,8 +46,8 @@ def open_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     beside = None if unlabelled else _one_of([path.with_name(f"{path.stem}_labels")])
     if beside is None:
         return {"": source_of(names, inputs, None, [], str(path))}
-    labels = as_labels(_array(beside), len(images), str(beside))
-    return {"": source_of(names, inputs, labels, number_names(labels), str(beside))}
+    labels, classes = _read_labels(beside, len(images))
+    return {"": source_of(names, inputs, labels, classes, str(beside))}
 
 
 def is_png_tensor(path: Path) -> bool:
@@ -85,7 +87,7 @@ def open_png_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 
 
 def _taken(path: Path) -> list[Path]:
-    return [f for f in _folders(path) if SPLIT.fullmatch(_stem(f)) or _label_file(f)]
+    return [f for f in _folders(path) if is_split(_stem(f)) or _label_file(f)]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -139,11 +141,23 @@ def _numbered_files(folder: Path) -> tuple[dict[int, str], list[Reject]]:
     return dict(sorted(found.items())), sorted(left_out, key=by_name)
 
 
+def _read_labels(path: Path, count: int) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return class numbers, -1 for none, and class names, from numbers or from names."""
+    array = _array(path)
+    if array.dtype.kind != "U" or array.shape != (count,):
+        labels = as_labels(array, count, str(path), missing=True)
+        return labels, number_names(labels)
+    found = Found()
+    codes = [-1 if is_no_label(value) else found.code(value) for value in array.tolist()]
+    numbers, classes = found.as_classes()
+    return np.append(numbers, np.int32(-1))[codes], classes
+
+
 def _labels_of(folder: Path, numbers: list[int]) -> npt.NDArray[np.int32] | None:
     file = _label_file(folder)
     if file is None:
         return None
-    labels = as_labels(_array(file), len(numbers), str(file))
+    labels = as_labels(_array(file), len(numbers), str(file), missing=True)
     if numbers[-1] != len(numbers) - 1:
         gap = next(row for row, number in enumerate(numbers) if row != number)
         raise DataError(f"{folder} has no {gap}.png: the labels of {file.name} run from 0 on.")
@@ -171,6 +185,8 @@ def _as_images(array: npt.NDArray[Any], path: Path) -> Bytes:
             f"{path} holds {array.dtype} values; images are whole numbers 0..255: convert them to "
             "uint8 and save again (values 0..1: times 255, rounded)."
         )
+    if array.ndim == 4 and 4 in (array.shape[1], array.shape[3]):  # alpha is dropped
+        array = array[..., :3] if array.shape[3] == 4 else array[:, :3]
     shape = array.shape
     if 0 in shape or len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] == shape[3] == 3):
         raise _odd_shape(path, shape)
@@ -193,7 +209,7 @@ def _odd_shape(path: Path, shape: tuple[int, ...]) -> DataError:
 def _array(path: Path) -> npt.NDArray[Any]:
     """Return the array of a file, memory-mapped; what its header claims, the file must hold."""
     try:
-        array = _torch_array(path) if path.suffix == ".pt" else _numpy_array(path)
+        array = _torch_array(path) if path.suffix == ".pt" else load_array(path)
     except (
         OSError,
         ValueError,
@@ -209,13 +225,6 @@ def _array(path: Path) -> npt.NDArray[Any]:
         ) from error
     if array.nbytes > path.stat().st_size:
         raise DataError(f"{path} claims {array.nbytes} bytes, more than it holds: save it again.")
-    return array
-
-
-def _numpy_array(path: Path) -> npt.NDArray[Any]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is an archive of arrays")
     return array
 
 

@@ -28,7 +28,14 @@ OPERATIONS = {
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
     *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
 }
-MEMO = {"PUT", "BINPUT", "LONG_BINPUT"}
+PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+GET = {"GET", "BINGET", "LONG_BINGET"}
+UNSEEN = {"PROTO", "FRAME"}  # leave the stack as it is
+CONTAINERS = {
+    *("MARK", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM"),
+    *("SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+}
+"""Operations after which a container is on top of the stack."""
 
 
 class _Refused(Exception):
@@ -134,9 +141,20 @@ def bytes_of(value: object, where: str) -> Bytes:
 
 
 def _check_operations(content: bytes) -> None:
+    is_container, memo = False, dict[int, bool]()
     for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
-        if operation.name not in OPERATIONS:
-            raise _Refused(f"the operation {operation.name}")
-        # The unpickler makes room for as many remembered values as the largest number says.
-        if operation.name in MEMO and argument is not None and argument > count:
-            raise _Refused(f"{argument} remembered values")
+        name = operation.name
+        if name not in OPERATIONS:
+            raise _Refused(f"the operation {name}")
+        if name in PUT:
+            # The unpickler makes room for as many remembered values as the largest number says.
+            if argument is not None and argument > count:
+                raise _Refused(f"{argument} remembered values")
+            memo[len(memo) if argument is None else argument] = is_container
+        elif name in GET:
+            # Containers that hold one another twice double with each level, where they are read.
+            if argument is not None and memo.get(argument):
+                raise _Refused("one list in several places")
+            is_container = False
+        elif name not in UNSEEN:
+            is_container = name in CONTAINERS

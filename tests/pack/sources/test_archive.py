@@ -11,7 +11,7 @@ import pytest
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Span, Unreadable, Zipped
-from fastmoco.pack.sources.archive import open_tar, open_zip
+from fastmoco.pack.sources.archive import LINK, open_tar, open_zip
 from fastmoco.pack.sources.base import Reject
 
 NAMES = ["a/1.png", "a/2.jpg", "b/3.png"]
@@ -167,7 +167,7 @@ def test_encrypted_and_oddly_packed_zip_members_and_links_are_left_out(tmp_path)
     assert list(found.names) == ["1.png"]
     assert found.left_out == [
         Reject("2.png", "is encrypted"),
-        Reject("3.png", "is a link"),
+        Reject("3.png", LINK),
         Reject("4.png", "is compressed in a way that few tools read"),
     ]
 
@@ -183,7 +183,83 @@ def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
             archive.addfile(info)
     found = open_tar(path)[""]
     assert list(found.names) == ["1.png"]
-    assert found.left_out == [Reject(f"{n}.png", "is not a regular file") for n in range(2, 6)]
+    reasons = {reject.name: reject.reason for reject in found.left_out}
+    assert list(reasons) == [f"{n}.png" for n in range(2, 6)]
+    assert "is a link, which is not followed" in reasons["2.png"]
+    assert reasons["3.png"] == "is a link to what is no image of the archive"
+    assert reasons["4.png"] == reasons["5.png"] == "is not a regular file"
+
+
+def test_hard_links_in_a_tar_are_images_under_each_name(tmp_path, bytes_of, labels_of):
+    path = write_tar(tmp_path / "x.tar")
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("b/4.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "a/1.png"
+        archive.addfile(info)
+    found = open_tar(path)[""]
+    assert bytes_of(found) == {**expected(), "b/4.png": content_of("a/1.png")}
+    assert labels_of(found)["b/4.png"] == "b"
+    assert found.notes == ["1 hard links are packed under each of their names"]
+
+
+def test_the_last_member_of_a_name_counts(tmp_path, bytes_of):
+    path = write_tar(tmp_path / "x.tar")
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("a/1.png")
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"later"))
+    found = open_tar(path)[""]
+    assert bytes_of(found) == {**expected(), "a/1.png": b"later"}
+    assert found.notes == ["1 members are left out for later ones of the same name"]
+
+
+def test_a_zip_of_windows_has_backslashes(tmp_path, labels_of):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("train", "val"):
+            for kind in "ab":
+                info = zipfile.ZipInfo("x")
+                info.filename, info.create_system = f"top\\{name}\\{kind}\\1.png", 0
+                archive.writestr(info, b"x")
+    found = open_zip(tmp_path / "x.zip")
+    assert labels_of(found["val"]) == {"top/val/a/1.png": "a", "top/val/b/1.png": "b"}
+
+
+def test_names_that_are_utf8_without_saying_so(tmp_path):
+    path = write_zip(tmp_path / "x.zip", ["a/é.png", "b/é.png"])
+    content = path.read_bytes().replace(b"\x00\x08\x08\x00", b"\x00\x00\x08\x00")
+    for mark in (b"PK\x03\x04", b"PK\x01\x02"):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            flag = at + (6 if mark == b"PK\x03\x04" else 8)
+            content = content[: flag + 1] + b"\0" + content[flag + 2 :]
+    path.write_bytes(content)
+    assert list(open_zip(path)[""].names) == ["a/é.png", "b/é.png"]
+
+
+def test_a_linked_class_folder_in_an_archive_is_not_lost(tmp_path):
+    path = write_tar(tmp_path / "x.tar")
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("c")
+        info.type, info.linkname = tarfile.SYMTYPE, "/data/c"
+        archive.addfile(info)
+    with pytest.raises(DataError, match=r"All of the class c is left out.*tar -h"):
+        open_tar(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 jpeg", b"\x89PNG\r\n\x1a\n png"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_without_an_extension_are_looked_at(tmp_path, content, method):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        archive.writestr("1", content * 9)
+        archive.writestr("2", b"no image" * 9)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, held in (("1", content), ("2", b"no image")):
+            info = tarfile.TarInfo(name)
+            info.size = len(held)
+            archive.addfile(info, io.BytesIO(held))
+    for found in (open_zip(tmp_path / "x.zip")[""], open_tar(tmp_path / "x.tar")[""]):
+        assert list(found.names) == ["1"]
+        assert found.passed["files of other kinds"].count == 1
 
 
 @pytest.mark.parametrize(

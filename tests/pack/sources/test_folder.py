@@ -27,8 +27,9 @@ def test_each_split_folder_is_a_source(tmp_path, touch, bytes_of, labels_of):
     assert labels_of(found["train"]) == {"train/a/1.png": "a", "train/b/1.png": "b"}
     assert labels_of(found["val"]) == {"val/a/3.png": "a", "val/b/2.png": "b"}
     assert bytes_of(found["val"])["val/b/2.png"] == b"val/b/2.png"
-    assert found["train"].left_out == []
-    assert found["val"].left_out == [Reject("val/x.txt", "does not have the extension of an image")]
+    assert found["train"].left_out == found["val"].left_out == []
+    passed = {kind: (group.first, group.count) for kind, group in found["train"].passed.items()}
+    assert passed == {"captions and side files": ("val/x.txt", 1)}
 
 
 def test_names_are_sorted_by_their_bytes(tmp_path, touch):
@@ -79,25 +80,51 @@ def test_hidden_files_and_folders_do_not_count(tmp_path, touch):
     touch(tmp_path, "1.png", "._1.png", ".cache/2.png")
     found = open_folder(tmp_path)[""]
     assert list(found.names) == ["1.png"] and found.left_out == []
+    assert found.passed["hidden and system files and folders"].count == 2
 
 
-def test_what_is_passed_over_is_listed_with_a_reason(tmp_path, touch):
+def test_links_are_followed_and_what_is_no_file_is_left_out(tmp_path, touch, bytes_of):
     root = tmp_path / "root"
-    touch(tmp_path, "root/ok.png", "root/notes.txt", "outside/secret.png")
-    (root / "inner.png").symlink_to(root / "ok.png")
-    (root / "leaves.png").symlink_to(tmp_path / "outside/secret.png")
-    (root / "folder").symlink_to(tmp_path / "outside")
-    (root / "loop.png").symlink_to(root / "loop.png")
+    touch(tmp_path, "root/ok.png", "elsewhere/there.png", "elsewhere/deep/below.png")
+    (root / "alias.png").symlink_to("ok.png")
+    (root / "hard.png").hardlink_to(root / "ok.png")
+    (root / "linked.png").symlink_to(tmp_path / "elsewhere/there.png")
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "gone.png").symlink_to("nowhere.png")
+    (root / "gone.txt").symlink_to("nowhere.txt")
     os.mkfifo(root / "pipe.png")
-    found = open_folder(root)[""]
-    assert list(found.names) == ["inner.png", "ok.png"]
+    for up in (root / "up", tmp_path / "elsewhere/deep/back", tmp_path / "elsewhere/self"):
+        up.symlink_to(tmp_path if up.name == "up" else tmp_path / "elsewhere")
+    found = open_folder(root, unlabelled=True)[""]
+    assert bytes_of(found) == {
+        "alias.png": b"root/ok.png",
+        "folder/deep/below.png": b"elsewhere/deep/below.png",
+        "folder/there.png": b"elsewhere/there.png",
+        "hard.png": b"root/ok.png",
+        "linked.png": b"elsewhere/there.png",
+        "ok.png": b"root/ok.png",
+    }
+    circle = "is a link to a folder that it lies in"
     assert found.left_out == [
-        Reject("folder", "is a link that leaves the source folder"),
-        Reject("leaves.png", "is a link that leaves the source folder"),
-        Reject("loop.png", "is not a regular file"),
-        Reject("notes.txt", "does not have the extension of an image"),
+        Reject("folder/deep/back", circle),
+        Reject("folder/self", circle),
+        Reject("gone.png", "is a link to what is not there"),
+        Reject("loop.png", "is a link to what is not there"),
         Reject("pipe.png", "is not a regular file"),
+        Reject("up", circle),
     ]
+    assert found.notes == [
+        "3 images are there under more than one name, by links, and packed under each"
+    ]
+
+
+def test_two_folders_that_link_to_each_other_end(tmp_path, touch):
+    touch(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a/to").symlink_to(tmp_path / "b")
+    (tmp_path / "b/to").symlink_to(tmp_path / "a")
+    found = open_folder(tmp_path, unlabelled=True)[""]
+    assert list(found.names) == ["a/1.png", "a/to/2.png", "b/2.png", "b/to/1.png"]
 
 
 def test_a_linked_source_is_followed(tmp_path, touch):
@@ -119,14 +146,18 @@ def test_a_name_that_is_no_unicode_survives(tmp_path):
     ("files", "message"),
     [
         ([], "holds no images"),
-        (["a.txt"], r"no images \(a.txt: does not have the extension"),
+        (["a.txt"], r"no images; it holds 1 captions and side files \(a.txt\)"),
+        (["a.jp2"], r"no images \(a.jp2 is JPEG 2000"),
         (["cat/1.png", "cat/2.png"], "single class folder .cat.*100 %.*--unlabelled"),
-        (["cat/1.png", "dog/2.png", "3.png"], "beside class folders.*--unlabelled"),
-        (["cat/1.png", "dog/2.png", "cow/x.txt"], "cow holds no images"),
+        (["cat/1.png", "dog/2.png", "3.png", "4.png"], "beside class folders.*--unlabelled"),
+        (["cat/1.png", "dog/2.png", "cow/"], "cow holds no images"),
+        (["cat/1.png", "dog/2.png", "cow/x.heic"], "All of the class cow is left out"),
     ],
 )
 def test_unsound_layouts_are_refused(tmp_path, touch, files, message):
-    touch(tmp_path, *files)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else touch(tmp_path, name)
     with pytest.raises(DataError, match=message):
         open_folder(tmp_path)
 

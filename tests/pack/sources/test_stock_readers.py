@@ -152,6 +152,47 @@ def numbered_pngs(root: Path) -> tuple[Path, Truth]:
     return root / "X", {"": [(a, str(n)) for a, n in zip(arrays, labels, strict=True)]}
 
 
+def tiny_imagenet(root: Path) -> tuple[Path, Truth]:
+    found: Truth = {"train": [], "val": []}
+    for path, (array, name) in tree().items():
+        number = Path(path).stem
+        for file in (f"train/{name}/images/{number}.png", f"val/images/{name}{number}.png"):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_bytes(png(array))
+        with (root / "val/val_annotations.txt").open("a") as lines:
+            lines.write(f"{name}{number}.png\t{name}\t0\t0\t7\t7\n")
+        for images in found.values():
+            images.append((array, name))
+    return root, found
+
+
+def metadata(root: Path) -> tuple[Path, Truth]:
+    lines = ["file_name,label"]
+    for number, (array, name) in enumerate(tree().values()):
+        (root / f"{number}.png").write_bytes(png(array))
+        lines.append(f"{number}.png,{name}")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return root, {"": list(tree().values())}
+
+
+def arrow(root: Path) -> tuple[Path, Truth]:
+    pa = pytest.importorskip("pyarrow")
+    images = [{"bytes": png(array), "path": None} for array, _ in tree().values()]
+    table = pa.table({"image": images, "label": [name for _, name in tree().values()]})
+    file = str(root / "in.arrow")
+    with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as stream:
+        stream.write_table(table)
+    return Path(file), {"": list(tree().values())}
+
+
+def webdataset_tars(root: Path) -> tuple[Path, Truth]:
+    for number, (array, name) in enumerate(tree().values()):
+        key = f"{number:04d}"
+        content = tar_of({f"{key}.png": png(array), f"{key}.cls": name.encode()})
+        (root / f"{number}.tar").write_bytes(content)
+    return root, {"": list(tree().values())}
+
+
 BUILDERS: dict[str, Callable[[Path], tuple[Path, Truth]]] = {
     "folder": folder,
     "zip": zipped,
@@ -163,6 +204,10 @@ BUILDERS: dict[str, Callable[[Path], tuple[Path, Truth]]] = {
     "imagenet": imagenet,
     "tensor": tensor,
     "png-tensor": numbered_pngs,
+    "tiny-imagenet": tiny_imagenet,
+    "metadata": metadata,
+    "arrow": arrow,
+    "webdataset": webdataset_tars,
 }
 
 

@@ -57,6 +57,30 @@ def test_images_and_labels_come_back(tmp_path, noise, pixels_of, suffix, layout)
         beside.unlink()
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        (np.array([2.0, 0.0, 1.0, 2.0]), ["0", "1", "2"], [2, 0, 1, 2]),
+        (np.array([2, np.nan, 1, 2]), ["0", "1", "2"], [2, -1, 1, 2]),
+        (np.array([[2], [-1], [1], [2]]), ["0", "1", "2"], [2, -1, 1, 2]),
+        (np.array([True, False, True, True]), ["0", "1"], [1, 0, 1, 1]),
+        (np.eye(3, dtype=np.uint8)[LABELS], ["0", "1", "2"], LABELS),
+        (np.array(["dog", "cat", "", "dog"]), ["cat", "dog"], [1, 0, -1, 1]),
+    ],
+)
+def test_labels_as_people_save_them(tmp_path, noise, labels, classes, numbers):
+    np.save(tmp_path / "X_labels.npy", labels)
+    found = open_sources(save(tmp_path / "X.npy", noise(4, 5, 7)))[""]
+    assert (found.classes, found.labels.tolist()) == (classes, numbers)
+
+
+def test_alpha_is_dropped(tmp_path, noise, pixels_of):
+    array = noise(4, 5, 7, 4)
+    for name, stored in (("rows", array), ("planes", np.moveaxis(array, 3, 1))):
+        found = open_tensor(save(tmp_path / f"{name}.npy", stored))[""]
+        np.testing.assert_array_equal(pixels_of(found), array[..., :3])
+
+
 def test_arrays_in_columns_come_back(tmp_path, noise, pixels_of):
     array = np.asfortranarray(noise(4, 5, 7, 3))
     found = open_tensor(save(tmp_path / "X.npy", array))[""]
@@ -114,10 +138,11 @@ def test_other_arrays_are_refused(tmp_path, suffix, array, words):
     ("labels", "words"),
     [
         ([0, 1, 2], "3 labels for 4 images"),
-        ([0, 1, 2, -1], "-1 is no label"),
+        ([0, 1, 2, -2], "-2 is no label"),
         ([0, 1, 2, 2**40], "1099511627776 is no label"),
-        ([0.0, 1.0, 2.0, 1.0], "whole number an image, not float64"),
-        ([[0, 1], [1, 2]], r"shape \(2, 2\)"),
+        ([0.0, 1.5, 2.0, 1.0], "whole number an image, not float64"),
+        ([[0, 1], [1, 2], [0, 1], [1, 0]], "no single 1 in each row"),
+        ([[0, 1], [1, 1], [0, 1], [1, 0]], "X_labels.*: several labels an image"),
         ([0, 0, 0, 0], "single class"),
     ],
 )

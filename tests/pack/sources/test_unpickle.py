@@ -74,6 +74,12 @@ def test_what_is_admitted_cannot_be_altered_by_a_pickle():
     assert before == {name: dict(vars(stand_in)) for name, stand_in in ADMITTED.items()}
 
 
+def doubled(levels: int, value: list | tuple, protocol: int) -> bytes:
+    for _ in range(levels):
+        value = type(value)([value, value])
+    return pickle.dumps({"labels": value}, protocol=protocol)
+
+
 BOMBS = {
     # A memo of 2^31 places, an array of 8 GB, bytes of 8 GB, a byte array of 8 GB.
     "memo": b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".",
@@ -83,6 +89,13 @@ BOMBS = {
     "byte array": b"\x80\x05\x96" + struct.pack("<Q", 8 * 10**9) + b"x.",
     "long": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
     "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"}.",
+}
+
+BOMBS |= {
+    # Forty levels, each of which holds the one below twice: as labels, and as a key that is hashed.
+    f"nested {kind}, protocol {protocol}": doubled(40, empty, protocol)
+    for kind, empty in (("list", []), ("tuple", (1, 2)))
+    for protocol in (0, 2, 4)
 }
 
 

@@ -1,0 +1,62 @@
+"""Finding the classes of one source among those of another, and naming a few."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fastmoco.classes import Known
+from fastmoco.errors import DataError
+from fastmoco.pack.sources.base import Source
+from fastmoco.pack.sources.tree import is_training
+
+
+def matched(names: Sequence[str], expected: Sequence[str]) -> dict[str, str]:
+    """Return which of the expected classes each name means; see `Known`. Some may mean none."""
+    known = Known(expected)
+    codes = {name: known.code(name) for name in names}
+    return {name: expected[code] for name, code in codes.items() if code is not None}
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first five of some names, and the number of the others."""
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def agreed(source: Source, expected: list[str]) -> Source:
+    """Return the source with the class numbers of another set, which may have further classes.
+
+    Raises:
+        DataError: it has no labels, or a class that the other has not.
+    """
+    if not source.classes:
+        raise DataError("The source has no labels, which --like needs: pack it without --like.")
+    known = Known(expected)
+    codes = list(map(known.code, source.classes))
+    used = np.unique(source.labels[source.labels >= 0])
+    unknown = [source.classes[label] for label in used if codes[label] is None]
+    if unknown:
+        raise DataError(
+            f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
+        )
+    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
+    return replace(source, labels=numbers[source.labels], classes=list(expected))
+
+
+def in_one_numbering(sources: Mapping[str, Source], where: str) -> dict[str, Source]:
+    """Return splits with the class numbers of the one to train on, or else of the largest.
+
+    Raises:
+        DataError: another has a class that this one has not.
+    """
+    labelled = [split for split, source in sources.items() if source.classes]
+    if not labelled:
+        return dict(sources)
+    training = [split for split in labelled if is_training(split)]
+    first = max(training or labelled, key=lambda split: len(sources[split].classes))
+    classes = sources[first].classes
+    try:
+        return {s: agreed(one, classes) if s in labelled else one for s, one in sources.items()}
+    except DataError as error:
+        raise DataError(f"{where}, split {first}, lacks classes of another: {error}") from error

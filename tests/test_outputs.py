@@ -1,0 +1,149 @@
+"""No output can end a run: display, metrics, curves, trackers; and none is written over others'."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco import trackers
+from fastmoco.pretrain import main
+from fastmoco.run import RunFolder
+from fastmoco.streams import LastingStream
+
+SHORT = ("schedule.epochs=1", "monitor=null", "executor=torchvision", "log_every=1")
+
+
+def status(root: Path) -> Any:
+    return json.loads((root / "status.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    kind, recipe, tmp_path, capsys, monkeypatch
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    where = os.open("/dev/full", os.O_WRONLY) if kind == "full" else writer
+    with os.fdopen(where, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main([str(recipe), *SHORT]) == 0
+    told = "warning: the output is lost from here on (No space left on device)"
+    assert capsys.readouterr().err.count(told) == (kind == "full")
+    assert status(tmp_path / "run") == {"code": 0, "message": "finished step 3, epoch 1"}
+    assert len(RunFolder(tmp_path / "run").rows()) == 4
+
+
+def test_a_result_that_cannot_be_shown_is_no_success(small_set, run, monkeypatch):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        code, _, err = run("inspect", small_set.root)
+    assert code == 2 and "the result could not be shown: No space left on device" in err
+    assert not isinstance(sys.stdout, LastingStream)
+
+
+def test_metrics_curves_and_trackers_warn_once_and_the_run_goes_on(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    def broken(*_: object) -> None:
+        raise ConnectionError("the service is gone")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        trackers, "_tensorboard", lambda *_: trackers.Tracker("tensorboard", broken, broken)
+    )
+    monkeypatch.setattr(trackers, "_wandb", broken)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(RunFolder, "log", full)
+    (tmp_path / "run" / "curves.png").mkdir(parents=True)
+    assert main([str(recipe), *SHORT, "trackers=[tensorboard,wandb]"]) == 0
+    err = capsys.readouterr().err
+    for what in ("rows of metrics.jsonl (No space", "curves.png (Is a", "some numbers in tensor"):
+        assert err.count(f"warning: goes on without {what}") == 1, err
+    assert "warning: goes on without wandb (the service is gone)" in err
+    assert status(tmp_path / "run")["code"] == 0
+
+
+def test_a_start_that_finds_no_room_is_exit_2(recipe, tmp_path, capsys):
+    (tmp_path / "run" / "status.json").mkdir(parents=True)
+    assert main([str(recipe), *SHORT]) == 2
+    assert "Cannot write to the run folder" in capsys.readouterr().err
+
+
+def test_a_refused_start_leaves_a_run_as_it_was(recipe, tmp_path, capsys):
+    root = tmp_path / "run"
+    assert main([str(recipe), *SHORT]) == 0
+    (root / "stopped").write_text("x")
+    before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
+    assert main([str(recipe), *SHORT, "dim=24"]) == 4
+    assert before == {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
+    (root / "stopped").unlink()
+    (root / "checkpoints").rename(tmp_path / "elsewhere")
+    assert main([str(recipe), *SHORT]) == 2
+    assert "of a finished run whose checkpoints are gone" in capsys.readouterr().err
+    assert (root / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+    # Killed before its first checkpoint, it starts anew; what it had logged stays.
+    (root / "status.json").write_text('{"code": null, "message": "running"}')
+    assert main([str(recipe), *SHORT]) == 0
+    assert (root / "metrics-1.jsonl").read_bytes() == before["metrics.jsonl"]
+    assert "metrics.jsonl: now metrics-1.jsonl" in capsys.readouterr().out
+
+
+def test_lines_of_a_log_are_not_broken(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main([str(recipe), *SHORT]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines if line.startswith("step ")] == [
+        "step 1",
+        "step 2",
+        "step 3",
+    ]
+    assert all(line.endswith("%") for line in lines if line.startswith("step "))
+    assert any("that is expected." in line and "Chance" in line for line in lines)
+
+
+def test_help_is_no_error(capsys):
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: pretrain RECIPE")
+    assert main([]) == 2
+    asked = [sys.executable, "-m", "fastmoco", "--version"]
+    assert (
+        subprocess.run(asked, capture_output=True, text=True, check=True).stdout[:9] == "fastmoco "
+    )
+
+
+def test_plots_replace_plots_of_ours_alone(small_set, run, tmp_path, monkeypatch):
+    views = (
+        "views",
+        small_set.root,
+        "--recipe",
+        "cifar10_r18",
+        "executor=torchvision",
+        "--count",
+        1,
+    )
+    sheet = ("inspect", small_set.root, "--count", 2)
+    for command, option in ((views, "--out"), (sheet, "--sheet")):
+        for name in ("look", "look.yaml"):
+            code, _, err = run(*command, option, tmp_path / name)
+            assert code == 2 and "must end in .png" in err
+        theirs = tmp_path / "theirs.png"
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(theirs)
+        before = theirs.read_bytes()
+        code, _, err = run(*command, option, theirs)
+        assert code == 2 and "was not drawn here" in err and theirs.read_bytes() == before
+        for _ in range(2):
+            code, _, err = run(*command, option, tmp_path / "ours.png")
+            assert code == 0, err
+        code, _, err = run(*command, option, theirs / "under" / "a file.png")
+        assert code == 2 and "error: " in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(*views, "--out", tmp_path / "ours.png")
+    assert code == 2 and "pip install 'fastmoco[report]'" in err
