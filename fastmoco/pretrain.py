@@ -197,9 +197,9 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
             f"The ranks find different checkpoints in {run.root} (steps {sorted(starts)}): put "
             "out= on a disk that all machines share."
         )
-    if state is None and run.finished():
+    if state is None and run.ended_well():
         raise UsageError(
-            f"{run.root} is of a finished run whose checkpoints are gone: choose another out=DIR."
+            f"{run.root} is of a run that ended, and its checkpoints are gone: choose another out=DIR."
         )
     if ranks.leads:
         for name in run.damaged:

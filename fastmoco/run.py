@@ -214,9 +214,9 @@ class RunFolder:
         """Return whether status.json says already how the run ended."""
         return self._status().get("code") is not None
 
-    def finished(self) -> bool:
-        """Return whether a run went to its end here."""
-        return self._status().get("code") == 0 and not (self.root / "stopped").exists()
+    def ended_well(self) -> bool:
+        """Return whether a run went to its end here, or to a signal: it has left a checkpoint."""
+        return self._status().get("code") == 0
 
     def stop(self, message: str) -> None:
         """Write down that a signal stopped the run: job scripts start it again by the marker."""

@@ -88,10 +88,9 @@ def test_a_refused_start_leaves_a_run_as_it_was(recipe, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
     assert main([str(recipe), *SHORT, "dim=24"]) == 4
     assert before == {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
-    (root / "stopped").unlink()
     (root / "checkpoints").rename(tmp_path / "elsewhere")
     assert main([str(recipe), *SHORT]) == 2
-    assert "of a finished run whose checkpoints are gone" in capsys.readouterr().err
+    assert "of a run that ended, and its checkpoints are gone" in capsys.readouterr().err
     assert (root / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
     # Killed before its first checkpoint, it starts anew; what it had logged stays.
     (root / "status.json").write_text('{"code": null, "message": "running"}')
