@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench clean
+.PHONY: demo test test-oldest check bench gpu-check clean
 
 demo: .venv/ready
 	$(BIN)/fastmoco demo
@@ -22,6 +22,9 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/fastmoco bench train
+
+gpu-check: .venv/ready
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

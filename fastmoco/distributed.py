@@ -225,9 +225,8 @@ def _check_driver() -> None:
             return
         told, _, _ = str(error).partition(". ")
         raise UsageError(
-            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, "
-            "install a torch that is built for the driver's CUDA (the cu126 build, say), or set "
-            "device=cpu."
+            f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, or "
+            "install a torch built for its CUDA (such as the cu126 build), or set device=cpu."
         ) from error
 
 

@@ -19,11 +19,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from fastmoco.errors import FastmocoError, UsageError
+
+if TYPE_CHECKING:
+    import psutil
 
 
 class Section:
@@ -50,12 +51,16 @@ class Section:
 
 def cpu_seconds() -> float:
     """Return the user and system seconds of this process and of its children, ended or not."""
+    import psutil  # an extra, which whoever imports what arms do may lack
+
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ended = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, both))
     return ended + sum(map(_seconds_of, psutil.Process().children(recursive=True)))
 
 
-def _seconds_of(process: psutil.Process) -> float:
+def _seconds_of(process: "psutil.Process") -> float:
+    import psutil
+
     with suppress(psutil.Error):  # it has ended since
         used = process.cpu_times()
         return float(used.user + used.system)

@@ -52,6 +52,14 @@ def imagefolder(
     section: Section, root: str, size: int, batch: int, batches: int, workers: int
 ) -> dict[str, Any]:
     """Draw as the official code does: ImageFolder, PIL, torchvision's transforms."""
+    import torchvision  # noqa: F401  # its import is not what is measured
+
+    count = WARM_UP + batches
+    return measured(section, lambda: official_views(root, size, batch, count, workers), batches)
+
+
+def official_views(root: str, size: int, batch: int, count: int, workers: int) -> Generator[Views]:
+    """Yield `count` batches of two views of the images of a folder, as the official code does."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose(
@@ -61,12 +69,8 @@ def imagefolder(
             transforms.Normalize(MEAN, STD),
         ]
     )
-
-    def open_batches() -> Generator[Views]:
-        folder = datasets.ImageFolder(root, _TwoCrops(transform))
-        return _views(_loader(folder, batch, batches, workers))
-
-    return measured(section, open_batches, batches)
+    folder = datasets.ImageFolder(root, _TwoCrops(transform))
+    return _views(_loader(folder, batch, count, workers))
 
 
 def lightly(
@@ -80,7 +84,7 @@ def lightly(
 
     def open_batches() -> Generator[Views]:
         folder = datasets.ImageFolder(root, transform)
-        return _views(_loader(folder, batch, batches, workers))
+        return _views(_loader(folder, batch, WARM_UP + batches, workers))
 
     return measured(section, open_batches, batches)
 
@@ -122,9 +126,9 @@ def _stacked(samples: list[tuple[list[torch.Tensor]]]) -> Views:
     return tuple(torch.stack(views) for views in zip(*pairs, strict=True))
 
 
-def _loader(folder: Any, batch: int, batches: int, workers: int) -> "DataLoader[Any]":
+def _loader(folder: Any, batch: int, count: int, workers: int) -> "DataLoader[Any]":
     # As many samples as are asked for: workers shall not go on behind the last one.
-    sampler = RandomSampler(folder, num_samples=(WARM_UP + batches) * batch)
+    sampler = RandomSampler(folder, num_samples=count * batch)
     return DataLoader(folder, batch, sampler=sampler, num_workers=workers, drop_last=True)
 
 

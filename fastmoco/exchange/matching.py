@@ -17,6 +17,7 @@ import torch
 
 from fastmoco.errors import CheckpointError
 from fastmoco.exchange.layouts import NAMINGS, Naming, renamed
+from fastmoco.exchange.reading import without_wrappers
 from fastmoco.models.resnet import Encoder
 from fastmoco.strict import near
 
@@ -47,8 +48,9 @@ _HEADS: dict[frozenset[str], Head] = {
     frozenset({"0.weight", "0.bias", "2.weight", "2.bias"}): "mlp",
 }
 # Words in the names of modules.
-_TRAINED = frozenset({"q", "query", "student", "online", "base"})
+_TRAINED = frozenset({"q", "query", "student", "online"})
 _AVERAGED = frozenset({"k", "key", "momentum", "ema", "teacher", "target", "averaged", "shadow"})
+_CONTRASTED = frozenset({"q", "query", "k", "key"})
 _PROJECTIONS = frozenset({"head", "projection", "projector", "proj", "mlp", "neck"})
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -113,8 +115,7 @@ def _places(tensors: Tensors, asked: str | None) -> list[tuple[str, list[Naming]
                 if name == ending or name.endswith(f".{ending}"):
                     namings = found.setdefault(name.removesuffix(ending), [])
                     namings += [naming] if naming not in namings else []
-    wanted = asked.rstrip(".") if asked is not None else None
-    places = [(p, n) for p, n in found.items() if wanted in (None, p.rstrip("."))]
+    places = [(p, n) for p, n in found.items() if asked is None or _is_named(p, asked)]
     if not places:
         names = ", ".join(list(tensors)[:_SHOWN])
         behind = f" behind {asked!r}" if asked is not None else ""
@@ -123,6 +124,12 @@ def _places(tensors: Tensors, asked: str | None) -> list[tuple[str, list[Naming]
     if len(places) > _MOST_PLACES:
         raise CheckpointError(f"it holds parts of {len(places)} networks: name one by --prefix.")
     return places
+
+
+def _is_named(prefix: str, asked: str) -> bool:
+    """Return whether a user's words name a prefix, with or without the containers before it."""
+    whole, end = prefix.rstrip("."), without_wrappers(asked).rstrip(".")
+    return whole == end or bool(end and whole.endswith(f".{end}"))
 
 
 def _chosen(fits: Sequence["_Try"]) -> tuple["_Try", list[str]]:
@@ -297,8 +304,8 @@ class _Try:
     def _head(self) -> tuple[Head, int, dict[str, str], str]:
         """Return the kind of our heads that the file fills, `dim`, its names by ours, and a note.
 
-        A linear layer in the place of the classifier is one, unless the network was trained beside
-        a moving average of itself.
+        A linear layer in the place of the classifier is one, unless the network is MoCo's query or
+        key encoder.
         """
         left = []
         for prefix in self._head_places():
@@ -306,7 +313,7 @@ class _Try:
             kind = _HEADS.get(frozenset(names), "none")
             dim = self._dim(kind, names)
             classifier = prefix == f"{self.prefix}{self.naming.head}" and kind == "linear"
-            if dim and (not classifier or _role(self.prefix) == 0):
+            if dim and not (classifier and not _words(self.prefix) & _CONTRASTED):
                 return kind, dim, names, ""
             what = "a classifier" if classifier else "neither one linear layer nor MoCo v2's two"
             left.append(f"{len(names)} tensors under {prefix} are {what}")

@@ -153,11 +153,16 @@ def _said(content: Any) -> str:
     return str(root.get(METADATA, "{}")) if isinstance(root, Mapping) else "{}"
 
 
+def without_wrappers(name: str) -> str:
+    """Return a dotted name without what wrappers of torch put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Drop what wrappers put into names, unless two would become one."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        short = without_wrappers(name)
         found[name if short in found else short] = tensor
     return found
 

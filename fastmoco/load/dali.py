@@ -197,9 +197,9 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
         if "driver version is insufficient" not in str(error):  # CUDA's words
             raise
         raise UsageError(
-            "The NVIDIA driver is too old for this DALI: update the driver (580 or newer for "
-            "CUDA 13), or `pip uninstall nvidia-dali-cuda130` and `pip install "
-            "'fastmoco[cuda12]'`, or set executor=torchvision."
+            "The NVIDIA driver is too old for this DALI: update it (580 or newer for CUDA 13), or "
+            "`pip uninstall nvidia-dali-cuda130` and `pip install 'fastmoco[cuda12]'`, or set "
+            "executor=torchvision."
         ) from error
     kept: deque[tuple[torch.cuda.Event, Rendered]] = deque()
     while (outputs := _next(pipeline, pending, settings.device)) is not None:

@@ -306,8 +306,8 @@ def _executor(name: str) -> Executor:
         from fastmoco.load import dali
     except ImportError as error:
         raise UsageError(
-            "DALI is not installed: `pip install 'fastmoco[cuda13]'`, or with [cuda12] for a "
-            "driver older than 580 (Linux); or set executor=torchvision."
+            "DALI is not installed: `pip install 'fastmoco[cuda13]'` (Linux; [cuda12] for a driver "
+            "older than 580), or set executor=torchvision."
         ) from error
     return dali.render
 

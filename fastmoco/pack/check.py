@@ -12,6 +12,7 @@ the same, so the same files are refused (held by a test), at a third of the time
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SCAN = 0xDA
 LONE_MARKERS = frozenset([0x00, 0x01, *range(0xD0, 0xDA)])  # not followed by a length
+PPM_HEADER = re.compile(rb"P6(?:\s+#.*\n)*\s+\d+\s+\d+\s+(\d{1,5})\s")  # ends in the maximum
 SIXTEEN_BIT_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")
 DEEP_GRAY = (*SIXTEEN_BIT_GRAY, "I", "F")
 _SIXTEEN_BITS: Levels = (0, 65535)
@@ -320,7 +322,7 @@ def _eight_bit(
             return _leveled(_deep_color(image, content), levels), None
         plain = _as(image, "RGB")  # of the 16 bits, PIL gives the high byte
         return plain, _span(257 * np.asarray(plain, np.uint16), "16-bit color", _SIXTEEN_BITS)
-    if image.mode in SIXTEEN_BIT_GRAY or (image.format, image.mode) == ("PPM", "I"):
+    if image.mode in SIXTEEN_BIT_GRAY or (image.mode == "I" and image.format in ("PNG", "PPM")):
         kind, full = "16-bit gray", _SIXTEEN_BITS  # PIL scales PPM by the maximum in its header
     elif image.mode in ("I", "F"):
         kind, full = "32-bit floating-point" if image.mode == "F" else "32-bit", None
@@ -344,13 +346,14 @@ def _has_deep_color(image: Image.Image, content: bytes) -> bool:
     if image.format == "TIFF":
         bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
         return image.mode not in DEEP_GRAY and max(bits) > 8
-    return False
+    header = PPM_HEADER.match(content)
+    return header is not None and int(header[1]) > 255
 
 
 def _deep_color(image: Image.Image, content: bytes) -> npt.NDArray[Any]:
     """Return (H, W, 3) values 0..65535; of these, PIL gives the high byte alone."""
     if image.format != "PNG":
-        raise _Unfit("is 16-bit color in a TIFF: for --levels, save it as PNG")
+        raise _Unfit(f"is 16-bit color in a {image.format}: for --levels, save it as PNG")
     import torch  # takes seconds, and few images need it
     from torchvision.io import ImageReadMode, decode_png
 

@@ -74,7 +74,7 @@ def draw_confusion(path: Path, confusion: Ids, names: Sequence[str]) -> None:
         _count_cells(axes, confusion, shares)
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; the table on the page has its letters.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.tight_layout()
         figure.savefig(path, dpi=_DPI)
 

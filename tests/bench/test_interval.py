@@ -15,7 +15,7 @@ def test_it_is_the_percentile_interval_of_scipy(count):
         np.median,
         n_resamples=RESAMPLES,
         method="percentile",
-        rng=np.random.default_rng(0),
+        random_state=np.random.default_rng(0),
     ).confidence_interval
     ours = interval_of(list(ratios))
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)

@@ -227,7 +227,7 @@ def test_the_moving_average_is_taken_if_asked_for(r10_mlp: Encoder, tmp_path: Pa
     file = saved(dino(r10_mlp), tmp_path / "theirs.pth")
     found = import_weights(file, tmp_path / "a")
     assert any("behind teacher.backbone there are other weights" in n for n in found.notes)
-    import_weights(file, tmp_path / "b", prefix="teacher.backbone")
+    import_weights(file, tmp_path / "b", prefix="module.teacher.module.backbone.")
     state = RunFolder(tmp_path / "b").latest()[0]["encoder_q"]  # type: ignore[index]
     assert torch.equal(state["backbone.bn1.bias"], r10_mlp.backbone.bn1.bias + 1)
     assert torch.equal(state["head.2.bias"], r10_mlp.head[2].bias + 1)

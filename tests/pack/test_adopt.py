@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from tars import encoded, hashes, write_tar
@@ -218,7 +219,19 @@ def test_what_cannot_be_read_in_place_is_left_out(
 
 @pytest.mark.parametrize(
     ("format", "how"),
-    [("JPEG", "exif"), ("PNG", "exif"), ("WEBP", "exif"), ("JPEG", "little"), ("JPEG", "xmp")],
+    [
+        ("JPEG", "exif"),
+        ("PNG", "exif"),
+        ("WEBP", "exif"),
+        ("JPEG", "little"),
+        pytest.param(
+            "JPEG",
+            "xmp",
+            marks=pytest.mark.skipif(
+                PIL.__version__ < "11", reason="Pillow 10 has no XMP of a JPEG to compare with"
+            ),
+        ),
+    ],
 )
 def test_rotated_images_are_kept_and_reported(
     tmp_path: Path, make_picture: Picture, format: str, how: str

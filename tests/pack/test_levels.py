@@ -83,6 +83,10 @@ def pgm(v: Values) -> bytes:
     return b"P5 48 40 65535\n" + np.rint(v).astype(">u2").tobytes()
 
 
+def ppm(v: Values) -> bytes:
+    return b"P6 48 40 65535\n" + np.rint(v).repeat(3).astype(">u2").tobytes()
+
+
 def stored(folder: Path) -> Iterator[tuple[str, Values]]:
     names = (folder / "names.txt").read_text().splitlines()
     with tarfile.open(folder / "shard-000000.tar") as tar:
@@ -149,6 +153,9 @@ def test_a_value_that_is_no_number_is_left_out(run: RunCommand, tmp_path: Path) 
     (source / "a" / "0.tif").write_bytes(floating(broken))
     code, out, err = run("shard", source, tmp_path / "set", "--workers", 1, "--levels", "0:1")
     assert code == 0 and "'a/0.tif' holds values that are not finite" in out, err
+    (source / "a" / "0.tif").write_bytes(ppm(4080 * values(1)))
+    code, out, err = run("shard", source, tmp_path / "third", "--workers", 1, "--levels", "0:1")
+    assert code == 0 and "is 16-bit color in a PPM: for --levels, save it as PNG" in out, err
     for wrong in ("1:0", "a:b", "0", "0:nan", "0:inf"):
         code, _, err = run("shard", source, tmp_path / "other", "--levels", wrong)
         assert code == 2 and f"--levels {wrong}: write LOW:HIGH" in err

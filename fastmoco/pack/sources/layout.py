@@ -18,7 +18,7 @@ from fastmoco.pack.kinds import ARCHIVES
 from fastmoco.pack.sources.agree import few, matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
 from fastmoco.pack.sources.found import Found, folder_of
-from fastmoco.pack.sources.masks import few_valued, stems_of
+from fastmoco.pack.sources.masks import few_valued, mask_beside, stems_of
 from fastmoco.pack.sources.reader import Branch, How, Looks, Reader
 from fastmoco.pack.sources.tree import Node, is_training, tree_of
 
@@ -50,6 +50,12 @@ def sources_by_layout(
         raise DataError(f"{where} holds no images{_instead(found)}.")
     codes, folders = numbered(map(folder_of, paths))
     root = tree_of(folders, np.bincount(codes, minlength=len(folders)))
+    mask = None if how.classes_at else mask_beside(names)
+    if mask:
+        raise DataError(
+            f"{where} holds masks beside images ({mask}), and they are no images of a class: move "
+            "them elsewhere, or take them as images by --classes-at 1."
+        )
 
     def rows_of(node: Node) -> npt.NDArray[np.int64]:
         numbers = [one.number for one in node.folders()]

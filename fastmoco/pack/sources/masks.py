@@ -1,8 +1,9 @@
 """Telling folders of masks from folders of images: a mask is no class of its own."""
 
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,10 @@ _WORDS = frozenset(
 _ENDINGS = re.compile(
     r"[-_. ]?(masks?|labels?|label_?ids|labelIds|gt|seg(mentation)?|annotation|matte|image|img|sat"
     r"|gtFine|gtCoarse|color|instanceIds|leftImg8bit|[LP])$",
+)
+_BESIDE = re.compile(
+    r"(.+)[-_. ](masks?|gt|groundtruth|seg|segmentation|labels?|annotations?|mattes?)",
+    re.IGNORECASE,
 )
 _MOST = 10  # folders beside each other: sets with masks have few, and sets with classes many
 _SAMPLE = 4  # images of a folder that are looked at
@@ -64,6 +69,29 @@ def masked_folders(
             if differ and _stems_agree(stems(mask), stems(image)):
                 return mask, image
     return None
+
+
+def mask_beside(names: Iterable[str]) -> str | None:
+    """Return a file that is the mask of one in the same folder, by its name; None if there is none.
+
+    `x_mask.png` beside `x.png`. So it must be for most files of such a name.
+
+    Args:
+        names: all files, with slashes; iterated twice.
+    """
+    masks: dict[str, str] = {}
+    for name in names:
+        match = _BESIDE.fullmatch(_without_extension(name))
+        if match:
+            masks[match[1]] = name
+    if not masks:
+        return None
+    images = {stem for name in names if (stem := _without_extension(name)) in masks}
+    return masks[min(images)] if len(images) >= 0.9 * len(masks) else None
+
+
+def _without_extension(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _stems_agree(masks: set[str], images: set[str]) -> bool:

@@ -106,8 +106,8 @@ class Reader:
         ordered = sorted(splits, key=lambda child: not is_training(child.name))
         branches: dict[str, Branch] = {}
         for child in ordered:
-            known = [name for branch in branches.values() for name in branch.classes.values()]
-            branches[child.name] = self._branch(child, child.name, known)
+            known = {name for branch in branches.values() for name in branch.classes.values()}
+            branches[child.name] = self._branch(child, child.name, sorted(known - {""}))
         return {child.name: branches[child.name] for child in splits}, beside
 
     def _splits(self, node: Node) -> list[Node]:
@@ -121,15 +121,14 @@ class Reader:
         if len(said) == 1:
             alone = not others and not node.direct
             return said if (alone or _have_folders(said, others)) and is_split(names[0]) else []
-        if others or node.direct:
-            return said if _have_folders(said, others) and agree_on_splits(names) else []
-        if agree_on_splits(names):
-            return said
+        if agree_on_splits(names) and (not others or _have_folders(said, others)):
+            return said if 2 * node.direct < node.total else []
         if one_split_word(names) or self.how.classes_at:
             return []
         raise DataError(
-            f"The folders of {self._in(node)} ({few(names)}) may be splits or classes: "
-            "--classes-at 1 takes them as classes; pack splits one by one, each folder by itself."
+            f"Some folders of {self._in(node)} ({few(names)}) may be splits or classes: pack "
+            f"splits one by one, as in fastmoco shard {self._in(said[0])} OUT; --classes-at 1 "
+            "takes them for classes or, with --unlabelled, as one set."
         )
 
     def _branch(self, base: Node, split: str, known: Sequence[str]) -> Branch:
@@ -148,7 +147,7 @@ class Reader:
         if self.how.unlabelled:
             return Branch(base, every)
         if not inner.children:
-            if single in matched([single], [*known, *self.how.known]):
+            if single in matched([single], sorted({*known, *self.how.known})):
                 return self._labelled(base, {number: single for number in every}, {}, 1)
             if single and not (self.how.wrapped and not split) and not known:
                 raise _single_class(self._in(base), single)
@@ -237,6 +236,8 @@ class Reader:
         readings = []
         for at in CLASSES_AT:
             names = sorted(self._names_at(inner, at), key=os.fsencode)
+            if len(names) < 2:  # nothing to tell apart
+                continue
             readings.append(f"\n  --classes-at {at:<4} gives {len(names)} classes: {few(names)}")
         raise DataError(
             f"The folders of {self._in(inner)} can be read in more than one way; choose:"

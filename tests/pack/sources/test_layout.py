@@ -88,13 +88,6 @@ def test_what_lies_beside_splits_of_classes_is_left_out(tmp_path, touch, describ
     }
 
 
-def test_names_that_may_be_splits_or_classes_stop(described):
-    names = each("train_station", "test_tube")
-    with pytest.raises(DataError, match="may be splits or classes: --classes-at 1"):
-        described(*names)
-    assert set(described(classes_at="1")[""].values()) == {"train_station", "test_tube"}
-
-
 def test_splits_below_classes_are_not_mixed_unasked(described):
     names = each(*(f"{name}/{split}" for name in "ab" for split in ("train", "test")))
     with pytest.raises(DataError, match=r"splits \(test, train\) below its folders \(a, b\)"):
@@ -174,6 +167,36 @@ def test_names_of_classes_match_by_normalization(tmp_path, touch):
     found = open_sources(tmp_path)
     assert found["val"].classes == found["train"].classes == ["cafe\u0301", "the\u0301"]
     assert found["val"].labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        each("train", "test", "figures"),
+        each("train/a", "train/b", "test/a", "test/b", "other/a", "other/b"),
+        each("train_station", "test_tube"),
+    ],
+)
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_what_may_be_splits_or_classes_stops(described, names, unlabelled):
+    with pytest.raises(DataError, match=r"may be splits or classes: .*--classes-at 1"):
+        described(*names, unlabelled=unlabelled)
+    found = described(unlabelled=unlabelled, classes_at="1")
+    assert set(found[""].values()) == ({""} if unlabelled else {n.split("/")[0] for n in names})
+
+
+def test_an_image_beside_splits_does_not_make_classes_of_them(described):
+    found = described(
+        *(f"{split}2017/{n}.png" for split in ("train", "val") for n in "12"), "x.png"
+    )
+    assert set(found) == {"train2017", "val2017"}
+
+
+def test_masks_beside_their_images_stop(described):
+    names = [f"{kind}/{kind} (1){end}.png" for kind in "ab" for end in ("", "_mask")]
+    with pytest.raises(DataError, match=r"masks beside images \(a/a \(1\)_mask.png\)"):
+        described(*names)
+    assert len(described(classes_at="1")[""]) == 4
 
 
 @pytest.mark.parametrize(
