@@ -5,6 +5,7 @@ are memory-mapped; Parquet is compressed and holds rows in groups, so that it is
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,10 @@ def open_arrow(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix in SUFFIXES else []
-    files = [f for end in SUFFIXES for f in (*path.glob(f"*{end}"), *path.glob(f"*/*{end}"))]
+    with os.scandir(path) as entries:
+        names = [e.name for e in entries if e.is_dir() and (e.name == "data" or says_split(e.name))]
+    folders = [path, *(path / name for name in names)]
+    files = (file for folder in folders for end in SUFFIXES for file in folder.glob(f"*{end}"))
     return sorted(file for file in files if _PART.fullmatch(file.stem))
 
 
