@@ -19,7 +19,14 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain
 from fastmoco.pack.sources.agree import in_one_numbering
-from fastmoco.pack.sources.base import Names, Reject, Source, check_labels, no_labels
+from fastmoco.pack.sources.base import (
+    Names,
+    Reject,
+    Source,
+    check_labels,
+    no_labels,
+    refuse_lost_class,
+)
 from fastmoco.pack.sources.raw import counted_names
 from fastmoco.pack.sources.tree import says_split, tokens
 
@@ -93,6 +100,7 @@ def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:
         raise DataError(
             f"{where} holds no bytes of images, only where they lie ({names[0]}): pack that folder."
         )
+    refuse_lost_class(codes, codes[rows], classes, "have no bytes in the file")
     check_labels(codes[rows], classes, where)
     others = [name for name in table.column_names if name != label]
     return Source(
