@@ -9,8 +9,10 @@ import os
 import posixpath
 import re
 import shlex
+import unicodedata
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,14 @@ from fastmoco.classes import Found, is_no_label, is_utf8, several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.listing import Listing, opened, tidied
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels
+from fastmoco.pack.sources.base import (
+    Names,
+    Reject,
+    Source,
+    by_name,
+    check_labels,
+    refuse_lost_class,
+)
 
 _DRIVE = re.compile(r"[A-Za-z]:/")
 SPLIT = re.compile(r"[A-Za-z0-9_-]*")  # names a folder of the packed set
@@ -220,16 +229,48 @@ def _labels(labels: list[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
 def _split(
     folder: Path, names: list[str], labels: npt.NDArray[np.int32], classes: list[str], where: str
 ) -> Source:
+    names = _as_stored(folder, names)
     reasons = [_why_not(os.path.join(folder, name)) for name in names]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     left_out = [Reject(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
     if not kept:
         raise DataError(f"{where}: none of the images is there ({names[0]}: {reasons[0]}).")
+    refuse_lost_class(labels, labels[kept], classes, f"that {where} lists are missing")
     check_labels(labels[kept], classes, where)
     held = Names(names[row] for row in kept)
     return Source(
         held, labels[kept], classes, FileInputs(folder, held), sorted(left_out, key=by_name)
     )
+
+
+def _as_stored(folder: Path, names: list[str]) -> list[str]:
+    """Return names as they are on the disk, where they differ by Unicode normalization alone.
+
+    A Mac writes é as two characters. A name that fits two, or one that is listed, stays as it is.
+    """
+    listed = set(names)
+
+    @cache
+    def alike(parent: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for entry in os.listdir(parent) if os.path.isdir(parent) else ():
+            found.setdefault(unicodedata.normalize("NFC", entry), []).append(entry)
+        return found
+
+    def stored(name: str) -> str:
+        if name.isascii() or os.path.lexists(os.path.join(folder, name)):
+            return name
+        path = str(folder)
+        for part in name.split("/"):
+            there = os.path.lexists(os.path.join(path, part))
+            found = [part] if there else alike(path).get(unicodedata.normalize("NFC", part), [])
+            if len(found) != 1:
+                return name
+            path = os.path.join(path, found[0])
+        other = os.path.relpath(path, folder)
+        return name if other in listed else other
+
+    return list(map(stored, names))
 
 
 def _why_not(path: str) -> str | None:
