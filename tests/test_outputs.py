@@ -30,7 +30,11 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     reader, writer = os.pipe()
     os.close(reader)
     where = os.open("/dev/full", os.O_WRONLY) if kind == "full" else writer
-    with os.fdopen(where, "w") as stream, monkeypatch.context() as patch:
+    # By lines it fails in a write, else in a flush.
+    with (
+        os.fdopen(where, "w", buffering=1 if kind == "full" else -1) as stream,
+        monkeypatch.context() as patch,
+    ):
         patch.setattr(sys, "stdout", stream)
         assert main([str(recipe), *SHORT]) == 0
     told = "warning: the output is lost from here on (No space left on device)"

@@ -232,14 +232,14 @@ def _row(protocol: Tuning, sight: Sight, counts: dict[str, int], ranks: Ranks) -
 def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Sight) -> None:
     """Write `weights.pt`, keys `backbone.*` and `head.*`, and what it takes to use them."""
     recipe = evaluation.recipe
-    about = {
+    about: dict[str, Any] = {
         "arch": recipe.arch,
         "stem": recipe.stem,
-        "classes": evaluation.train.classes,
-        "size": sight.size,
         "mean": sight.mean,
         "std": sight.std,
     }
     with new_folder(out) as folder:
-        (folder / "weights.pt").write_bytes(saved(network.cpu().state_dict()))
+        weights = saved(network.cpu().state_dict(), about | {"image_size": sight.size})
+        (folder / "weights.pt").write_bytes(weights)
+        about |= {"classes": evaluation.train.classes, "size": sight.size}
         write_json(folder / "about.json", about)

@@ -15,11 +15,8 @@ from pydantic import Field
 
 from fastmoco.config import Stem
 from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.models.resnet import METADATA
 from fastmoco.strict import Strict
-
-METADATA = "fastmoco"
-"""Key under which our exports say what network they are of: in the metadata of a safetensors file,
-in `_metadata[""]` of a state dict."""
 
 # What wrappers of torch put into names, anywhere in them.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import nn
 from fastmoco.config import Recipe
 from fastmoco.exchange.layouts import DETECTRON2, HUGGINGFACE, Table, renamed
 from fastmoco.exchange.matching import match
-from fastmoco.exchange.reading import METADATA, About, read_weights
+from fastmoco.exchange.reading import About, read_weights
 from fastmoco.files import write_json
-from fastmoco.models.resnet import Encoder, saved
+from fastmoco.models.resnet import METADATA, Encoder, saved
 
 Tensors = dict[str, torch.Tensor]
 OPSET = 18
@@ -59,23 +58,21 @@ def _backbone(encoder: Encoder, table: Table | None = None) -> Tensors:
     return {renamed(name, table or {}): tensor.contiguous() for name, tensor in state.items()}
 
 
-def _about(recipe: Recipe) -> str:
-    fields = set(About.model_fields)
-    return json.dumps(recipe.model_dump(mode="json", include=fields), sort_keys=True)
+def _about(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=set(About.model_fields))
+
+
+def _safely(tensors: Tensors, recipe: Recipe) -> bytes:
+    about = json.dumps(_about(recipe), sort_keys=True)
+    return save(tensors, {"format": "pt", METADATA: about})
 
 
 def _save(encoder: Encoder, recipe: Recipe, out: Path) -> None:
-    """Write the backbone as the name's ending asks: safetensors, or a checkpoint of torch.
-
-    Either says what network it is of, where those who load the tensors do not see it: no tensor
-    tells the stride of a 3x3 stem.
-    """
+    """Write the backbone as the name's ending asks: safetensors, or a checkpoint of torch."""
     if out.suffix == ".safetensors":
-        out.write_bytes(save(_backbone(encoder), {"format": "pt", METADATA: _about(recipe)}))
+        out.write_bytes(_safely(_backbone(encoder), recipe))
     else:
-        state: Any = OrderedDict(_backbone(encoder))
-        state._metadata = OrderedDict({"": {METADATA: _about(recipe)}})
-        out.write_bytes(saved(state))
+        out.write_bytes(saved(_backbone(encoder), _about(recipe)))
 
 
 def _only_imagenet_stem(recipe: Recipe, program: str) -> str | None:
@@ -184,7 +181,7 @@ class Safetensors(Target):
     def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""
         tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-        out.write_bytes(save(tensors, {"format": "pt", METADATA: _about(recipe)}))
+        out.write_bytes(_safely(tensors, recipe))
 
     def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""

@@ -1,6 +1,8 @@
 """torchvision's ResNets with grouped BatchNorm, a choice of stem, and MoCo's projection heads."""
 
 import io
+import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,10 +159,21 @@ class Encoder(nn.Module):
         return projected
 
 
-def saved(state: Mapping[str, torch.Tensor]) -> bytes:
-    """Return what torch.save writes; to a full disk it would raise no OSError."""
+METADATA = "fastmoco"
+"""Key under which our files say what network they are of: in the metadata of a safetensors file, in
+`_metadata[""]` of a state dict."""
+
+
+def saved(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> bytes:
+    """Return what torch.save writes of a state dict, with a word about its network.
+
+    That stands where load_state_dict does not look, and an import does: no tensor tells the stride
+    of a 3x3 stem, or how images are shown. To a full disk torch.save itself raises no OSError.
+    """
+    described: Any = OrderedDict(state)
+    described._metadata = OrderedDict({"": {METADATA: json.dumps(about, sort_keys=True)}})
     content = io.BytesIO()
-    torch.save(state, content)
+    torch.save(described, content)
     return content.getvalue()
 
 

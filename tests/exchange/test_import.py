@@ -539,6 +539,17 @@ def test_knn_probe_and_embed_work_on_an_imported_run(
     assert code == 0 and "top-1" in out, err
 
 
+def test_fine_tuned_weights_come_back_with_their_stem(
+    run: Run, make_run: Callable[[], RunFolder], small_set: ShardSet, tmp_path: Path
+) -> None:
+    sets = ("--train", small_set.root, "--test", small_set.root, "--device", "cpu")
+    steps = ("--steps", 1, "--batch", 8, "--size", 24, "--save", tmp_path / "tuned")
+    code, _, err = run("finetune", make_run().root, *sets, *steps)
+    assert code == 0, err
+    code, out, err = run("import", tmp_path / "tuned" / "weights.pt", tmp_path / "back")
+    assert code == 0 and "small-stride2 stem" in out and "shown at 24 px" in out, err
+
+
 def test_refusals_end_in_their_exit_codes(run: Run, r10: Encoder, tmp_path: Path) -> None:
     file = saved(changed(r10, rename), tmp_path / "theirs.pth")
     code, _, err = run("import", file, tmp_path / "run")
