@@ -263,8 +263,8 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
     colors = zip(("red", "green", "blue"), manifest.std, strict=True)
     if constant := [color for color, value in colors if value == 1]:  # else it is 0.5 at most
         echo(
-            f"warning: {' and '.join(constant)} has one value in all images: its deviation is "
-            "taken for 1",
+            f"warning: all pixels of all images have one value of {' and '.join(constant)}: the "
+            "deviation is taken for 1",
             err=True,
         )
     counts = zip(manifest.classes, manifest.class_counts, strict=True)

@@ -171,6 +171,6 @@ def test_a_channel_that_is_the_same_everywhere_has_a_deviation_of_1(
             (tmp_path / "source" / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(rgb).save(tmp_path / "source" / name / f"{number}.png")
     code, _, err = run("shard", tmp_path / "source", tmp_path / "set", "--workers", 1)
-    assert code == 0 and "warning: red and blue has one value in all images" in err
+    assert code == 0 and "all pixels of all images have one value of red and blue: the dev" in err
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["std"][0] == manifest["std"][2] == 1 and 0 < manifest["std"][1] < 0.5
