@@ -15,6 +15,8 @@ from fastmoco.strict import Strict, near, parse_yaml, validate_as
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0.01, le=100)]
+Sigma = Annotated[float, Field(le=100)]  # beyond it an image is one color
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Triple = tuple[float, float, float]
 Stem = Literal["imagenet", "small", "small-stride2"]
@@ -38,13 +40,13 @@ class View(Strict):
 
     crop: Literal["random", "center", "none"] = "random"
     scale: tuple[Unit, Unit] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
     flip: Unit = 0.5
     jitter: tuple[Unit, Unit, Unit, Annotated[float, Field(ge=0.0, le=0.5)]] = (0, 0, 0, 0)
     jitter_p: Unit = 1.0
     grayscale: Unit = 0.0
     blur: Unit = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
     solarize: Unit = 0.0
 
     @model_validator(mode="after")

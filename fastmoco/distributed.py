@@ -1,6 +1,7 @@
 """The ranks of a run, and the one place that touches torch's collectives."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -274,4 +275,7 @@ def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[Rank
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     yield Ranks(dist.get_rank(), size, local_rank, local_size, timeout=timeout), device
     # Not after an error: the clean-up would wait for ranks that are still in a collective.
+    # torch 2.6 holds Python's lock while it ends gloo's threads, and hangs for ever if one of them
+    # waits for that lock to free the last tensors: they are given the time to.
+    time.sleep(0.1)
     dist.destroy_process_group()

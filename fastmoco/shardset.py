@@ -35,7 +35,7 @@ from pydantic import (
 
 from fastmoco.classes import Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import load_array, new_file, sha256_of, sync, write_json
+from fastmoco.files import load_array, locked, make_parent, new_file, sha256_of, sync, write_json
 
 FORMAT_VERSION = 1
 
@@ -352,6 +352,7 @@ def write_labels(
 
     Raises:
         DataError: an id twice or out of range, or a label without a class.
+        UsageError: another process is writing the table.
     """
     rows = np.sort(rows.astype(LABEL_DTYPE), order="id")
     fault = _label_fault(rows, len(shard_set), len(classes))
@@ -359,7 +360,12 @@ def write_labels(
         raise DataError(f"{fault[0].upper()}{fault[1:]}.")
     path = label_path(shard_set, table)
     about = {"set_id": shard_set.manifest.set_id, "classes": list(classes), "origin": origin}
-    with new_file(path.with_suffix(".json")) as about_aside, new_file(path) as rows_aside:
+    make_parent(path)
+    with (
+        locked(path.with_name(f".{path.name}.lock"), path),
+        new_file(path.with_suffix(".json")) as about_aside,
+        new_file(path) as rows_aside,
+    ):
         with rows_aside.open("wb") as stream:
             np.save(stream, rows)
         # Both are on the disk before the first takes the place of an older table.

@@ -105,8 +105,8 @@ def test_user_errors_are_plain_lines(
 
 def test_like(run: Run, make_images: Make, tmp_path: Path, small_set: ShardSet) -> None:
     source = make_images(tmp_path / "in", ("bee", "cow"))
-    code, _, err = run("shard", source, tmp_path / "set", "--like", small_set.root)
-    assert code == 0 and "without images, 1: ape" in err
+    code, out, err = run("shard", source, tmp_path / "set", "--like", small_set.root)
+    assert code == 0 and "without images, 1: ape" in err and "no image of 1 classes: ape" in out
     assert set(ShardSet(tmp_path / "set").labels()) == {1, 2}, "numbered as in the training set"
     source = make_images(tmp_path / "in", ("dog",))
     code, _, err = run("shard", source, tmp_path / "other", "--like", small_set.root)

@@ -230,3 +230,28 @@ def test_a_label_table_that_was_changed_is_refused(copied: ShardSet) -> None:
     del about["sha256"]
     path.with_suffix(".json").write_text(json.dumps(about))
     assert copied.labels("mine").tolist()[:3] == [-1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape"),
+    [
+        ("'|u1'", "(10**18, 4, 4)"),
+        ("'|u1'", "(1000000000000000000, 4, 4)"),
+        ("'|u1'", "(4611686018427387904, 4)"),
+        ("'|u1'", "(-5, 4)"),
+        ("'|u1'", "()"),
+        ("'|O'", "(3,)"),
+        ("[" * 3000 + "]" * 3000, "(3,)"),
+        ("__import__('os').abort()", "(3,)"),
+    ],
+)
+def test_the_header_of_an_array_is_not_believed(copied: ShardSet, descr: str, shape: str) -> None:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    magic = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    for name in ("labels/mine.npy", "samples.npy"):
+        write_labels(copied, "mine", rows_of((1, 0, 1.0)), ["a"], "by hand")
+        (copied.root / name).write_bytes(magic + header + bytes(64))
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            one = ShardSet(copied.root)
+            _ = one.samples, one.name_offsets, one.labels("mine")
+        assert len(str(caught.value)) < 600

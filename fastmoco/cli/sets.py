@@ -267,6 +267,11 @@ def _summarise(out: Path, manifest: "Manifest") -> None:
             "deviation is taken for 1",
             err=True,
         )
+    counts = zip(manifest.classes, manifest.class_counts, strict=True)
+    empty = [name for name, count in counts if not count]
+    if empty:
+        more = ", ..." if len(empty) > 3 else ""
+        echo(f"  no image of {len(empty)} classes: {', '.join(empty[:3])}{more}")
     if manifest.rejected:
         echo(f"  left out {manifest.rejected}, listed in {out / 'rejects.jsonl'}:")
         _print_rejects(out / "rejects.jsonl", 3)

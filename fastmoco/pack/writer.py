@@ -22,7 +22,7 @@ from fastmoco.pack.options import PackOptions
 from fastmoco.pack.parallel import ordered_map
 from fastmoco.pack.schedule import Schedule, divided
 from fastmoco.pack.sources import open_sources
-from fastmoco.pack.sources.base import Reject, Source
+from fastmoco.pack.sources.base import Reject, Source, refuse_lost_class
 from fastmoco.pack.tables import first, write_tables
 from fastmoco.shardset import FORMAT_VERSION, Manifest, ShardSet
 
@@ -117,7 +117,11 @@ def pack_sources(
 def _arranged(sources: dict[str, Source], options: PackOptions) -> dict[str, Source]:
     """Return the sources of the sets that will be written."""
     if options.dedupe:
-        sources = without_duplicates(sources, options.rules.max_bytes, options.workers)
+        unique = without_duplicates(sources, options.rules.max_bytes, options.workers)
+        for split, source in sources.items():
+            why = "came before, which --dedupe leaves out"
+            refuse_lost_class(source.labels, unique[split].labels, source.classes, why)
+        sources = unique
     if not options.splits:
         return sources
     if list(sources) != [""]:

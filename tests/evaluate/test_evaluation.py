@@ -160,13 +160,20 @@ def test_no_run_is_refused_in_words(tmp_path: Path) -> None:
         Evaluation.open(tmp_path)
 
 
-def test_class_lists_that_differ_are_refused(
+def test_a_test_set_may_lack_classes_and_have_no_others(
     make_run: Make, small_set: ShardSet, make_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = make_images(tmp_path / "source", ("ape", "bee", "dog"), 2)
     pack(source, tmp_path / "other", PackOptions())
-    with pytest.raises(DataError, match=r"differ in their classes \(cow, dog\): .*--like"):
-        Evaluation.open(make_run().root, small_set.root, tmp_path / "other")
+    run = make_run().root
+    with pytest.raises(DataError, match=r"differ in their classes \(dog\): only the test set has"):
+        Evaluation.open(run, small_set.root, tmp_path / "other")
+    pack(make_images(tmp_path / "few", ("cow", "bee"), 2), tmp_path / "fewer", PackOptions())
+    opened = Evaluation.open(run, small_set.root, tmp_path / "fewer")
+    assert opened.test.classes == ["ape", "bee", "cow"], "numbered as in the training set"
+    names = [opened.test.set.name_of(row) for row in range(4)]
+    assert [opened.test.classes[label] for label in opened.test.labels] == [n[:3] for n in names]
+    assert any("1 of 3 classes (ape) have no test image" in told for told in opened.cautions)
 
 
 def test_a_set_without_classes_is_refused(

@@ -332,6 +332,31 @@ def test_tiny_imagenet_as_it_is_published(shard: Callable[..., str], tmp_path: P
     assert counts(tmp_path / "va") == {"n01": 3, "n02": 2}
 
 
+def test_a_class_whose_listed_or_repeated_images_are_gone_stops(
+    shard: Callable[..., str], make_images: Make, tmp_path: Path
+) -> None:
+    make_images(tmp_path / "im", ("cat", "dog"), per_class=3)
+    shutil.copytree(tmp_path / "im/cat", tmp_path / "im/twin")
+    assert "All images of the class twin came before" in shard("im", "set", "--dedupe", code=3)
+    rows = [f"im/{name}/000{n}.jpg,{name}" for name in ("cat", "dog", "cow") for n in range(3)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    said = shard("list.csv", "set", code=3)
+    assert "All images of the class cow that list.csv lists are missing" in said
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows[:6], "im/no.jpg,cat"]))
+    shard("list.csv", "x", "--max-rejects", "0", code=3)
+    assert "left out: 1, each does not exist (im/no.jpg)" in shard("list.csv", "set")
+
+
+def test_listed_names_match_by_normalization(
+    shard: Callable[..., str], make_images: Make, tmp_path: Path
+) -> None:
+    make_images(tmp_path / "im", ("cafe\u0301", "tea"), per_class=2)
+    rows = [f"im/{name}/000{n}.jpg,{name}" for name in ("caf\u00e9", "tea") for n in range(2)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")
+    shard("list.csv", "set", "--max-rejects", "0")
+    assert counts(tmp_path / "set") == {"caf\u00e9": 2, "tea": 2}
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_metadata_beside_images_as_hugging_face_has_it(
     shard: Callable[..., str], tmp_path: Path, kind: str

@@ -20,7 +20,7 @@ from PIL import Image
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.schedule import shuffled
-from fastmoco.pack.writer import pack
+from fastmoco.pack.writer import pack, pack_sources, sources_for
 from fastmoco.shardset import ShardSet
 
 Make = Callable[..., Path]
@@ -272,6 +272,17 @@ def test_out_must_be_new_and_outside(make_images: Make, tmp_path: Path) -> None:
             pack(source, out, PackOptions())
     with pytest.raises(UsageError, match="lies inside"):
         pack(source, source / "cat/set", PackOptions())
+
+
+def test_a_second_pack_that_listed_while_the_first_was_at_it(
+    make_images: Make, tmp_path: Path
+) -> None:
+    source, out = make_images(tmp_path / "in"), tmp_path / "set"
+    sources = sources_for(source, out, PackOptions())
+    pack(source, out, PackOptions())
+    with pytest.raises(UsageError, match="exists already"):
+        pack_sources(sources, out, PackOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "set"]
 
 
 FULL_DISK = """

@@ -5,6 +5,7 @@ are memory-mapped; Parquet is compressed and holds rows in groups, so that it is
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,14 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain
 from fastmoco.pack.sources.agree import in_one_numbering
-from fastmoco.pack.sources.base import Names, Reject, Source, check_labels, no_labels
+from fastmoco.pack.sources.base import (
+    Names,
+    Reject,
+    Source,
+    check_labels,
+    no_labels,
+    refuse_lost_class,
+)
 from fastmoco.pack.sources.raw import counted_names
 from fastmoco.pack.sources.tree import says_split, tokens
 
@@ -64,7 +72,10 @@ def open_arrow(path: Path, unlabelled: bool = False) -> dict[str, Source]:
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix in SUFFIXES else []
-    files = [f for end in SUFFIXES for f in (*path.glob(f"*{end}"), *path.glob(f"*/*{end}"))]
+    with os.scandir(path) as entries:
+        names = [e.name for e in entries if e.is_dir() and (e.name == "data" or says_split(e.name))]
+    folders = [path, *(path / name for name in names)]
+    files = (file for folder in folders for end in SUFFIXES for file in folder.glob(f"*{end}"))
     return sorted(file for file in files if _PART.fullmatch(file.stem))
 
 
@@ -89,6 +100,7 @@ def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:
         raise DataError(
             f"{where} holds no bytes of images, only where they lie ({names[0]}): pack that folder."
         )
+    refuse_lost_class(codes, codes[rows], classes, "have no bytes in the file")
     check_labels(codes[rows], classes, where)
     others = [name for name in table.column_names if name != label]
     return Source(

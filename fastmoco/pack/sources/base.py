@@ -148,6 +148,31 @@ def numbered(names: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
     return np.array([numbers[name] for name in codes], dtype=np.int32)[each], classes
 
 
+def refuse_lost_class(
+    before: npt.NDArray[np.int32],
+    after: npt.NDArray[np.int32],
+    classes: Sequence[str],
+    why: str,
+) -> None:
+    """Check that no class has lost all of its images.
+
+    Args:
+        before: labels of what was listed.
+        after: labels of what is left.
+        classes: their names.
+        why: what became of the others, in words that follow "images".
+
+    Raises:
+        DataError: naming the class.
+    """
+    lost = sorted(set(before[before >= 0].tolist()) - set(after.tolist()))
+    if lost:
+        raise DataError(
+            f"All images of the class {classes[lost[0]]} {why}: mend that, or take the class out "
+            "of the source."
+        )
+
+
 def check_labels(labels: npt.NDArray[np.int32], classes: Sequence[str], where: str) -> None:
     """Check that labels lie within the classes and that there is more than one class.
 

@@ -9,7 +9,10 @@ import os
 import posixpath
 import re
 import shlex
+import unicodedata
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +23,14 @@ from fastmoco.classes import Found, is_no_label, is_utf8, several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.listing import Listing, opened, tidied
-from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels
+from fastmoco.pack.sources.base import (
+    Names,
+    Reject,
+    Source,
+    by_name,
+    check_labels,
+    refuse_lost_class,
+)
 
 _DRIVE = re.compile(r"[A-Za-z]:/")
 SPLIT = re.compile(r"[A-Za-z0-9_-]*")  # names a folder of the packed set
@@ -119,6 +129,7 @@ def _named(rows: list[Row], path: Path, unlabelled: bool, folder: Path | None) -
     """Return the rows by the names of their images below the folder."""
     below = _Below(path, folder)
     found: dict[str, Row] = {}
+    next((row for row in rows if below.name(row.path)), None)  # tells what stands before the names
     for row in rows:
         where = f"{path}, line {row.line}"
         name = below.name(row.path)
@@ -155,29 +166,56 @@ class _Below:
         self.folder, self._is_given = folder or path.parent, folder is not None
         self._home = os.path.abspath(path.parent)
         self._root = os.path.abspath(self.folder)
-        self._elsewhere = ""  # what the folder was called where the CSV was written
+        self._elsewhere = ""  # what stands before the names where the CSV was written
+        self._stems: dict[str, dict[str, list[str]]] = {}  # of the names in each folder
 
     def name(self, text: str) -> str | None:
-        """Return the name of an image, None if it does not lie below the folder."""
-        text = text if os.path.lexists(os.path.join(self.folder, text)) else tidied(text)
+        """Return the name of an image, None if it cannot lie below the folder."""
+        text = text if self._there(text) else tidied(text)
         path = posixpath.normpath(text)
-        leads_out = _DRIVE.match(path) or path.startswith("/") or path.split("/")[0] == ".."
-        if not leads_out and (not self._is_given or os.path.lexists(f"{self._root}/{path}")):
-            return path
+        leads_out = bool(_DRIVE.match(path)) or path.startswith("/") or path.split("/")[0] == ".."
+        if not leads_out and (found := self._there(path)):
+            return found
         for full in (os.path.join(self._home, text), text):
             full = posixpath.normpath(full)
-            if full.startswith(f"{self._root}/"):
-                return full[len(self._root) + 1 :]
-        return self._from_elsewhere(path) if self._is_given else None
+            if leads_out and full.startswith(f"{self._root}/"):
+                return self._named(full[len(self._root) + 1 :])
+        found = self._from_elsewhere(path.split("/")) if self._is_given else None
+        return found or (None if leads_out else path)
 
-    def _from_elsewhere(self, path: str) -> str | None:
-        parts = path.split("/")
+    def _from_elsewhere(self, parts: list[str]) -> str | None:
         if not self._elsewhere:
-            cuts = range(1, len(parts))
-            ends = (cut for cut in cuts if os.path.lexists(f"{self._root}/{'/'.join(parts[cut:])}"))
-            self._elsewhere = "/".join(parts[: next(ends, 0)]) + "/"
-        known = len(self._elsewhere) > 1 and path.startswith(self._elsewhere)
-        return path[len(self._elsewhere) :] if known else None
+            tails = ("/".join(parts[cut:]) for cut in range(1, len(parts)))
+            tail = next(filter(self._there, tails), None)
+            if tail is None:
+                return None
+            self._elsewhere = "/".join(parts)[: -len(tail)]
+        path = "/".join(parts)
+        if not path.startswith(self._elsewhere):
+            return None
+        return self._named(path[len(self._elsewhere) :])
+
+    def _named(self, path: str) -> str:
+        return self._there(path) or path  # which is then missing, and listed
+
+    def _there(self, path: str) -> str | None:
+        """Return a path that is there, or of which one file is the stem; None if there is none."""
+        if os.path.lexists(os.path.join(self._root, path)):
+            return path
+        folder, stem = os.path.split(path)
+        if folder not in self._stems:
+            self._stems[folder] = _by_stem(os.path.join(self._root, folder))
+        names = self._stems[folder].get(stem, [])
+        return os.path.join(folder, names[0]) if len(names) == 1 else None
+
+
+def _by_stem(folder: str) -> dict[str, list[str]]:
+    """Return the names in a folder by what stands before their extensions."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found.setdefault(os.path.splitext(entry.name)[0], []).append(entry.name)
+    return found
 
 
 def _labels(labels: list[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
@@ -191,16 +229,48 @@ def _labels(labels: list[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
 def _split(
     folder: Path, names: list[str], labels: npt.NDArray[np.int32], classes: list[str], where: str
 ) -> Source:
+    names = _as_stored(folder, names)
     reasons = [_why_not(os.path.join(folder, name)) for name in names]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     left_out = [Reject(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
     if not kept:
         raise DataError(f"{where}: none of the images is there ({names[0]}: {reasons[0]}).")
+    refuse_lost_class(labels, labels[kept], classes, f"that {where} lists are missing")
     check_labels(labels[kept], classes, where)
     held = Names(names[row] for row in kept)
     return Source(
         held, labels[kept], classes, FileInputs(folder, held), sorted(left_out, key=by_name)
     )
+
+
+def _as_stored(folder: Path, names: list[str]) -> list[str]:
+    """Return names as they are on the disk, where they differ by Unicode normalization alone.
+
+    A Mac writes é as two characters. A name that fits two, or one that is listed, stays as it is.
+    """
+    listed = set(names)
+
+    @cache
+    def alike(parent: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for entry in os.listdir(parent) if os.path.isdir(parent) else ():
+            found.setdefault(unicodedata.normalize("NFC", entry), []).append(entry)
+        return found
+
+    def stored(name: str) -> str:
+        if name.isascii() or os.path.lexists(os.path.join(folder, name)):
+            return name
+        path = str(folder)
+        for part in name.split("/"):
+            there = os.path.lexists(os.path.join(path, part))
+            found = [part] if there else alike(path).get(unicodedata.normalize("NFC", part), [])
+            if len(found) != 1:
+                return name
+            path = os.path.join(path, found[0])
+        other = os.path.relpath(path, folder)
+        return name if other in listed else other
+
+    return list(map(stored, names))
 
 
 def _why_not(path: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources.base import Reject, Source, by_name
+from fastmoco.pack.sources.base import Reject, Source, by_name, refuse_lost_class
 from fastmoco.pack.sources.folder import open_folder
 
 ANNOTATIONS = "val_annotations.txt"
@@ -51,7 +51,9 @@ def _labelled(source: Source, path: Path, classes: list[str] | None) -> Source:
     odd = sorted(set(wnids.values()) - set(found))
     if odd:
         raise DataError(f"{path} names the class {odd[0]}, which the training set has not.")
+    listed = np.array([number_of[wnid] for wnid in wnids.values()], dtype=np.int32)
     labels = [number_of[wnids[name]] if name in wnids else -1 for name in places]
+    refuse_lost_class(listed, np.array(labels), found, f"that {path.name} lists are missing")
     missing = [Reject(name, "does not exist") for name in sorted(set(wnids) - set(places))]
     return replace(
         source,

@@ -40,7 +40,8 @@ def is_webdataset(path: Path) -> bool:
 
 
 def _has_folders(path: Path) -> bool:
-    return any(entry.is_dir() and not hidden_folder(entry.name) for entry in path.iterdir())
+    folders = (entry.name for entry in path.iterdir() if entry.is_dir())
+    return any(not hidden_folder(name) and name != "_tmp" for name in folders)  # of img2dataset
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -135,8 +135,9 @@ def test_folders_around_all_and_side_files_do_not_count(described):
 
 
 def test_a_plain_folder_of_images_is_no_class(described):
-    found = described(*each("train/images", "val/images"), "train/labels/1.txt")
+    found = described(*each("train/images", "val/images", "test/images"), "train/labels/1.txt")
     assert {split: set(labels.values()) for split, labels in found.items()} == {
+        "test": {""},
         "train": {""},
         "val": {""},
     }

@@ -103,6 +103,23 @@ def test_as_people_write_it(table, labels_of, text):
     assert labels_of(found[""]) == {"a/1.png": "x", "b/2.png": "y"}
 
 
+def test_ids_are_stems_of_files(table, labels_of):
+    """Of one file each; what is missing is listed, whatever stands before it."""
+    path = table("id,label\na/1,x\n2,y\n3,x\n", "a/1.png", "2.jpeg", "3.png", "3.jpg")
+    found = open_sources(path)[""]
+    assert labels_of(found) == {"a/1.png": "x", "2.jpeg": "y"}
+    assert found.left_out == [Reject("3", "does not exist")]
+
+
+def test_what_is_missing_elsewhere_is_listed(table, labels_of):
+    names = ("0.png", "1.png", "2.png", "3.png")
+    rows = "".join(f"/elsewhere/{name},{'xy'[place // 2]}\n" for place, name in enumerate(names))
+    path = table(f"path,label\n{rows}", "1.png", "2.png")
+    found = open_sources(path, folder=path.parent)[""]
+    assert labels_of(found) == {"1.png": "x", "2.png": "y"}
+    assert found.left_out == [Reject(name, "does not exist") for name in ("0.png", "3.png")]
+
+
 @pytest.mark.parametrize("where", ["images/", "{root}/images/", "../root/images/", "D:\\img\\"])
 def test_another_root(table, tmp_path, labels_of, where):
     """Of a list that lies elsewhere, or was written on another machine."""
