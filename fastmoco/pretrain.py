@@ -199,7 +199,8 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | No
         )
     if state is None and run.ended_well():
         raise UsageError(
-            f"{run.root} is of a run that ended, and its checkpoints are gone: choose another out=DIR."
+            f"{run.root} is of a run that ended, and its checkpoints are gone: choose another "
+            "out=DIR."
         )
     if ranks.leads:
         for name in run.damaged:
