@@ -17,7 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from fastmoco.errors import UsageError
 from fastmoco.load.augment import ViewNumbers, colour_maps
-from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source, Stages, Work
+from fastmoco.load.work import Look, Rendered, Settings, Source, Stages, Work
 
 _KEPT = 2  # batches whose kernels may still be queued when the next one is asked for
 _CROP = ((T.FLOAT, 1), (T.FLOAT, 1), (T.INT32, 0))
@@ -165,8 +165,6 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
     """Draw batches ahead of their use; see `work.Executor`.
 
     Raises:
-        BatchError: an image cannot be decoded, or something else is wrong: DALI says a
-            RuntimeError either way, and not at which image.
         UsageError: the driver is too old for this DALI.
     """
     pending: deque[Work] = deque()  # handed to the pipeline, not yet given out
@@ -202,7 +200,7 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
             "executor=torchvision."
         ) from error
     kept: deque[tuple[torch.cuda.Event, Rendered]] = deque()
-    while (outputs := _next(pipeline, pending, settings.device)) is not None:
+    while (outputs := _next(pipeline, settings.device)) is not None:
         rendered = Rendered(pending.popleft(), tuple(to_torch(output) for output in outputs))
         yield rendered
         if on_gpu:
@@ -214,14 +212,10 @@ def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterat
                 kept.popleft()
 
 
-def _next(pipeline: Pipeline, pending: deque[Work], device: torch.device) -> Any:
+def _next(pipeline: Pipeline, device: torch.device) -> Any:
     # It is torch's stream that waits for the batch; without one, the host would.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         return pipeline.run(stream)
     except StopIteration:
         return None
-    except RuntimeError as error:
-        if not pending:
-            raise
-        raise BatchError(pending[0], error) from error

@@ -16,7 +16,7 @@ from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
 from fastmoco.load.order import Ids
 from fastmoco.load.plan import Plan, plan_of
 from fastmoco.load.reader import READERS, Reader, Unfit
-from fastmoco.load.work import BatchError, Executor, Look, Rendered, Settings, Source, Stages, Work
+from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Work
 from fastmoco.shardset import Collection
 
 Triple = tuple[float, float, float]
@@ -158,7 +158,7 @@ class Loader:
                     return self.work(start + number)  # it was read before they were known
                 return work
 
-            drawn = _draw_all(source, self._look, share, self._settings, self._reader)
+            drawn = _draw_all(source, self._look, share, self._settings)
             for step, rendered in enumerate(drawn, start):
                 yield Batch(rendered.work.ids, rendered.views, step)
 
@@ -186,7 +186,7 @@ def evaluation_batches(
         settings: how batches are made.
 
     Raises:
-        DataError: an image cannot be read or decoded; names the samples.
+        DataError: images are missing or damaged; names the samples.
     """
     reader = Reader(data)
 
@@ -200,7 +200,7 @@ def evaluation_batches(
     look, settings = Look(size, mean, std, (Stages(),)), _decided(settings, reader)
     try:
         with _read_ahead(work) as source:
-            for step, rendered in enumerate(_draw_all(source, look, batch, settings, reader)):
+            for step, rendered in enumerate(_draw_all(source, look, batch, settings)):
                 yield Batch(rendered.work.ids, rendered.views, step)
     except Unfit as failure:
         raise DataError(_told(failure, data)) from failure
@@ -258,43 +258,24 @@ def _read_ahead(
         batches.shutdown(cancel_futures=True)
 
 
-def _draw_all(
-    source: Source, look: Look, batch: int, settings: Settings, reader: Reader
-) -> Iterator[Rendered]:
-    """Draw what a source asks for.
+def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+    """Draw what a source asks for, and all that comes before a failure of it.
 
     Raises:
-        Unfit: images that cannot be read, or that are damaged and cannot be decoded.
+        Unfit: images that are missing or damaged.
     """
-    executor = _executor(settings.executor)
-    try:
-        yield from executor(source, look, batch, settings)
-    except BatchError as failure:
-        work = failure.work
-        # A lack of memory looks the same. But the packer decoded every image: one whose bytes are
-        # still those is good. One whose bytes are not may be decoded all the same.
-        bad = [
-            row
-            for row in reader.changed(work.ids, work.encoded)
-            if not _draws(executor(_only(work, row), look, 1, settings))
-        ]
-        if not bad:
-            raise failure.error from None
-        raise Unfit(work.ids[bad].tolist(), "decoded") from failure
+    failures: list[Unfit] = []
 
+    def until_failure(number: int) -> Work | None:
+        try:
+            return source(number)
+        except Unfit as failure:
+            failures.append(failure)
+            return None
 
-def _only(work: Work, row: int) -> Source:
-    """Return a source of one image of a batch."""
-    only = slice(row, row + 1)
-    alone = Work(work.ids[only], work.encoded[only], [one.rows(only) for one in work.numbers])
-    return lambda number: None if number else alone
-
-
-def _draws(drawn: Iterator[Rendered]) -> bool:
-    try:
-        return bool(list(drawn))
-    except BatchError:
-        return False
+    yield from _executor(settings.executor)(until_failure, look, batch, settings)
+    if failures:
+        raise failures[0]
 
 
 def _executor(name: str) -> Executor:
@@ -315,7 +296,7 @@ def _executor(name: str) -> Executor:
 def _told(failure: Unfit, data: Collection) -> str:
     named = "; ".join(data.describe(sample) for sample in failure.ids[:5])
     return (
-        f"{len(failure.ids)} image(s) of a batch cannot be {failure.what}: {named}. The shard was "
-        "damaged after packing: copy the set again, or pack it anew. Training goes on without up "
-        "to N damaged images if told so by max_bad_images=N."
+        f"{len(failure.ids)} image(s) of a batch cannot be read: {named}. The shard was damaged "
+        "after packing: copy the set again, or pack it anew. Training goes on without up to N "
+        "damaged images if told so by max_bad_images=N."
     )

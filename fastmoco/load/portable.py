@@ -14,27 +14,18 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.load.augment import ViewNumbers
-from fastmoco.load.work import BatchError, Look, Rendered, Settings, Source
+from fastmoco.load.work import Look, Rendered, Settings, Source
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # what a set may hold
 
 
 def render(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
-    """Draw batches one by one, fp32 on every device; see `work.Executor`.
-
-    Raises:
-        BatchError: an image of the batch cannot be decoded.
-    """
+    """Draw batches one by one, fp32 on every device; see `work.Executor`."""
     for number in count():
         work = source(number)
         if work is None:
             return
-        try:
-            images = [_decode(encoded) for encoded in work.encoded]
-        except MemoryError:  # says something about this machine, not about the image
-            raise
-        except Exception as error:  # decoders raise anything on damaged bytes
-            raise BatchError(work, error) from error
+        images = [_decode(encoded) for encoded in work.encoded]
         views = (_view(images, numbers, look) for numbers in work.numbers)
         yield Rendered(work, tuple(view.to(settings.device) for view in views))
 

@@ -93,19 +93,6 @@ class Rendered:
     views: tuple[torch.Tensor, ...]
 
 
-class BatchError(Exception):
-    """A batch cannot be drawn: by an image of it, or for another reason.
-
-    Attributes:
-        work: of the batch.
-        error: what the executor met.
-    """
-
-    def __init__(self, work: Work, error: Exception) -> None:
-        super().__init__(f"a batch cannot be drawn: {error}")
-        self.work, self.error = work, error
-
-
 Source = Callable[[int], Work | None]
 """Gives the work of batch 0, 1, ...; None ends the stream."""
 

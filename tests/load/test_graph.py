@@ -2,7 +2,6 @@
 
 import struct
 import weakref
-from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -108,7 +107,7 @@ def test_the_gpu_hands_over_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     for device, stream in (("cuda:1", "stream of cuda:1"), ("cpu", None)):
         with pytest.raises(_Stream) as told:
-            dali._next(Pipe(), deque(), torch.device(device))
+            dali._next(Pipe(), torch.device(device))
         assert told.value.args == (stream,)
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from fastmoco.config import View
 from fastmoco.load import dali, portable
 from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
-from fastmoco.load.work import BatchError, Look, Settings, Stages, Work
+from fastmoco.load.work import Look, Settings, Stages, Work
 
 N, SIZE = 16, 32
 EVERY = Stages(colour=True, blur=True, solarize=True)
@@ -347,12 +347,3 @@ def test_two_views_of_an_image_come_from_one_decode(
     views = next(iter(batches)).views
     alone = [render(executor, files, pair[0], Stages()), render(executor, files, pair[1])]
     assert all(torch.equal(a, b) for a, b in zip(views, alone, strict=True))
-
-
-def test_torchvision_names_the_work_that_cannot_be_decoded(
-    images: list[Image.Image], files: list[np.ndarray]
-) -> None:
-    broken = [*files[:-1], np.zeros(100, np.uint8)]
-    with pytest.raises(BatchError) as failure:
-        render(portable, broken, numbers_of(View(), images))
-    assert failure.value.work.encoded is broken
