@@ -151,7 +151,7 @@ def test_a_name_that_is_no_unicode_survives(tmp_path):
         (["cat/1.png", "cat/2.png"], "single class folder .cat.*100 %.*--unlabelled"),
         (["cat/1.png", "dog/2.png", "3.png", "4.png"], "beside class folders.*--unlabelled"),
         (["cat/1.png", "dog/2.png", "cow/"], "cow holds no images"),
-        (["cat/1.png", "dog/2.png", "cow/x.heic"], "All of the class cow is left out"),
+        (["cat/1.png", "dog/2.png", "cow/x.jp2"], "All of the class cow is left out"),
     ],
 )
 def test_unsound_layouts_are_refused(tmp_path, touch, files, message):
