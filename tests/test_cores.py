@@ -85,8 +85,10 @@ def test_torch_has_its_share_of_the_cores(device: str, monkeypatch: pytest.Monke
     with joined("auto"):
         assert found == [64]
     monkeypatch.setattr(distributed, "dist", Joined())
-    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     with joined("auto"):
         assert found == [64, 8]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
