@@ -85,8 +85,8 @@ def overloads(recipe: Recipe) -> Counter[str]:
     """Return how often each overload runs in a step past the first."""
     with engine(recipe) as moco:
         shape = recipe.batch, 3, recipe.image_size, recipe.image_size
-        half = torch.empty(shape, dtype=torch.float16, device=GPU)  # what DALI hands over
-        views = [half.contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        handed_over = {"dtype": torch.float16, "memory_format": torch.channels_last}  # by DALI
+        views = [torch.empty(shape, device=GPU, **handed_over) for _ in range(2)]
         with Overloads() as seen:
             moco.step(*views, 0)
             seen.counts.clear()
