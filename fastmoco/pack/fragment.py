@@ -3,7 +3,6 @@
 A tar is a sequence of members, so stretches made anywhere can be put together in order.
 """
 
-import hashlib
 import math
 import os
 import tarfile
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from fastmoco.files import hash_of
 from fastmoco.pack.check import Checked, Rules, check_input, without_warnings
 from fastmoco.pack.inputs import Input
 from fastmoco.pack.levels import Span
@@ -188,12 +188,6 @@ def _header(name: str, size: int) -> bytes:
             header[156:],
         )
     )
-
-
-def hash_of(content: bytes) -> int:
-    """Return the first 64 bits of the SHA-256, as the column `hash` of the table holds them."""
-    # Little-endian, as the table is: the stored bytes are those of the digest.
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 def row_of(offset: int, label: int, image: Checked) -> tuple[int, ...]:

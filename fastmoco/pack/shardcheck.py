@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.files import sha256_of
-from fastmoco.pack.fragment import hash_of
+from fastmoco.files import hash_of, sha256_of
 from fastmoco.pack.index import (
     Component,
     extension_of,
