@@ -256,9 +256,9 @@ def _classes(
             told += "; where numbers are places among the set's, pass --classes SET"
         return own, names, told if packed and names else None
     if strange:
+        values = list(table.found.values)
         for row in np.flatnonzero(np.isin(table.codes, [table.found.values[v] for v in strange])):
-            value = list(table.found.values)[table.codes[row]]
-            what = f"the label {value!r} is none of {len(known.names)} classes"
+            what = f"the label {values[table.codes[row]]!r} is none of {len(known.names)} classes"
             faults.add(table.lines[row], what)
         if not given:
             faults.hints.append(
