@@ -92,6 +92,11 @@ class Found:
             )
         return code
 
+    def labels_of(self, codes: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each of many codes, -1 for code -1, and the class names."""
+        labels, names = self.as_classes()
+        return np.append(labels, np.int32(-1))[np.array(codes, dtype=np.int32)], names
+
     def as_classes(self) -> tuple[npt.NDArray[np.int32], list[str]]:
         """Return the label of each code, (codes,) int32, and the names of the labels 0, 1, ...
 
@@ -108,6 +113,13 @@ class Found:
         names, places = _names(spelled)
         labels = [places[_key(value)] for value in self.values]
         return np.array(labels, dtype=np.int32), names
+
+
+def classes_of(values: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return the label of each value, -1 for none, and the class names; see `Found`."""
+    found = Found()
+    codes = [-1 if is_no_label(value) else found.code(value) for value in values]
+    return found.labels_of(codes)
 
 
 def _names(spelled: dict[int | str, str]) -> tuple[list[str], dict[int | str, int]]:

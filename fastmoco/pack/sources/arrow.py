@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, is_no_label, several_labels
+from fastmoco.classes import classes_of, several_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain
@@ -178,11 +178,7 @@ def _labels(table: Any, label: str | None, where: str) -> tuple[npt.NDArray[np.i
     if classes:
         codes = [-1 if value is None else int(value) for value in values]
         return np.array(codes, dtype=np.int32), classes
-    found = Found()
-    written = ["" if value is None else str(value) for value in values]
-    given = [-1 if is_no_label(value) else found.code(value) for value in written]
-    numbers, classes = found.as_classes()
-    return np.append(numbers, np.int32(-1))[given], classes
+    return classes_of("" if value is None else str(value) for value in values)
 
 
 def _class_names(table: Any, label: str) -> list[str]:

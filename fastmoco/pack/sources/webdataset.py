@@ -111,8 +111,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
         parts.append(ArchiveInputs(shard, Span, table, table[:, 1]))
     if not names:
         raise DataError(f"{where} holds no images.")
-    numbers, classes = values.as_classes()
-    labels = np.append(numbers, np.int32(-1))[codes]
+    labels, classes = values.labels_of(codes)
     check_labels(labels, classes, where)
     notes = []
     if has_json and not classes and not unlabelled:
