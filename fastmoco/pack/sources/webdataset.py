@@ -15,6 +15,7 @@ from fastmoco.errors import DataError
 from fastmoco.pack.foreign import BESIDE, Adopted, Contents, label_of
 from fastmoco.pack.inputs import ArchiveInputs, Joined, Span
 from fastmoco.pack.kinds import hidden_folder
+from fastmoco.pack.sources.agree import in_one_numbering
 from fastmoco.pack.sources.archive import refuse_compressed
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, check_labels
 from fastmoco.pack.sources.tree import agree_on_splits, says_split, tokens
@@ -75,15 +76,17 @@ def open_webdataset(path: Path, unlabelled: bool = False) -> dict[str, Source]:
         The source of each split that the shards' names say, "" without splits.
 
     Raises:
-        DataError: a shard is damaged or compressed, or there is no image.
+        DataError: a shard is damaged or compressed, there is no image, or a split has a class that
+            the one to train on has not.
     """
     shards = shards_of(path) if path.is_dir() else [path]
     if not shards:
         raise DataError(f"{path} holds no *.tar.")
-    return {
+    sources = {
         split: _source(mine, f"{path} {split}".rstrip(), unlabelled)
         for split, mine in splits_of(shards).items()
     }
+    return in_one_numbering(sources, str(path))
 
 
 def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
