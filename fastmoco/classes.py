@@ -66,6 +66,11 @@ class Known:
             return key if key < len(self.names) else None
         return self._alike.get(key)
 
+    def codes(self, values: Iterable[str]) -> npt.NDArray[np.int32]:
+        """Return the number of the class of each value, -1 for one that is none of them."""
+        found = map(self.code, values)
+        return np.array([-1 if code is None else code for code in found], dtype=np.int32)
+
 
 def _key(value: str) -> int | str:
     number = number_of(value)

@@ -511,17 +511,15 @@ def labelled_pair(bank: Path, queries: Path, table: str | None = None) -> tuple[
 
 def _numbered_like(first: Labelled, second: Labelled, table: str | None) -> Labelled:
     """Return the second with the class numbers of the first, which may have further classes."""
-    known = Known(first.classes)
-    codes = list(map(known.code, second.classes))
-    odd = [second.classes[label] for label in np.unique(second.labels) if codes[label] is None]
+    codes = Known(first.classes).codes(second.classes)
+    odd = [second.classes[label] for label in np.unique(second.labels) if codes[label] < 0]
     if odd:
         mend = "give both tables the same --classes" if table else "pack the test set without them"
         raise DataError(
             f"{first.set.root} and {second.set.root} differ in their classes "
             f"({', '.join(odd[:5])}): only the test set has these; {mend}."
         )
-    numbers = np.array([-1 if code is None else code for code in codes])
-    return replace(second, labels=numbers[second.labels], classes=first.classes)
+    return replace(second, labels=codes[second.labels].astype(np.int64), classes=first.classes)
 
 
 def _has_table(one: ShardSet, table: str) -> bool:

@@ -246,8 +246,8 @@ def _classes(
 ) -> tuple[npt.NDArray[np.int32], list[str], str | None]:
     """Return the label of each code, the class names, and a note if they are not the set's."""
     known = Known(given, by_place=True) if given else Known(packed)
-    codes = [known.code(value) for value in table.found.values]
-    strange = [value for value, code in zip(table.found.values, codes, strict=True) if code is None]
+    codes = known.codes(table.found.values)
+    strange = np.flatnonzero(codes < 0)
     if not given and len(strange) == len(codes):  # of another kind than those of the set
         _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
@@ -255,9 +255,9 @@ def _classes(
         if all(number_of(name) is not None for name in names):
             told += "; where numbers are places among the set's, pass --classes SET"
         return own, names, told if packed and names else None
-    if strange:
+    if len(strange):
         values = list(table.found.values)
-        for row in np.flatnonzero(np.isin(table.codes, [table.found.values[v] for v in strange])):
+        for row in np.flatnonzero(np.isin(table.codes, strange)):
             what = f"the label {values[table.codes[row]]!r} is none of {len(known.names)} classes"
             faults.add(table.lines[row], what)
         if not given:
@@ -265,7 +265,7 @@ def _classes(
                 f"Other labels are classes of the set ({_some(packed)}): mend these, or name all "
                 "classes, one a line of a text file, by --classes FILE."
             )
-    return np.array([code or 0 for code in codes], dtype=np.int32), known.names, None
+    return codes, known.names, None
 
 
 def _refuse_other_case(table: _Table, packed: list[str]) -> None:

@@ -32,16 +32,15 @@ def agreed(source: Source, expected: list[str]) -> Source:
     """
     if not source.classes:
         raise DataError("The source has no labels, which --like needs: pack it without --like.")
-    known = Known(expected)
-    codes = list(map(known.code, source.classes))
+    codes = Known(expected).codes(source.classes)
     used = np.unique(source.labels[source.labels >= 0])
-    unknown = [source.classes[label] for label in used if codes[label] is None]
+    unknown = [source.classes[label] for label in used if codes[label] < 0]
     if unknown:
         raise DataError(
             f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
         )
-    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
-    return replace(source, labels=numbers[source.labels], classes=list(expected))
+    labels = np.append(codes, np.int32(-1))[source.labels]  # -1, the last one, stays -1
+    return replace(source, labels=labels, classes=list(expected))
 
 
 def in_one_numbering(sources: Mapping[str, Source], where: str) -> dict[str, Source]:
