@@ -28,7 +28,7 @@ from fastmoco.pack.sources.base import (
     refuse_lost_class,
 )
 from fastmoco.pack.sources.raw import counted_names
-from fastmoco.pack.sources.tree import says_split, tokens
+from fastmoco.pack.sources.tree import says_split, split_word
 
 SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r".*-\d{5}-of-\d{5}")
@@ -80,10 +80,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    for name in (file.parent.name if file.parent != root else "", file.stem):
-        if says_split(name):
-            return next(token for token in tokens(name) if says_split(token))
-    return ""
+    return (split_word(file.parent.name) if file.parent != root else "") or split_word(file.stem)
 
 
 def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:

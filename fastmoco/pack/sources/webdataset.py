@@ -18,7 +18,7 @@ from fastmoco.pack.kinds import hidden_folder
 from fastmoco.pack.sources.agree import in_one_numbering
 from fastmoco.pack.sources.archive import refuse_compressed
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, check_labels
-from fastmoco.pack.sources.tree import agree_on_splits, says_split, tokens
+from fastmoco.pack.sources.tree import agree_on_splits, says_split, split_word
 from fastmoco.pack.tarwalk import Damage, Member, walk
 
 _LOOKED_AT = 64  # members: enough to see whether anything stands beside the images
@@ -60,8 +60,7 @@ def splits_of(shards: Sequence[Path]) -> dict[str, list[Path]]:
         return {"": list(shards)}
     found: dict[str, list[Path]] = {}
     for shard, stem in zip(shards, stems, strict=True):
-        split = next(token for token in tokens(stem) if says_split(token))
-        found.setdefault(split, []).append(shard)
+        found.setdefault(split_word(stem), []).append(shard)
     return found if len(found) > 1 else {"": list(shards)}
 
 
