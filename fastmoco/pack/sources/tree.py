@@ -39,7 +39,7 @@ _PLAIN = frozenset(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A folder that holds images, or folders that do.
 
