@@ -26,6 +26,7 @@ from fastmoco.files import locked, make_parent, new_folder, sha256_of, sync, wri
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
+from fastmoco.pack.options import reject_limit
 from fastmoco.pack.parallel import mapped
 from fastmoco.pack.sources.tree import is_training
 from fastmoco.pack.sources.webdataset import splits_of
@@ -410,7 +411,7 @@ def _refuse_unusable(
             f"The first:{named}"
         )
     total = tables.samples + tables.lost
-    limit = max(10, total // 100) if options.max_rejects is None else options.max_rejects
+    limit = reject_limit(options.max_rejects, total)
     if tables.samples and tables.lost <= limit:
         return
     with (tables.folder / "rejects.jsonl").open() as lines:

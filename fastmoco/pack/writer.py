@@ -18,7 +18,7 @@ from fastmoco.pack.duplicates import without_duplicates
 from fastmoco.pack.fragment import Fragment, make_fragment
 from fastmoco.pack.journal import Journal
 from fastmoco.pack.levels import SAMPLE, Span, judge
-from fastmoco.pack.options import PackOptions
+from fastmoco.pack.options import PackOptions, reject_limit
 from fastmoco.pack.parallel import ordered_map
 from fastmoco.pack.schedule import Schedule, divided
 from fastmoco.pack.sources import open_sources
@@ -154,8 +154,7 @@ class _Rejects:
 
     def __init__(self, sources: Mapping[str, Source], options: PackOptions) -> None:
         total = sum(len(source) + len(source.left_out) for source in sources.values())
-        given = options.max_rejects
-        self.limit = max(10, total // 100) if given is None else given
+        self.limit = reject_limit(options.max_rejects, total)
         self.total, self.count = total, 0
         self.first: list[Reject] = []
         for source in sources.values():
