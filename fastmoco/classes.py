@@ -33,6 +33,12 @@ def is_utf8(value: str) -> bool:
     return value.isascii() or value == value.encode("utf-8", "replace").decode()
 
 
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names, and the number of the others."""
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 class Known:
     """Finds the class that a written label means, among classes that have their names already.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, Known, is_no_label, is_utf8, number_of
+from fastmoco.classes import Found, Known, few, is_no_label, is_utf8, number_of
 from fastmoco.errors import DataError, UsageError
 from fastmoco.files import sha256_of
 from fastmoco.pack.listing import Listing, opened, tidied
@@ -251,7 +251,7 @@ def _classes(
     if not given and len(strange) == len(codes):  # of another kind than those of the set
         _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
-        told = f"classes of its own ({_some(names)}), not the set's ({_some(packed)})"
+        told = f"classes of its own ({few(names, 3)}), not the set's ({few(packed, 3)})"
         if all(number_of(name) is not None for name in names):
             told += "; where numbers are places among the set's, pass --classes SET"
         return own, names, told if packed and names else None
@@ -262,7 +262,7 @@ def _classes(
             faults.add(table.lines[row], what)
         if not given:
             faults.hints.append(
-                f"Other labels are classes of the set ({_some(packed)}): mend these, or name all "
+                f"Other labels are classes of the set ({few(packed, 3)}): mend these, or name all "
                 "classes, one a line of a text file, by --classes FILE."
             )
     return codes, known.names, None
@@ -277,10 +277,6 @@ def _refuse_other_case(table: _Table, packed: list[str]) -> None:
                 f"{alike[value.casefold()]!r} of the set in case only: write it alike, or name all "
                 "classes, one a line of a text file, by --classes FILE."
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _counts(table: _Table, ids: npt.NDArray[np.int64], kept: int, samples: int) -> Iterator[str]:

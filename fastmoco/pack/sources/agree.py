@@ -1,11 +1,11 @@
-"""Finding the classes of one source among those of another, and naming a few."""
+"""Finding the classes of one source among those of another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fastmoco.classes import Known
+from fastmoco.classes import Known, few
 from fastmoco.errors import DataError
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.sources.tree import is_training
@@ -16,12 +16,6 @@ def matched(names: Sequence[str], expected: Sequence[str]) -> dict[str, str]:
     known = Known(expected)
     codes = {name: known.code(name) for name in names}
     return {name: expected[code] for name, code in codes.items() if code is not None}
-
-
-def few(names: Sequence[str]) -> str:
-    """Return the first five of some names, and the number of the others."""
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def agreed(source: Source, expected: list[str]) -> Source:

@@ -12,10 +12,11 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import few
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs, Picked
 from fastmoco.pack.kinds import ARCHIVES
-from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
 from fastmoco.pack.sources.found import Found, folder_of
 from fastmoco.pack.sources.masks import few_valued, mask_beside, stems_of

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastmoco.classes import Known
+from fastmoco.classes import Known, few
 from fastmoco.errors import DataError
-from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.found import Found
 from fastmoco.pack.sources.masks import masked_folders
 from fastmoco.pack.sources.tree import (
