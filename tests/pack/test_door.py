@@ -391,6 +391,17 @@ def test_metadata_beside_images_as_hugging_face_has_it(
     assert ShardSet(tmp_path / "set/test").labels().tolist().count(2) == 1
 
 
+def test_json_lines_whose_first_image_has_no_label(
+    shard: Callable[..., str], tmp_path: Path
+) -> None:
+    for number in range(5):
+        put(tmp_path / f"flat/{number}.jpg", encoded(number))
+    lines = [{"file": "0.jpg"}, *({"file": f"{n}.jpg", "label": "ab"[n % 2]} for n in range(1, 5))]
+    put(tmp_path / "flat/list.jsonl", "".join(json.dumps(one) + "\n" for one in lines).encode())
+    shard("flat/list.jsonl", "set")
+    assert counts(tmp_path / "set") == {"": 1, "a": 2, "b": 2}
+
+
 def test_arrow_and_parquet_as_hugging_face_writes_them(
     shard: Callable[..., str], tmp_path: Path
 ) -> None:
