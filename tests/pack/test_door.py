@@ -427,6 +427,11 @@ def test_arrow_and_parquet_as_hugging_face_writes_them(
         assert counts(tmp_path / f"set_{source}/test") == {"cat": 1, "dog": 1}
     names = {ShardSet(tmp_path / "set_pq/test").name_of(row) for row in range(2)}
     assert names == {"0.jpg", "1.jpg"}
+    held = [{"bytes": encoded(n) if n < 2 else None, "path": f"{n}.jpg"} for n in range(3)]
+    for wrong, words in ((99, "label 99 lies outside 0..1"), (2**40, f"{2**40} is no label")):
+        table = pa.table({"image": held, "label": [0, 1, wrong]}, schema=schema)
+        pq.write_table(table, tmp_path / "odd-00000-of-00001.parquet")
+        assert words in shard("odd-00000-of-00001.parquet", "x", code=3), "of no image, and yet"
     put(tmp_path / "bad-00000-of-00001.parquet", b"PAR1" + bytes(40) + b"PAR1")
     assert "cannot be read" in shard("bad-00000-of-00001.parquet", "x", code=3)
 

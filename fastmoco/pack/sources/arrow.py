@@ -27,7 +27,7 @@ from fastmoco.pack.sources.base import (
     no_labels,
     refuse_lost_class,
 )
-from fastmoco.pack.sources.raw import counted_names
+from fastmoco.pack.sources.raw import as_labels, counted_names
 from fastmoco.pack.sources.tree import says_split, split_word
 
 SUFFIXES = (".parquet", ".arrow")
@@ -97,8 +97,8 @@ def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:
         raise DataError(
             f"{where} holds no bytes of images, only where they lie ({names[0]}): pack that folder."
         )
+    check_labels(codes, classes, where)
     refuse_lost_class(codes, codes[rows], classes, "have no bytes in the file")
-    check_labels(codes[rows], classes, where)
     others = [name for name in table.column_names if name != label]
     return Source(
         names=names.pick(rows),
@@ -174,7 +174,7 @@ def _labels(table: Any, label: str | None, where: str) -> tuple[npt.NDArray[np.i
     classes = _class_names(table, label)
     if classes:
         codes = [-1 if value is None else int(value) for value in values]
-        return np.array(codes, dtype=np.int32), classes
+        return as_labels(codes, len(codes), where, missing=True), classes
     return classes_of("" if value is None else str(value) for value in values)
 
 
