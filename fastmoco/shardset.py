@@ -300,7 +300,7 @@ def read_labels(shard_set: ShardSet, table: str | Path) -> tuple[npt.NDArray[np.
         about = json.loads(path.with_suffix(".json").read_text())
         owner, classes = str(about["set_id"]), [str(name) for name in about["classes"]]
         rows = np.array(load_array(path))
-        changed = sha256_of(path) != about.get("sha256", sha256_of(path))  # none in older tables
+        changed = "sha256" in about and about["sha256"] != sha256_of(path)  # none in older tables
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"The label table {path} cannot be read: {error}.") from error
     if owner != shard_set.manifest.set_id:
