@@ -33,6 +33,12 @@ def is_utf8(value: str) -> bool:
     return value.isascii() or value == value.encode("utf-8", "replace").decode()
 
 
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names, and the number of the others."""
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 class Known:
     """Finds the class that a written label means, among classes that have their names already.
 
@@ -66,6 +72,11 @@ class Known:
             return key if key < len(self.names) else None
         return self._alike.get(key)
 
+    def codes(self, values: Iterable[str]) -> npt.NDArray[np.int32]:
+        """Return the number of the class of each value, -1 for one that is none of them."""
+        found = map(self.code, values)
+        return np.array([-1 if code is None else code for code in found], dtype=np.int32)
+
 
 def _key(value: str) -> int | str:
     number = number_of(value)
@@ -92,6 +103,11 @@ class Found:
             )
         return code
 
+    def labels_of(self, codes: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each of many codes, -1 for code -1, and the class names."""
+        labels, names = self.as_classes()
+        return np.append(labels, np.int32(-1))[np.array(codes, dtype=np.int32)], names
+
     def as_classes(self) -> tuple[npt.NDArray[np.int32], list[str]]:
         """Return the label of each code, (codes,) int32, and the names of the labels 0, 1, ...
 
@@ -108,6 +124,13 @@ class Found:
         names, places = _names(spelled)
         labels = [places[_key(value)] for value in self.values]
         return np.array(labels, dtype=np.int32), names
+
+
+def classes_of(values: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return the label of each value, -1 for none, and the class names; see `Found`."""
+    found = Found()
+    codes = [-1 if is_no_label(value) else found.code(value) for value in values]
+    return found.labels_of(codes)
 
 
 def _names(spelled: dict[int | str, str]) -> tuple[list[str], dict[int | str, int]]:

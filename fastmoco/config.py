@@ -183,7 +183,7 @@ class Monitor(Strict):
     """kNN accuracy during training: `queries` classified by their neighbours in `bank`.
 
     Attributes:
-        labels: a side table of the bank, see `shardset.labelled_pair`; None: the packed labels.
+        labels: a side table of the bank, see `labelled.labelled_pair`; None: the packed labels.
     """
 
     bank: Path

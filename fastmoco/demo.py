@@ -36,13 +36,14 @@ from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.probe import Protocol, best_of, probe_cached
 from fastmoco.figures import draw_curves
 from fastmoco.files import new_folder, write_json
+from fastmoco.labelled import Labelled
 from fastmoco.load.loader import evaluation_batches
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
 from fastmoco.pretrain import pretrain
 from fastmoco.preview import preview
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, Labelled
+from fastmoco.shardset import Collection
 from fastmoco.train.moco import build_encoder
 
 PATCH = 64  # side, pixels

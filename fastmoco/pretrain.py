@@ -18,13 +18,14 @@ from fastmoco.evaluate.cautions import cautions
 from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.figures import draw_curves
+from fastmoco.labelled import Labelled, labelled_pair
 from fastmoco.load.loader import Loader
 from fastmoco.load.plan import Plan
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
-from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
+from fastmoco.shardset import Collection, ShardSet
 from fastmoco.streams import Spared, lasting_output
 from fastmoco.terminal import echo, speaks
 from fastmoco.trackers import trackers

@@ -23,6 +23,7 @@ ORDER = [
     {"load", "pack"},
     {"models"},
     {"run"},
+    {"labelled"},
     {"shardset"},
     {"distributed"},
     {"config"},

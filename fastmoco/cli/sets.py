@@ -1,7 +1,6 @@
 """The commands on sets of images."""
 
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
+from fastmoco.cores import cores_of
 from fastmoco.errors import DataError
 from fastmoco.terminal import echo
 
@@ -248,7 +248,7 @@ def label(
 
 
 def _processes(workers: int | None) -> int:
-    return workers or len(os.sched_getaffinity(0))
+    return workers or cores_of(1)
 
 
 def _summarise(out: Path, manifest: "Manifest") -> None:

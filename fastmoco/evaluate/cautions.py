@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.labelled import Labelled
 from fastmoco.load.order import Ids
-from fastmoco.shardset import Labelled
 
 _NAMED = 3
 

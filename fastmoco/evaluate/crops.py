@@ -11,10 +11,11 @@ from fastmoco.config import View
 from fastmoco.distributed import Ranks
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.embed import Sight
+from fastmoco.labelled import Labelled
 from fastmoco.load.loader import Loader
 from fastmoco.load.order import Chosen, Ids, Shuffled
 from fastmoco.load.plan import Plan
-from fastmoco.shardset import Collection, Labelled
+from fastmoco.shardset import Collection
 
 # As in the paper's probe: RandomResizedCrop and flip, no colour change.
 VIEW = View(scale=(0.08, 1.0), flip=0.5)

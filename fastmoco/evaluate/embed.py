@@ -10,11 +10,12 @@ import torch
 from fastmoco.config import Recipe
 from fastmoco.distributed import Ranks
 from fastmoco.errors import DivergedError
+from fastmoco.labelled import Labelled
 from fastmoco.load.loader import Triple, evaluation_batches
 from fastmoco.load.order import Ids
 from fastmoco.load.work import Settings
 from fastmoco.models.resnet import Encoder
-from fastmoco.shardset import Collection, Labelled
+from fastmoco.shardset import Collection
 
 Feature = Literal["head", "backbone"]
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -27,10 +27,10 @@ from fastmoco.evaluate.probe import (
     train_heads,
 )
 from fastmoco.evaluate.record import append
+from fastmoco.labelled import Labelled, labelled_pair
 from fastmoco.load.work import settings_of
 from fastmoco.models.resnet import Encoder
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Labelled, labelled_pair
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Evaluation:
             root: the run folder.
             train, test: the sets; None: those of the monitor.
             device: "auto", "cpu" or "cuda".
-            labels: a side table of the training set, see `shardset.labelled_pair`; None: that of
+            labels: a side table of the training set, see `labelled.labelled_pair`; None: that of
                 the monitor if both sets are the monitor's, else the packed labels.
             precision: of the encoder's forward pass, "bf16" or "fp32"; None: see `frozen_sight`.
             ranks: of this evaluation.

@@ -21,8 +21,8 @@ from filelock import FileLock
 
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.files import new_file
+from fastmoco.labelled import Labelled
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Labelled
 
 SPARSE = 1000  # classes from which on the pairs of classes are many more than the samples
 

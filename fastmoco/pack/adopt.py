@@ -8,9 +8,8 @@ manifest says how many there are.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,18 +21,18 @@ from pydantic import ValidationError
 
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import locked, make_parent, new_folder, sha256_of, sync, write_json
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.fragment import Totals
 from fastmoco.pack.index import index_path
+from fastmoco.pack.options import reject_limit
 from fastmoco.pack.parallel import mapped
+from fastmoco.pack.place import link, new, place, told
 from fastmoco.pack.sources.tree import is_training
 from fastmoco.pack.sources.webdataset import splits_of
 from fastmoco.pack.tables import OFFSET_DTYPE, growing
 from fastmoco.shardset import (
     CHUNK,
     FORMAT_VERSION,
-    HASHED,
     SAMPLE_DTYPE,
     Manifest,
     Shard,
@@ -43,8 +42,6 @@ from fastmoco.shardset import (
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"
-_OURS = ".ours"  # names and hashes of the files that go beside the shards
 _SHOWN = 5
 
 
@@ -99,7 +96,7 @@ def adopt(
             f"{folder} holds shards of several splits ({held}), and a set is one of them: "
             f"--out DIR makes a set of each, {', '.join(f'DIR/{split}' for split in splits)}."
         )
-    with _told(out or folder), _place(folder, out, shards) as aside:
+    with told(out or folder), place(folder, out, shards) as aside:
         return _write_set(aside, shards, options, on_progress)
 
 
@@ -120,41 +117,14 @@ def adopt_each(
     if len(splits) == 1 or out is None:
         return {"": adopt(folder, out, options, on_progress)}
     manifests: dict[str, Manifest] = {}
-    with _told(out), _new(out) as aside:
+    with told(out), new(out) as aside:
         for split in sorted(splits, key=lambda split: not is_training(split)):
             (aside / split).mkdir()
-            _link(splits[split], aside / split)
+            link(splits[split], aside / split)
             found = _write_set(aside / split, splits[split], options, on_progress)
             manifests[split] = found
             options = replace(options, classes=options.classes or tuple(found.classes))
     return manifests
-
-
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be written: {error.strerror or error}. With --out the set goes "
-            "elsewhere."
-        ) from error
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out`, of one call at a time."""
-    make_parent(out)
-    with locked(out.with_name(f".{out.name}.lock"), out):
-        if os.path.lexists(out):
-            raise UsageError(f"{out} exists already: remove it or choose another name.")
-        with new_folder(out) as aside:
-            yield aside
-
-
-def _link(shards: Sequence[Path], folder: Path) -> None:
-    for shard in shards:
-        (folder / shard.name).symlink_to(shard.resolve())
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -182,62 +152,6 @@ def _refuse_name(name: str) -> None:
         Shard(name=name, samples=0, bytes=0, sha256="")
     except ValidationError as error:
         raise UsageError(f"{name!r} cannot be the name of a shard: rename it.") from error
-
-
-@contextmanager
-def _place(folder: Path, out: Path | None, shards: Sequence[Path]) -> Iterator[Path]:
-    """Yield an empty folder whose files go beside the shards, or become `out`, if all is well."""
-    if out is None:
-        with _beside(folder, shards) as aside:
-            yield aside
-        return
-    with _new(out) as aside:
-        _link(shards, aside)
-        yield aside
-
-
-@contextmanager
-def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
-    """Yield a folder whose files go beside the shards; none of somebody else's is touched."""
-    aside = folder / _ASIDE
-    with locked(folder / _LOCK, folder):
-        _remove_begun(folder, aside)
-        _refuse_strangers(folder, shards)
-        aside.mkdir()
-        try:
-            yield aside
-            files = sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json")
-            for path in files:
-                sync(path)
-            write_json(aside / _OURS, {path.name: sha256_of(path) for path in files})
-            _refuse_strangers(folder, shards)  # who came in the meantime
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        for path in files:
-            path.rename(folder / path.name)
-        sync(folder)
-        shutil.rmtree(aside)
-
-
-def _remove_begun(folder: Path, aside: Path) -> None:
-    """Remove what a call left behind that was killed, perhaps while its files were renamed."""
-    ours = aside / _OURS
-    for name, digest in json.loads(ours.read_text()).items() if ours.exists() else ():
-        path = folder / name
-        if path.is_file() and sha256_of(path) == digest:
-            path.unlink()
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refuse_strangers(folder: Path, shards: Sequence[Path]) -> None:
-    wanted = ["manifest.json", *HASHED, *(index_path(shard).name for shard in shards)]
-    taken = [name for name in wanted if os.path.lexists(folder / name)]
-    if taken:
-        raise UsageError(
-            f"{folder} has files of the names that the set needs ({', '.join(taken[:3])}): "
-            "move them away, or write the set elsewhere by --out."
-        )
 
 
 @dataclass
@@ -410,7 +324,7 @@ def _refuse_unusable(
             f"The first:{named}"
         )
     total = tables.samples + tables.lost
-    limit = max(10, total // 100) if options.max_rejects is None else options.max_rejects
+    limit = reject_limit(options.max_rejects, total)
     if tables.samples and tables.lost <= limit:
         return
     with (tables.folder / "rejects.jsonl").open() as lines:

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 
 from fastmoco.classes import several_labels
 from fastmoco.files import sha256_of
-from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image
+from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image, without_warnings
 from fastmoco.pack.fragment import Totals, row_of
 from fastmoco.pack.index import Component, extension_of, index_line, index_name
 from fastmoco.pack.tarwalk import Damage, Member, walk
@@ -220,10 +219,8 @@ def in_place(content: bytes, measure: bool) -> tuple[Checked, bool] | str:
 
 
 def _is_turned(content: bytes) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return image.getexif().get(ORIENTATION) in range(2, 9)
+    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return image.getexif().get(ORIENTATION) in range(2, 9)
 
 
 def _upright(content: bytes) -> bytes:
@@ -241,10 +238,8 @@ def _without_turn(match: re.Match[bytes]) -> bytes:
 
 
 def _why_not(content: bytes) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            what = f"{image.format} of mode {image.mode}"
+    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        what = f"{image.format} of mode {image.mode}"
     return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastmoco.files import new_file, sha256_of
 from fastmoco.pack.fragment import TAR_BLOCK, Fragment, Totals, key_of
+from fastmoco.pack.levels import SAMPLE, Span
 from fastmoco.pack.schedule import TAR_RECORD
 from fastmoco.shardset import SAMPLE_DTYPE, Shard
 
@@ -28,6 +29,7 @@ class ShardRecord:
         positions: (len(rows),) int64 of the samples in the shuffled order.
         rejects: (position, reason) of the images left out.
         totals: over its samples.
+        spans: of the first `SAMPLE` of its samples that had more than 8 bits.
     """
 
     shard: Shard
@@ -36,6 +38,7 @@ class ShardRecord:
     positions: npt.NDArray[np.int64]
     rejects: list[tuple[int, str]]
     totals: Totals
+    spans: list[Span]
 
 
 class Journal:
@@ -100,6 +103,9 @@ class Journal:
                 positions=stored["positions"],
                 rejects=[(position, reason) for position, reason in about["rejects"]],
                 totals=Totals(**about["totals"]),
+                spans=[
+                    Span(kind, full and tuple(full), *ends) for kind, full, *ends in about["spans"]
+                ],
             )
 
     def forget(self, number: int) -> None:
@@ -121,6 +127,7 @@ class _Parts:
         self.rows, self.positions, self.index = bytearray(), array("q"), bytearray()
         self.rejects: list[tuple[int, str]] = []
         self.totals = Totals()
+        self.spans: list[Span] = []
 
     def add(self, fragment: Fragment, at: int) -> None:
         """Add a fragment whose members begin at a place of the tar."""
@@ -131,6 +138,7 @@ class _Parts:
         self.index += "".join(f"{line}\n" for line in _index_lines(fragment, rows)).encode()
         self.rejects += fragment.rejects
         self.totals.add(fragment.totals)
+        self.spans += fragment.spans[: SAMPLE - len(self.spans)]
 
     def write_index(self, path: Path) -> str:
         """Write the index; return its SHA-256."""
@@ -146,6 +154,7 @@ class _Parts:
             "index_sha256": index_sha256,
             "rejects": self.rejects,
             "totals": asdict(self.totals),
+            "spans": [astuple(span) for span in self.spans],
         }
         with new_file(path) as aside, aside.open("wb") as stream:
             np.savez(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, Known, is_no_label, is_utf8, number_of
+from fastmoco.classes import Found, Known, few, is_no_label, is_utf8, number_of
 from fastmoco.errors import DataError, UsageError
 from fastmoco.files import sha256_of
 from fastmoco.pack.listing import Listing, opened, tidied
@@ -246,26 +246,26 @@ def _classes(
 ) -> tuple[npt.NDArray[np.int32], list[str], str | None]:
     """Return the label of each code, the class names, and a note if they are not the set's."""
     known = Known(given, by_place=True) if given else Known(packed)
-    codes = [known.code(value) for value in table.found.values]
-    strange = [value for value, code in zip(table.found.values, codes, strict=True) if code is None]
+    codes = known.codes(table.found.values)
+    strange = np.flatnonzero(codes < 0)
     if not given and len(strange) == len(codes):  # of another kind than those of the set
         _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
-        told = f"classes of its own ({_some(names)}), not the set's ({_some(packed)})"
+        told = f"classes of its own ({few(names, 3)}), not the set's ({few(packed, 3)})"
         if all(number_of(name) is not None for name in names):
             told += "; where numbers are places among the set's, pass --classes SET"
         return own, names, told if packed and names else None
-    if strange:
-        for row in np.flatnonzero(np.isin(table.codes, [table.found.values[v] for v in strange])):
-            value = list(table.found.values)[table.codes[row]]
-            what = f"the label {value!r} is none of {len(known.names)} classes"
+    if len(strange):
+        values = list(table.found.values)
+        for row in np.flatnonzero(np.isin(table.codes, strange)):
+            what = f"the label {values[table.codes[row]]!r} is none of {len(known.names)} classes"
             faults.add(table.lines[row], what)
         if not given:
             faults.hints.append(
-                f"Other labels are classes of the set ({_some(packed)}): mend these, or name all "
+                f"Other labels are classes of the set ({few(packed, 3)}): mend these, or name all "
                 "classes, one a line of a text file, by --classes FILE."
             )
-    return np.array([code or 0 for code in codes], dtype=np.int32), known.names, None
+    return codes, known.names, None
 
 
 def _refuse_other_case(table: _Table, packed: list[str]) -> None:
@@ -277,10 +277,6 @@ def _refuse_other_case(table: _Table, packed: list[str]) -> None:
                 f"{alike[value.casefold()]!r} of the set in case only: write it alike, or name all "
                 "classes, one a line of a text file, by --classes FILE."
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _counts(table: _Table, ids: npt.NDArray[np.int64], kept: int, samples: int) -> Iterator[str]:

@@ -78,7 +78,7 @@ def opened(path: Path, roles: Sequence[str]) -> Iterator[Listing]:
         with _text(path) as stream:
             if path.suffix.lower() == ".jsonl":
                 objects = list(_objects(stream, path))
-                header = list(objects[0][1]) if objects else []
+                header = list(dict.fromkeys(key for _, cells in objects for key in cells))
                 rows = ((line, [cells.get(key, "") for key in header]) for line, cells in objects)
                 yield Listing(path, header, _columns(header, roles, path), rows)
                 return

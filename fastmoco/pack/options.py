@@ -74,6 +74,11 @@ class PackOptions:
         return {**chosen, "splits": dict(self.splits)}
 
 
+def reject_limit(given: int | None, images: int) -> int:
+    """Return how many of the images may be left out: 1 %, and at least 10, unless it is given."""
+    return max(10, images // 100) if given is None else given
+
+
 def parse_splits(text: str | None) -> tuple[tuple[str, float], ...]:
     """Read `train=0.9,val=0.1`.
 

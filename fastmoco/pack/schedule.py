@@ -5,7 +5,6 @@ each other.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +134,4 @@ def divided(source: Source, fractions: dict[str, float], seed: int) -> dict[str,
         ends = np.round(np.cumsum([0.0, *fractions.values()]) * len(rows)).astype(int)
         for name, start, end in zip(fractions, ends, ends[1:], strict=False):
             chosen[name].append(rows[start:end])
-    parts = {name: source.pick(np.sort(np.concatenate(rows))) for name, rows in chosen.items()}
-    first, *others = parts
-    # What is left out is so once: it is told, and listed, with the first.
-    return {first: parts[first]} | {name: replace(parts[name], left_out=[]) for name in others}
+    return source.parts({name: np.sort(np.concatenate(rows)) for name, rows in chosen.items()})

@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastmoco.files import hash_of, sha256_of
+from fastmoco.pack.check import without_warnings
 from fastmoco.pack.index import (
     Component,
     extension_of,
@@ -212,8 +212,7 @@ def _bytes_at(path: Path, start: int, length: int) -> bytes:
 
 def decode(content: bytes) -> tuple[int, int] | str:
     """Decode an image in full; return height and width, or why that fails."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of harmless oddities
+    with without_warnings():
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 image.load()

@@ -18,7 +18,7 @@ from fastmoco.pack.duplicates import without_duplicates
 from fastmoco.pack.fragment import Fragment, make_fragment
 from fastmoco.pack.journal import Journal
 from fastmoco.pack.levels import SAMPLE, Span, judge
-from fastmoco.pack.options import PackOptions
+from fastmoco.pack.options import PackOptions, reject_limit
 from fastmoco.pack.parallel import ordered_map
 from fastmoco.pack.schedule import Schedule, divided
 from fastmoco.pack.sources import open_sources
@@ -154,8 +154,7 @@ class _Rejects:
 
     def __init__(self, sources: Mapping[str, Source], options: PackOptions) -> None:
         total = sum(len(source) + len(source.left_out) for source in sources.values())
-        given = options.max_rejects
-        self.limit = max(10, total // 100) if given is None else given
+        self.limit = reject_limit(options.max_rejects, total)
         self.total, self.count = total, 0
         self.first: list[Reject] = []
         for source in sources.values():
@@ -204,6 +203,7 @@ def _write_set(
     schedule = Schedule(source, options.seed, options.shard_mb * 10**6, options.rules)
     journal = Journal(folder)
     unfit = _Unfit(schedule, rejects)
+    spans: list[Span] = []
     missing = []
     for shard in range(schedule.shards):
         record = journal.finished(shard)
@@ -212,11 +212,12 @@ def _write_set(
             continue
         report(schedule.bounds[shard + 1] - schedule.bounds[shard])
         unfit.add(record.rejects)
+        spans += record.spans
     runs = (run for shard in missing for run in schedule.runs(shard, folder))
     with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
         watched = _watched(fragments, unfit, report)
         if options.levels is None:
-            watched = _judged(watched)
+            watched = _judged(watched, spans)
         try:
             for shard, its_fragments in groupby(watched, key=lambda fragment: fragment.shard):
                 journal.write(shard, its_fragments)
@@ -279,13 +280,18 @@ def _watched(
         raise _TooManyRejects
 
 
-def _judged(fragments: Iterator[Fragment]) -> Iterator[Fragment]:
-    """Pass fragments on unless their images of more than 8 bits need levels."""
-    spans: list[Span] = []
+def _judged(fragments: Iterator[Fragment], spans: list[Span]) -> Iterator[Fragment]:
+    """Pass fragments on unless the set's images of more than 8 bits need levels.
+
+    Args:
+        fragments: of the shards to be made.
+        spans: of the finished shards; those of the fragments are added until they are enough.
+    """
     for fragment in fragments:
         if len(spans) < SAMPLE:
             spans += fragment.spans
             if len(spans) >= SAMPLE:
-                judge(spans)
+                judge(spans[:SAMPLE])
         yield fragment
-    judge(spans[:SAMPLE])
+    if len(spans) < SAMPLE:
+        judge(spans)

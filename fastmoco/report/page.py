@@ -20,6 +20,7 @@ from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.record import SPARSE
 from fastmoco.figures import Images, curves_in, draw_curve
 from fastmoco.files import write_bytes
+from fastmoco.labelled import Labelled
 from fastmoco.load.work import settings_of
 from fastmoco.preview import preview
 from fastmoco.report.gather import Facts, gather
@@ -41,7 +42,7 @@ from fastmoco.report.study import (
     surest,
 )
 from fastmoco.run import RunFolder
-from fastmoco.shardset import Collection, Labelled
+from fastmoco.shardset import Collection
 
 PAGE = "report.html"
 SAMPLES = 10_000  # of each labelled set: minutes on a CPU

@@ -13,11 +13,12 @@ from fastmoco.evaluate.evaluation import Evaluation
 from fastmoco.evaluate.knn import Neighbours
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.figures import Images
+from fastmoco.labelled import Labelled
 from fastmoco.load.loader import evaluation_batches
 from fastmoco.load.order import Ids, Permutation
 from fastmoco.models.resnet import Encoder
 from fastmoco.preview import pixels_of
-from fastmoco.shardset import Collection, Labelled
+from fastmoco.shardset import Collection
 
 _STREAM = 1 << 34  # keeps these permutations apart from those of the training under one seed
 _LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}

@@ -9,9 +9,10 @@ import pytest
 
 from fastmoco.errors import DataError
 from fastmoco.evaluate.cautions import cautions, shared
+from fastmoco.labelled import Labelled, labelled_pair
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
-from fastmoco.shardset import LABEL_DTYPE, Labelled, ShardSet, labelled_pair, write_labels
+from fastmoco.shardset import LABEL_DTYPE, ShardSet, write_labels
 
 MakeImages = Callable[..., Path]
 CLASSES = ("ape", "bee", "cow")

@@ -10,8 +10,8 @@ import torch
 
 from fastmoco.evaluate.measure import Predictions
 from fastmoco.evaluate.record import append
+from fastmoco.labelled import labelled_pair
 from fastmoco.run import RunFolder
-from fastmoco.shardset import labelled_pair
 
 
 def test_evaluations_that_end_at_once_get_a_number_each(small_set, tmp_path):

@@ -260,12 +260,14 @@ def test_a_part_without_images_is_refused_in_words(
     assert counts(tmp_path / "s/val") == {"cat": 1, "dog": 1}
 
 
-def write_shard(path: Path, count: int, start: int = 0, **options: object) -> None:
+def write_shard(
+    path: Path, count: int, start: int = 0, classes: str = "012", **options: object
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in range(start, start + count):
             image = encoded(number, **options)  # type: ignore[arg-type]
-            for name, content in (("jpg", image), ("cls", str(number % 3).encode())):
+            for name, content in (("jpg", image), ("cls", classes[number % 3].encode())):
                 info = tarfile.TarInfo(f"{number:04d}.{name}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -285,6 +287,20 @@ def test_shards_of_two_splits_are_two_sets(
         assert counts(tmp_path / root / "train") == {"0": 4, "1": 4, "2": 4}
         assert counts(tmp_path / root / "val") == {"0": 1, "1": 1, "2": 1}
     assert run("verify", "DIR/val", "--full", "--workers", 1)[0] == 0
+
+
+def test_shards_of_a_split_that_lacks_a_class_are_numbered_as_in_training(
+    shard: Callable[..., str], run: Run, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "wds/train-0.tar", 6, classes="abc")
+    write_shard(tmp_path / "wds/val-0.tar", 3, 200, classes="acc")
+    assert run("index", "wds", "--out", "DIR", "--workers", 1)[0] == 0
+    shard("wds", "set")
+    for root in ("DIR", "set"):
+        assert ShardSet(tmp_path / root / "val").manifest.classes == ["a", "b", "c"]
+        assert counts(tmp_path / root / "val") == {"a": 1, "c": 2}
+    write_shard(tmp_path / "wds/val-1.tar", 3, 300, classes="acd")
+    assert "lacks classes of another" in shard("wds", "x", code=3)
 
 
 def test_shards_that_must_be_reencoded_are_packed_by_the_command_that_is_named(
@@ -375,6 +391,17 @@ def test_metadata_beside_images_as_hugging_face_has_it(
     assert ShardSet(tmp_path / "set/test").labels().tolist().count(2) == 1
 
 
+def test_json_lines_whose_first_image_has_no_label(
+    shard: Callable[..., str], tmp_path: Path
+) -> None:
+    for number in range(5):
+        put(tmp_path / f"flat/{number}.jpg", encoded(number))
+    lines = [{"file": "0.jpg"}, *({"file": f"{n}.jpg", "label": "ab"[n % 2]} for n in range(1, 5))]
+    put(tmp_path / "flat/list.jsonl", "".join(json.dumps(one) + "\n" for one in lines).encode())
+    shard("flat/list.jsonl", "set")
+    assert counts(tmp_path / "set") == {"": 1, "a": 2, "b": 2}
+
+
 def test_arrow_and_parquet_as_hugging_face_writes_them(
     shard: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -400,6 +427,11 @@ def test_arrow_and_parquet_as_hugging_face_writes_them(
         assert counts(tmp_path / f"set_{source}/test") == {"cat": 1, "dog": 1}
     names = {ShardSet(tmp_path / "set_pq/test").name_of(row) for row in range(2)}
     assert names == {"0.jpg", "1.jpg"}
+    held = [{"bytes": encoded(n) if n < 2 else None, "path": f"{n}.jpg"} for n in range(3)]
+    for wrong, words in ((99, "label 99 lies outside 0..1"), (2**40, f"{2**40} is no label")):
+        table = pa.table({"image": held, "label": [0, 1, wrong]}, schema=schema)
+        pq.write_table(table, tmp_path / "odd-00000-of-00001.parquet")
+        assert words in shard("odd-00000-of-00001.parquet", "x", code=3), "of no image, and yet"
     put(tmp_path / "bad-00000-of-00001.parquet", b"PAR1" + bytes(40) + b"PAR1")
     assert "cannot be read" in shard("bad-00000-of-00001.parquet", "x", code=3)
 

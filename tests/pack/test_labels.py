@@ -13,10 +13,11 @@ import pytest
 import fastmoco.pack.labels as station
 from fastmoco.classes import Found, Known
 from fastmoco.errors import DataError, UsageError
+from fastmoco.labelled import Labelled, labelled_pair
 from fastmoco.pack.labels import label, read_classes
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
-from fastmoco.shardset import Labelled, ShardSet, labelled_pair, read_labels
+from fastmoco.shardset import ShardSet, read_labels
 
 Make = Callable[..., Path]
 Write = Callable[..., Path]

@@ -16,6 +16,7 @@ from PIL import Image
 from fastmoco.errors import UsageError
 from fastmoco.pack.fragment import make_fragment
 from fastmoco.pack.options import PackOptions
+from fastmoco.pack.schedule import shuffled
 from fastmoco.pack.writer import pack
 
 Make = Callable[..., Path]
@@ -125,6 +126,22 @@ def test_a_changed_source_or_option_starts_over(
         (source / "cat/new.jpg").write_bytes((source / "dog/0000.jpg").read_bytes())
     pack(source, tmp_path / "set", options)
     pack(source, tmp_path / "at_once", options)
+    assert content_of(tmp_path / "set") == content_of(tmp_path / "at_once")
+
+
+def test_values_that_filled_their_range_before_the_stop_still_do(tmp_path: Path) -> None:
+    """One 16-bit image does, in the first shard; those that are left are nearly black."""
+    source, generator = tmp_path / "in", np.random.default_rng(0)
+    source.mkdir()
+    bright = shuffled(40, seed=0)[0]
+    for number in range(40):
+        noise = generator.integers(0, 65536 if number == bright else 4096, (200, 200), np.uint16)
+        Image.fromarray(noise).save(source / f"{number:02d}.png", compress_level=1)
+    options = PackOptions(shard_mb=1)
+    pack(source, tmp_path / "at_once", options)
+    interrupted(source, tmp_path / "set", options, 30)
+    assert list(tmp_path.glob(".set.partial/.*.record"))
+    pack(source, tmp_path / "set", options)
     assert content_of(tmp_path / "set") == content_of(tmp_path / "at_once")
 
 

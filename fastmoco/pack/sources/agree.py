@@ -1,11 +1,11 @@
-"""Finding the classes of one source among those of another, and naming a few."""
+"""Finding the classes of one source among those of another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fastmoco.classes import Known
+from fastmoco.classes import Known, few
 from fastmoco.errors import DataError
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.sources.tree import is_training
@@ -18,12 +18,6 @@ def matched(names: Sequence[str], expected: Sequence[str]) -> dict[str, str]:
     return {name: expected[code] for name, code in codes.items() if code is not None}
 
 
-def few(names: Sequence[str]) -> str:
-    """Return the first five of some names, and the number of the others."""
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
 def agreed(source: Source, expected: list[str]) -> Source:
     """Return the source with the class numbers of another set, which may have further classes.
 
@@ -32,16 +26,15 @@ def agreed(source: Source, expected: list[str]) -> Source:
     """
     if not source.classes:
         raise DataError("The source has no labels, which --like needs: pack it without --like.")
-    known = Known(expected)
-    codes = list(map(known.code, source.classes))
+    codes = Known(expected).codes(source.classes)
     used = np.unique(source.labels[source.labels >= 0])
-    unknown = [source.classes[label] for label in used if codes[label] is None]
+    unknown = [source.classes[label] for label in used if codes[label] < 0]
     if unknown:
         raise DataError(
             f"The classes differ from those of the set to be like: unknown there {few(unknown)}."
         )
-    numbers = np.array([-1 if code is None else code for code in codes] + [-1], dtype=np.int32)
-    return replace(source, labels=numbers[source.labels], classes=list(expected))
+    labels = np.append(codes, np.int32(-1))[source.labels]  # -1, the last one, stays -1
+    return replace(source, labels=labels, classes=list(expected))
 
 
 def in_one_numbering(sources: Mapping[str, Source], where: str) -> dict[str, Source]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, is_no_label, several_labels
+from fastmoco.classes import classes_of, several_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain
@@ -27,8 +27,8 @@ from fastmoco.pack.sources.base import (
     no_labels,
     refuse_lost_class,
 )
-from fastmoco.pack.sources.raw import counted_names
-from fastmoco.pack.sources.tree import says_split, tokens
+from fastmoco.pack.sources.raw import as_labels, counted_names
+from fastmoco.pack.sources.tree import says_split, split_word
 
 SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r".*-\d{5}-of-\d{5}")
@@ -80,10 +80,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    for name in (file.parent.name if file.parent != root else "", file.stem):
-        if says_split(name):
-            return next(token for token in tokens(name) if says_split(token))
-    return ""
+    return (split_word(file.parent.name) if file.parent != root else "") or split_word(file.stem)
 
 
 def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:
@@ -100,8 +97,8 @@ def _source(files: Sequence[Path], where: str, unlabelled: bool) -> Source:
         raise DataError(
             f"{where} holds no bytes of images, only where they lie ({names[0]}): pack that folder."
         )
+    check_labels(codes, classes, where)
     refuse_lost_class(codes, codes[rows], classes, "have no bytes in the file")
-    check_labels(codes[rows], classes, where)
     others = [name for name in table.column_names if name != label]
     return Source(
         names=names.pick(rows),
@@ -177,12 +174,8 @@ def _labels(table: Any, label: str | None, where: str) -> tuple[npt.NDArray[np.i
     classes = _class_names(table, label)
     if classes:
         codes = [-1 if value is None else int(value) for value in values]
-        return np.array(codes, dtype=np.int32), classes
-    found = Found()
-    written = ["" if value is None else str(value) for value in values]
-    given = [-1 if is_no_label(value) else found.code(value) for value in written]
-    numbers, classes = found.as_classes()
-    return np.append(numbers, np.int32(-1))[given], classes
+        return as_labels(codes, len(codes), where, missing=True), classes
+    return classes_of("" if value is None else str(value) for value in values)
 
 
 def _class_names(table: Any, label: str) -> list[str]:

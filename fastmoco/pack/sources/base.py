@@ -116,6 +116,12 @@ class Source:
             left_out=[*self.left_out, *left_out],
         )
 
+    def parts(self, rows: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, "Source"]:
+        """Return the source of each part, by its rows; what is left out is told by the first."""
+        found = {name: self.pick(its) for name, its in rows.items()}
+        first, *others = found
+        return {first: found[first]} | {name: replace(found[name], left_out=[]) for name in others}
+
     def fingerprint(self) -> str:
         """Return a hash that changes when the source does, by names, labels, sizes and times."""
         about = json.dumps([self.classes, self.left_out, len(self), self.names.ends[-1]])

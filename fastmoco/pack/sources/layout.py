@@ -5,17 +5,18 @@ folders. How they are read: see `reader`.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.classes import few
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs, Picked
 from fastmoco.pack.kinds import ARCHIVES
-from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
 from fastmoco.pack.sources.found import Found, folder_of
 from fastmoco.pack.sources.masks import few_valued, mask_beside, stems_of
@@ -23,8 +24,6 @@ from fastmoco.pack.sources.reader import Branch, How, Looks, Reader
 from fastmoco.pack.sources.tree import Node, is_training, tree_of
 
 NO_IMAGES = "folders without images"
-
-T = TypeVar("T")
 
 
 def sources_by_layout(
@@ -69,8 +68,8 @@ def sources_by_layout(
         ]
 
     looks = Looks(
-        stems=_remembered(lambda node: stems_of(names, rows_of(node))),
-        few=_remembered(lambda node: few_valued(inputs, rows_of(node).tolist())),
+        stems=cache(lambda node: stems_of(names, rows_of(node))),
+        few=cache(lambda node: few_valued(inputs, rows_of(node).tolist())),
     )
     branches, beside = Reader(found, where, how, looks).branches(root)
     agreed = _agreed(branches, where)
@@ -90,17 +89,6 @@ def sources_by_layout(
         notes=[*found.notes, *sources[first].notes],
     )
     return {s: replace(o, left_out=sorted(o.left_out, key=by_name)) for s, o in sources.items()}
-
-
-def _remembered(look: Callable[[Node], T]) -> Callable[[Node], T]:
-    known: dict[str, T] = {}
-
-    def remembered(node: Node) -> T:
-        if node.path not in known:
-            known[node.path] = look(node)
-        return known[node.path]
-
-    return remembered
 
 
 def _instead(found: Found) -> str:

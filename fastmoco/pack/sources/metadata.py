@@ -88,9 +88,7 @@ def _by_folder(source: Source) -> dict[str, Source]:
     splits = sorted(set(tops.tolist()))
     if len(splits) < 2 or not all(map(says_split, splits)) or not agree_on_splits(splits):
         return {"": source}
-    parts = {split: source.pick(np.flatnonzero(tops == split)) for split in splits}
-    others = {split: replace(part, left_out=[]) for split, part in parts.items()}
-    return others | {splits[0]: parts[splits[0]]}
+    return source.parts({split: np.flatnonzero(tops == split) for split in splits})
 
 
 def _unlisted(file: Path, found: dict[str, Source]) -> list[Reject]:

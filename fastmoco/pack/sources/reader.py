@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from fastmoco.classes import Known, few
 from fastmoco.errors import DataError
-from fastmoco.pack.sources.agree import few, matched
+from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.found import Found
 from fastmoco.pack.sources.masks import masked_folders
 from fastmoco.pack.sources.tree import (
@@ -269,13 +270,14 @@ class Reader:
         Raises:
             DataError: naming the class.
         """
+        classes = Known(known)
         for reject in self.found.left_out:
             parts = inner.below(reject.name)
             if not inner.holds(reject.name) or ".." in parts or "" in parts:
                 continue
             is_link = reject.reason.startswith("is a link")  # to a folder, perhaps
             name = _class_at(parts if is_link else parts[:-1], at, shared)
-            if name is not None and name not in matched([name], known):
+            if name is not None and classes.code(name) is None:
                 raise DataError(
                     f"All of the class {name} is left out ({reject.name} {reject.reason}): mend "
                     "that, or take it out of the source."
@@ -288,7 +290,7 @@ class Reader:
             name = _class_at(parts, at, 0) if len(parts) <= (2 if at == "2" else 1) else None
             if name is None or name.lower() in _NO_CLASSES:
                 continue
-            if name not in matched([name], known):
+            if classes.code(name) is None:
                 raise DataError(
                     f"{self._in(inner)}/{name} holds no images: fill the class or remove the "
                     "folder; for a test set, --like TRAIN takes the classes of the training set."

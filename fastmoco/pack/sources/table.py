@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, is_no_label, is_utf8, several_labels
+from fastmoco.classes import classes_of, is_no_label, is_utf8, several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.listing import Listing, opened, tidied
@@ -73,7 +73,7 @@ def open_table(
     named = _named(rows, path, unlabelled, folder)
     names = sorted(named, key=os.fsencode)
     rows = [named[name] for name in names]
-    labels, classes = _labels([row.label for row in rows])
+    labels, classes = classes_of(row.label for row in rows)
     sources = {}
     for split in sorted({row.split for row in rows}):
         chosen = [number for number, row in enumerate(rows) if row.split == split]
@@ -216,14 +216,6 @@ def _by_stem(folder: str) -> dict[str, list[str]]:
         for entry in entries:
             found.setdefault(os.path.splitext(entry.name)[0], []).append(entry.name)
     return found
-
-
-def _labels(labels: list[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Return class numbers, -1 for none, and class names."""
-    found = Found()
-    codes = np.array([found.code(label) if label else -1 for label in labels], dtype=np.int32)
-    numbers, classes = found.as_classes()
-    return np.append(numbers, np.int32(-1))[codes], classes
 
 
 def _split(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import Found, is_no_label
+from fastmoco.classes import classes_of
 from fastmoco.errors import DataError
 from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
@@ -147,10 +147,7 @@ def _read_labels(path: Path, count: int) -> tuple[npt.NDArray[np.int32], list[st
     if array.dtype.kind != "U" or array.shape != (count,):
         labels = as_labels(array, count, str(path), missing=True)
         return labels, number_names(labels)
-    found = Found()
-    codes = [-1 if is_no_label(value) else found.code(value) for value in array.tolist()]
-    numbers, classes = found.as_classes()
-    return np.append(numbers, np.int32(-1))[codes], classes
+    return classes_of(array.tolist())
 
 
 def _labels_of(folder: Path, numbers: list[int]) -> npt.NDArray[np.int32] | None:

@@ -39,7 +39,7 @@ _PLAIN = frozenset(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A folder that holds images, or folders that do.
 
@@ -127,6 +127,11 @@ def says_split(name: str) -> bool:
     return not _SPLITS.isdisjoint(tokens(name))
 
 
+def split_word(name: str) -> str:
+    """Return the first word of a name that says split, in small letters; "" if none does."""
+    return next((token for token in tokens(name) if token in _SPLITS), "")
+
+
 def is_split(name: str) -> bool:
     """Return whether a name says split and nothing of what is in it."""
     return says_split(name) and not _rest(name)
@@ -144,7 +149,7 @@ def agree_on_splits(names: Sequence[str]) -> bool:
     # trainA, trainB, testA, testB: each rest comes with more than one split.
     words: dict[frozenset[str], set[str]] = {}
     for name, rest in zip(names, rests, strict=True):
-        words.setdefault(frozenset(rest), set()).add(next(t for t in tokens(name) if t in _SPLITS))
+        words.setdefault(frozenset(rest), set()).add(split_word(name))
     return all(len(found) > 1 for found in words.values())
 
 

@@ -15,9 +15,10 @@ from fastmoco.errors import DataError
 from fastmoco.pack.foreign import BESIDE, Adopted, Contents, label_of
 from fastmoco.pack.inputs import ArchiveInputs, Joined, Span
 from fastmoco.pack.kinds import hidden_folder
+from fastmoco.pack.sources.agree import in_one_numbering
 from fastmoco.pack.sources.archive import refuse_compressed
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, check_labels
-from fastmoco.pack.sources.tree import agree_on_splits, says_split, tokens
+from fastmoco.pack.sources.tree import agree_on_splits, says_split, split_word
 from fastmoco.pack.tarwalk import Damage, Member, walk
 
 _LOOKED_AT = 64  # members: enough to see whether anything stands beside the images
@@ -59,8 +60,7 @@ def splits_of(shards: Sequence[Path]) -> dict[str, list[Path]]:
         return {"": list(shards)}
     found: dict[str, list[Path]] = {}
     for shard, stem in zip(shards, stems, strict=True):
-        split = next(token for token in tokens(stem) if says_split(token))
-        found.setdefault(split, []).append(shard)
+        found.setdefault(split_word(stem), []).append(shard)
     return found if len(found) > 1 else {"": list(shards)}
 
 
@@ -75,15 +75,17 @@ def open_webdataset(path: Path, unlabelled: bool = False) -> dict[str, Source]:
         The source of each split that the shards' names say, "" without splits.
 
     Raises:
-        DataError: a shard is damaged or compressed, or there is no image.
+        DataError: a shard is damaged or compressed, there is no image, or a split has a class that
+            the one to train on has not.
     """
     shards = shards_of(path) if path.is_dir() else [path]
     if not shards:
         raise DataError(f"{path} holds no *.tar.")
-    return {
+    sources = {
         split: _source(mine, f"{path} {split}".rstrip(), unlabelled)
         for split, mine in splits_of(shards).items()
     }
+    return in_one_numbering(sources, str(path))
 
 
 def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
@@ -111,8 +113,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
         parts.append(ArchiveInputs(shard, Span, table, table[:, 1]))
     if not names:
         raise DataError(f"{where} holds no images.")
-    numbers, classes = values.as_classes()
-    labels = np.append(numbers, np.int32(-1))[codes]
+    labels, classes = values.labels_of(codes)
     check_labels(labels, classes, where)
     notes = []
     if has_json and not classes and not unlabelled:
