@@ -26,7 +26,7 @@ from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, Labelled, ShardSet, labelled_pair
 from fastmoco.streams import Spared, lasting_output
-from fastmoco.terminal import echo, speaks
+from fastmoco.terminal import echo, speaks, told
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -59,11 +59,8 @@ def _ran(arguments: list[str]) -> int:
             dry_run(recipe)
         else:
             pretrain(recipe)
-    except FastmocoError as error:
-        # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if speaks() or isinstance(error, DataError):
-            echo(f"error: {error}", err=True)
-        return error.exit_code
+    except (FastmocoError, OSError) as error:
+        return told(error)
     except KeyboardInterrupt as error:
         if speaks():
             echo(_interrupted(error), err=True)
@@ -123,8 +120,9 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
+            code = UsageError.exit_code if isinstance(error, OSError) else 1  # see `told`
             with suppress(OSError):
-                run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
+                run.finish(code, f"{type(error).__name__}: {error}. {run.last_good()}")
         raise
 
 

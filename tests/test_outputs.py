@@ -81,6 +81,17 @@ def test_a_start_that_finds_no_room_is_exit_2(recipe, tmp_path, capsys):
     assert "Cannot write to the run folder" in capsys.readouterr().err
 
 
+def test_what_the_system_refuses_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "there")
+
+    for step in ("MoCo", "load_recipe"):
+        monkeypatch.setattr(f"fastmoco.pretrain.{step}", refused)
+        assert main([str(recipe), *SHORT]) == status(tmp_path / "run")["code"] == 2
+        err = capsys.readouterr().err
+        assert err == "error: there: Permission denied: make room, or choose another place\n"
+
+
 def test_a_refused_start_leaves_a_run_as_it_was(recipe, tmp_path, capsys):
     root = tmp_path / "run"
     assert main([str(recipe), *SHORT]) == 0
