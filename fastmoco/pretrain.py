@@ -143,13 +143,15 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     last_step = recipe.last_step(plan.steps_per_epoch)
     with Spared("status.json"):
         if done < last_step:
-            echo(f"stopped at step {done} of {last_step}: the same command goes on")
-            run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
+            words = f"at step {done} of {last_step}: the same command goes on"
+            echo(f"stopped {words}")
+            run.stop(f"stopped by a signal {words}")
         elif done > last_step:
             words = f"already at step {done}, past the end of this recipe (step {last_step}"
             words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
-            echo(f"{words}): nothing to do")
-            run.finish(0, f"{words}): nothing to do")
+            words += "): nothing to do"
+            echo(words)
+            run.finish(0, words)
         else:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:

@@ -83,7 +83,8 @@ def lasting_output() -> Iterator[LastingStream]:
         yield sys.stdout
         return
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = output, _ = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    output = LastingStream(sys.stdout)
+    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)
     try:
         yield output
     finally:
