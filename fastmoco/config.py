@@ -303,7 +303,7 @@ class Recipe(Strict):
 
     log_every: Count = 50
     checkpoint_every: Count | None = None
-    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
+    checkpoint_minutes: Positive | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     stall_s: Positive = 1800

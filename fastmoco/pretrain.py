@@ -27,7 +27,7 @@ from fastmoco.outlook import outlook
 from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.shardset import Collection, ShardSet
 from fastmoco.streams import Spared, lasting_output
-from fastmoco.terminal import echo, speaks
+from fastmoco.terminal import echo, speaks, told
 from fastmoco.trackers import trackers
 from fastmoco.train import loop
 from fastmoco.train.moco import MoCo, check_bn_group
@@ -60,11 +60,8 @@ def _ran(arguments: list[str]) -> int:
             dry_run(recipe)
         else:
             pretrain(recipe)
-    except FastmocoError as error:
-        # Every rank meets an error of usage; a damaged image is met by one rank alone.
-        if speaks() or isinstance(error, DataError):
-            echo(f"error: {error}", err=True)
-        return error.exit_code
+    except (FastmocoError, OSError) as error:
+        return told(error)
     except KeyboardInterrupt as error:
         if speaks():
             echo(_interrupted(error), err=True)
@@ -124,8 +121,9 @@ def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
         raise
     except Exception as error:
         if ranks.leads and not run.ended():
+            code = UsageError.exit_code if isinstance(error, OSError) else 1  # see `told`
             with suppress(OSError):
-                run.finish(1, f"{type(error).__name__}: {error}. {run.last_good()}")
+                run.finish(code, f"{type(error).__name__}: {error}. {run.last_good()}")
         raise
 
 
@@ -146,13 +144,15 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
     last_step = recipe.last_step(plan.steps_per_epoch)
     with Spared("status.json"):
         if done < last_step:
-            echo(f"stopped at step {done} of {last_step}: the same command goes on")
-            run.stop(f"stopped by a signal at step {done} of {last_step}: the same command goes on")
+            words = f"at step {done} of {last_step}: the same command goes on"
+            echo(f"stopped {words}")
+            run.stop(f"stopped by a signal {words}")
         elif done > last_step:
             words = f"already at step {done}, past the end of this recipe (step {last_step}"
             words += f", stop_epoch {recipe.stop_epoch}" if recipe.stop_epoch else ""
-            echo(f"{words}): nothing to do")
-            run.finish(0, f"{words}): nothing to do")
+            words += "): nothing to do"
+            echo(words)
+            run.finish(0, words)
         else:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:

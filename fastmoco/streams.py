@@ -25,9 +25,13 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write, or drop; what the stream's encoding lacks goes as its escape."""
         try:
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError as error:
             self._lose(error)
         return len(text)
@@ -83,7 +87,8 @@ def lasting_output() -> Iterator[LastingStream]:
         yield sys.stdout
         return
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = output, _ = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    output = LastingStream(sys.stdout)
+    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)
     try:
         yield output
     finally:

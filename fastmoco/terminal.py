@@ -1,8 +1,13 @@
 """What goes to a terminal, which a name from outside could give orders to."""
 
+import errno
 import os
 import sys
 import unicodedata
+
+from fastmoco.errors import DataError, FastmocoError, UsageError
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def printable(text: str) -> str:
@@ -24,3 +29,16 @@ def echo(text: object, err: bool = False) -> None:
     """Print lines of text, printable, to stdout or stderr."""
     lines = map(printable, str(text).split("\n"))
     print("\n".join(lines), file=sys.stderr if err else sys.stdout)
+
+
+def told(error: FastmocoError | OSError) -> int:
+    """Tell in plain lines what the program ends with, and return its exit code."""
+    if isinstance(error, OSError):  # of a full or a read-only disk, as a rule
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = ": make room, or choose another place" if error.errno in _UNWRITABLE else ""
+        echo(f"error: {where}{error.strerror or error}{remedy}", err=True)
+        return UsageError.exit_code
+    # Every rank meets an error of usage; a damaged image is met by one rank alone.
+    if speaks() or isinstance(error, DataError):
+        echo(f"error: {error}", err=True)
+    return error.exit_code

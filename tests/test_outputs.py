@@ -1,5 +1,6 @@
 """No output can end a run: display, metrics, curves, trackers; and none is written over others'."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from PIL import Image
 from fastmoco import trackers
 from fastmoco.pretrain import main
 from fastmoco.run import RunFolder
-from fastmoco.streams import LastingStream
+from fastmoco.streams import LastingStream, lasting_output
+from fastmoco.terminal import echo
 
 SHORT = ("schedule.epochs=1", "monitor=null", "executor=torchvision", "log_every=1")
 
@@ -41,6 +43,15 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     assert capsys.readouterr().err.count(told) == (kind == "full")
     assert status(tmp_path / "run") == {"code": 0, "message": "finished step 3, epoch 1"}
     assert len(RunFolder(tmp_path / "run").rows()) == 4
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1251"))
+    with lasting_output() as output:
+        echo("Ж, é")
+        assert output.lost is None
+    assert written.getvalue().splitlines() == ["Ж, \\xe9".encode("cp1251")]
 
 
 def test_a_result_that_cannot_be_shown_is_no_success(small_set, run, monkeypatch):
@@ -79,6 +90,17 @@ def test_a_start_that_finds_no_room_is_exit_2(recipe, tmp_path, capsys):
     (tmp_path / "run" / "status.json").mkdir(parents=True)
     assert main([str(recipe), *SHORT]) == 2
     assert "Cannot write to the run folder" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "there")
+
+    for step in ("MoCo", "load_recipe"):
+        monkeypatch.setattr(f"fastmoco.pretrain.{step}", refused)
+        assert main([str(recipe), *SHORT]) == status(tmp_path / "run")["code"] == 2
+        err = capsys.readouterr().err
+        assert err == "error: there: Permission denied: make room, or choose another place\n"
 
 
 def test_a_refused_start_leaves_a_run_as_it_was(recipe, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
 
-import errno
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -10,12 +9,11 @@ import typer
 from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
 from fastmoco.cli import exchange, runs, sets
-from fastmoco.errors import FastmocoError, UsageError
+from fastmoco.errors import FastmocoError
 from fastmoco.streams import lasting_output
-from fastmoco.terminal import echo, speaks
+from fastmoco.terminal import echo, told
 
 INTERRUPTED = 130
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Sets of images": {
@@ -84,15 +82,8 @@ def _ran() -> int:
     """Run the command and return its exit code."""
     try:
         app()
-    except FastmocoError as error:
-        if speaks() or error.exit_code == 3:  # met by one rank alone
-            echo(f"error: {error}", err=True)
-        return error.exit_code
-    except OSError as error:  # of a full or a read-only disk, as a rule
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = ": make room, or choose another place" if error.errno in UNWRITABLE else ""
-        echo(f"error: {where}{error.strerror or error}{remedy}", err=True)
-        return UsageError.exit_code
+    except (FastmocoError, OSError) as error:
+        return told(error)
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as end:

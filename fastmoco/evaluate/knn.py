@@ -92,8 +92,9 @@ class Neighbours:
 
         Args:
             queries: (n, dim) fp32.
-            count: no more than the rows of the share.
+            count: at most; a share with fewer rows gives them all.
         """
+        count = min(count, len(self._bank))
         rows = torch.arange(len(self._bank), device=self._bank.device)
         return self._nearest(normalize(queries, dim=1), count, rows)
 

@@ -43,6 +43,7 @@ ARCHS = (
 )
 # Every ResNet has these; where neither is, there is no ResNet.
 _LANDMARKS = ("layer1.0.conv1.weight", "layer4.0.conv1.weight")
+_ENDINGS = tuple(f".{renamed(mark, one.table)}" for one in NAMINGS for mark in _LANDMARKS)
 _HEADS: dict[frozenset[str], Head] = {
     frozenset({"weight", "bias"}): "linear",
     frozenset({"0.weight", "0.bias", "2.weight", "2.bias"}): "mlp",
@@ -161,6 +162,11 @@ def _role(prefix: str) -> int:
     return 1
 
 
+def _part(name: str, prefix: str) -> str:
+    """Return what module behind a prefix a tensor lies in."""
+    return name[len(prefix) :].split(".")[0]
+
+
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
@@ -248,8 +254,8 @@ class _Try:
         """
         known, own = set(self.keys.values()), self._modules
         names = [name for name in self._within(self.prefix) if name not in known]
-        parts = {name: name[len(self.prefix) :].split(".")[0] for name in names}
-        aside = {part for part in set(parts.values()) - own if self._is_network(part)}
+        parts = {name: _part(name, self.prefix) for name in names}
+        aside = {part for name, part in parts.items() if name.endswith(_ENDINGS)}  # other ResNets
         return sorted(
             name
             for name, part in parts.items()
@@ -258,12 +264,7 @@ class _Try:
 
     @property
     def _modules(self) -> set[str]:
-        return {key[len(self.prefix) :].split(".")[0] for key in self.keys.values()}
-
-    def _is_network(self, part: str) -> bool:
-        """Return whether a module beside ours holds a ResNet of its own."""
-        ends = tuple(renamed(mark, one.table) for one in NAMINGS for mark in _LANDMARKS)
-        return any(name.endswith(ends) for name in self._within(f"{self.prefix}{part}."))
+        return {_part(key, self.prefix) for key in self.keys.values()}
 
     def _within(self, prefix: str) -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]
@@ -339,7 +340,7 @@ class _Try:
         for above in dict.fromkeys((self.prefix, f"{parent}." if parent else "")):
             beside: dict[str, list[str]] = {}
             for name in self._within(above):
-                beside.setdefault(name[len(above) :].split(".")[0], []).append(name)
+                beside.setdefault(_part(name, above), []).append(name)
             for part, names in beside.items():
                 columns = zip(*(name.split(".") for name in names), strict=False)
                 common = takewhile(lambda column: len(set(column)) == 1, columns)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from fastmoco.config import Stem
+from fastmoco.config import Positive, Stem, Triple
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.models.resnet import METADATA
 from fastmoco.strict import Strict
@@ -22,8 +22,6 @@ from fastmoco.strict import Strict
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DEEPEST = 32  # containers within containers
 _MOST = 1_000_000  # containers and tensors
-
-_Deviation = Annotated[float, Field(gt=0)]
 
 
 class About(Strict):
@@ -34,8 +32,8 @@ class About(Strict):
     head: str | None = None
     dim: int | None = None
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[_Deviation, _Deviation, _Deviation] | None = None
+    mean: Triple | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,13 @@ def test_a_k_beyond_the_bank_lets_all_of_it_vote(features: Features) -> None:
     assert np.array_equal(votes.argmax(1).numpy(), model.predict(queries.double().numpy()))
 
 
+def test_a_bank_with_fewer_rows_than_are_asked_for_gives_them_all(features: Features) -> None:
+    bank, labels, queries, _ = features
+    similarity, rows = Neighbours(bank[:5], labels[:5], CLASSES).nearest(queries, 8)
+    assert rows.sort(dim=1).values.tolist() == [list(range(5))] * len(queries)
+    assert similarity.isfinite().all()
+
+
 def test_chunks_do_not_matter(
     features: Features, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

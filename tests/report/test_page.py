@@ -200,6 +200,8 @@ def test_samples_bound_what_is_looked_at(full_run: RunFolder, tmp_path: Path) ->
     found = Parsed(report(full_run.root, tmp_path, samples=7, device="cpu"))
     assert "Looked at: 7 images of" in found.text["neighbours"]
     assert "of the 7 test images" in found.text["extremes"]
+    shown = np.reshape(samples(found.alts["neighbours"]), (-1, 1 + 7))  # not 8 neighbours
+    assert all(len(set(row[1:])) == 7 for row in shown.tolist())
 
 
 def test_without_scikit_learn_the_plane_is_of_principal_components(
