@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from fastmoco.errors import UsageError
 
@@ -16,6 +22,28 @@ class Strict(BaseModel):
     """A schema for YAML: unknown keys and infinite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read_exponents(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Read `1e4` where a whole number is asked for, which pydantic takes for no text of one."""
+        try:
+            return validate(value)
+        except ValidationError as error:
+            if all(fault["type"] != "int_parsing" for fault in error.errors()):
+                raise
+        return validate(_without_exponents(value))
+
+
+def _without_exponents(value: Any) -> Any:
+    """Return a text as the whole number that it spells, if it does; of a list, each item."""
+    if isinstance(value, list):
+        return [_without_exponents(item) for item in value]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    return int(number) if number.is_integer() else value
 
 
 class _Loader(yaml.SafeLoader):

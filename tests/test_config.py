@@ -83,6 +83,7 @@ def test_overrides_reach_one_view_only_and_read_1e_4_as_a_number():
     [
         ("seed=010", "seed", 10),  # not 8
         ("seed=1_000", "seed", 1000),
+        ("queue=1e4", "queue", 10_000),
         ("out=2026-11-22", "out", Path("2026-11-22")),  # no date
         ("out=001", "out", Path("001")),
         ("name=1e3", "name", "1e3"),
