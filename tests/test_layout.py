@@ -29,8 +29,9 @@ ORDER = [
     {"config"},
     {"strict"},
     {"classes", "files"},
-    {"cores", "errors", "memory", "streams"},
+    {"cores", "memory", "streams"},
     {"terminal"},
+    {"errors"},
 ]
 LEVEL = {station: level for level, stations in enumerate(ORDER) for station in stations}
 
