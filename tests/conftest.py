@@ -1,11 +1,13 @@
 """Folders of images and packed sets that the tests share."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,6 +18,13 @@ from fastmoco.shardset import ShardSet
 
 MakeImages = Callable[..., Path]
 RunCommand = Callable[..., tuple[int, str, str]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -59,6 +68,12 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     source = write_images(root / "source", ("ape", "bee", "cow"), per_class=8)
     pack(source, root / "set", PackOptions())
     return ShardSet(root / "set")
+
+
+@pytest.fixture
+def copied(small_set: ShardSet, tmp_path: Path) -> ShardSet:
+    """A copy of `small_set` that a test may write to and damage."""
+    return ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "copy")))
 
 
 @pytest.fixture

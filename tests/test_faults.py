@@ -1,6 +1,5 @@
 """What happens to runs happens to these: kills, signals, full disks, dead peers, damage."""
 
-import json
 import os
 import random
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import ranked
 import torch
-from states import numbers, tensors
+from states import numbers, status, tensors
 
 from fastmoco.run import RunFolder
 
@@ -45,10 +44,6 @@ def whole(recipe: Path, tmp_path: Path, log: Path) -> Path:
     out = tmp_path / "whole"
     assert ranked.finish(ranked.start(log, str(recipe), f"out={out}")) == [0], ranked.words(log)
     return out
-
-
-def status(root: Path) -> dict:
-    return json.loads((root / "status.json").read_text())
 
 
 def wait_for(path: Path, timeout_s: float = 60) -> None:

@@ -1,16 +1,14 @@
 """No output can end a run: display, metrics, curves, trackers; and none is written over others'."""
 
 import io
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from states import status
 
 from fastmoco import trackers
 from fastmoco.pretrain import main
@@ -19,10 +17,6 @@ from fastmoco.streams import LastingStream, lasting_output
 from fastmoco.terminal import echo
 
 SHORT = ("schedule.epochs=1", "monitor=null", "executor=torchvision", "log_every=1")
-
-
-def status(root: Path) -> Any:
-    return json.loads((root / "status.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])

@@ -1,6 +1,5 @@
 """Runs as a user starts them: real processes, real kills, exit codes and words."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from states import numbers, tensors
+from states import numbers, status, tensors
 
 from fastmoco.config import load_recipe
 from fastmoco.errors import UsageError
@@ -120,7 +119,7 @@ def test_what_changes_on_the_way_is_told_and_kept(recipe, capsys, tmp_path):
     assert main([str(recipe), "monitor=null", "stop_epoch=2"]) == 0
     words = "already at step 12, past the end of this recipe (step 6, stop_epoch 2): nothing to do"
     assert words in capsys.readouterr().out
-    assert json.loads((out / "status.json").read_text()) == {"code": 0, "message": words}
+    assert status(out) == {"code": 0, "message": words}
 
 
 def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeypatch):
@@ -277,7 +276,7 @@ def test_the_ranks_share_one_budget(recipe, damaged, tmp_path):
         shard.write(bytes(int(entry["size"])))
     done = run(recipe, "max_bad_images=1", ranks=2)
     assert done.returncode != 0
-    told = json.loads((tmp_path / "run" / "status.json").read_text())
+    told = status(tmp_path / "run")
     assert (
         told["code"] == 3 and "2 damaged images are more than max_bad_images=1" in told["message"]
     )

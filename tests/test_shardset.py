@@ -1,7 +1,6 @@
 """Opening a set: what is damaged is named, what belongs to another set is refused."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +18,6 @@ from fastmoco.shardset import (
     read_labels,
     write_labels,
 )
-
-
-@pytest.fixture
-def copied(small_set: ShardSet, tmp_path: Path) -> ShardSet:
-    """A copy that a test may write to."""
-    return ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "copy")))
 
 
 def rows_of(*entries: tuple[int, int, float]) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The Slurm script against stand-ins for srun and scontrol that act as Slurm's source does."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from states import status
 
 from fastmoco.run import RunFolder
 
@@ -120,7 +120,7 @@ def test_a_job_that_is_told_saves_and_comes_back_unless_cancelled(
     assert job.script.wait(120) == code, job.words()
     step = RunFolder(out).latest()[1]
     assert f"step {step} of 300000" in (out / "stopped").read_text()
-    assert json.loads((out / "status.json").read_text())["code"] == 0
+    assert status(out)["code"] == 0
     asked = tmp_path / "requeued"
     assert (asked.read_text() if asked.exists() else None) == (
         str(os.getpid()) if requeued else None

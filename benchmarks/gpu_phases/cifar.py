@@ -1,6 +1,5 @@
 """The published CIFAR-10 run, for as many epochs as there is time, beside its curve."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastmoco.cores import cores_of
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.writer import pack
 from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
@@ -77,7 +77,7 @@ def _sets(task: Task) -> Path:
         return task.cifar
     else:
         source = task.cifar
-    pack(source, task.work / "cifar", PackOptions(workers=len(os.sched_getaffinity(0))))
+    pack(source, task.work / "cifar", PackOptions(workers=cores_of(1)))
     return task.work / "cifar"
 
 

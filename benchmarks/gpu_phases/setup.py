@@ -1,7 +1,5 @@
 """What the check runs on, and the photographs that it draws from."""
 
-import os
-import shutil
 import subprocess
 import time
 import zipfile
@@ -16,6 +14,7 @@ from PIL import Image
 
 from fastmoco.bench.environment import environment
 from fastmoco.bench.source import names_of, repeated
+from fastmoco.cores import cores_of
 from fastmoco.demo import PHOTOGRAPHS, Photograph
 from fastmoco.errors import UsageError
 from fastmoco.pack.options import PackOptions
@@ -81,11 +80,13 @@ def _given(photos: Path, task: Task, wanted: int) -> str:
         with zipfile.ZipFile(photos) as archive:
             archive.extractall(folder)  # zipfile keeps names inside the folder
     names = names_of(folder)
+    names = names[:: max(1, len(names) // wanted)]  # of ImageNet no more than are needed
     made = repeated(folder, names, max(2, -(-wanted // len(names))), task.work)
-    # ImageFolder takes the first level for classes: down to where the classes are.
-    while len(inside := list(made.iterdir())) == 1 and inside[0].is_dir():
-        made = inside[0]
-    shutil.move(made, task.images)
+    # One class for ImageFolder: the folders given may be splits, or hold a mask an image.
+    (task.images / "given").mkdir(parents=True)
+    files = [path for path in made.rglob("*") if path.is_file()]
+    for number, path in enumerate(files):
+        path.rename(task.images / "given" / f"{number:06d}{path.suffix}")
     return f"{photos.name}: {len(names)} images, repeated"
 
 
@@ -132,7 +133,7 @@ def cut(pixels: "np.ndarray[Any, Any]", words: list[int]) -> Image.Image:
 
 
 def _over_threads(work: Callable[[int], None], count: int) -> None:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # PIL lets go of the GIL
+    with ThreadPoolExecutor(cores_of(1)) as pool:  # PIL lets go of the GIL
         for _ in pool.map(work, range(count)):
             pass
 
@@ -140,8 +141,9 @@ def _over_threads(work: Callable[[int], None], count: int) -> None:
 def packed(task: Task) -> Figures:
     """Pack the photographs into `task.set` by our own packer."""
     began = time.perf_counter()
-    workers = len(os.sched_getaffinity(0))
-    (manifest,) = pack(task.images, task.set, PackOptions(workers=workers)).values()
+    workers = cores_of(1)
+    options = PackOptions(unlabelled=True, workers=workers)
+    (manifest,) = pack(task.images, task.set, options).values()
     size = sum(path.stat().st_size for path in task.set.glob("*.tar"))
     return {
         "images": manifest.samples,

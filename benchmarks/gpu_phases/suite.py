@@ -17,12 +17,16 @@ def items(task: Task) -> Items:
     return {"pytest/-m gpu": Item(lambda: run(task))}
 
 
+def files() -> list[str]:
+    """Return the files with such tests: others need packages that such a machine may lack."""
+    every = sorted(ROOT.glob("tests/**/test_*.py"))
+    return [str(path) for path in every if "mark.gpu" in path.read_text()]
+
+
 def run(task: Task) -> Iterator[Figures]:
     """Run the tests, and yield their counts, then each that failed."""
-    # The rest of the suite needs packages that such a machine may lack, be it to be collected.
-    files = [str(f) for f in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in f.read_text()]
     report = task.work / "pytest.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *files()]
     began = time.perf_counter()
     ran = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=sys.stderr, check=False

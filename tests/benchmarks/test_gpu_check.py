@@ -9,13 +9,15 @@ from pathlib import Path
 
 import gpu_check
 import pytest
-from gpu_phases import checkpoint, page, suite
+from gpu_phases import checkpoint, page, setup, suite
 from gpu_phases.catalog import PHASES, SETUP, Phase, Table
 from gpu_phases.measure import profile_of
 from gpu_phases.page import NOTHING, page_of
 from gpu_phases.task import Task
+from torchvision.datasets import ImageFolder
 
 SCRIPT = Path(gpu_check.__file__)
+EXTRAS = "matplotlib onnx psutil pyarrow scipy skimage sklearn timm transformers wandb webdataset"
 FAKE = """
 import os
 from gpu_phases.task import Item, Unavailable
@@ -187,6 +189,34 @@ def test_results_of_pytest(tmp_path):
     counts, *failed = suite.results(report, 7.0)
     assert counts == {"passed": 1, "failed": 1, "skipped": 1, "seconds": 7.0}
     assert [row["reason"] for row in failed] == ["1 != 2", "and"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [(), ("one",), ("a", "b"), ("images", "masks"), ("train/a", "train/b", "val/a", "val/b")],
+)
+def test_given_photographs_may_lie_in_any_folders(tmp_path, make_images, folders):
+    make_images(tmp_path / "photos", folders)
+    task = Task(tmp_path / "work", tmp_path, True, 0.0, photos=tmp_path / "photos")
+    task.work.mkdir()
+    images = setup.photographs(task)["images"]
+    assert images >= setup.TOY_IMAGES and len(ImageFolder(task.images)) == images
+    assert setup.packed(task)["images"] == images
+
+
+def test_of_many_given_photographs_a_part_is_taken(tmp_path, make_images):
+    make_images(tmp_path / "photos", per_class=2 * setup.TOY_IMAGES)
+    task = Task(tmp_path / "work", tmp_path, True, 0.0, photos=tmp_path / "photos")
+    assert setup.photographs(task)["images"] == 2 * setup.TOY_IMAGES
+
+
+def test_tests_of_a_gpu_do_without_what_the_check_does_not_ask_for(tmp_path, monkeypatch):
+    absent = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS.split()}))"
+    (tmp_path / "absent.py").write_text(absent)
+    monkeypatch.setenv("PYTHONPATH", f"{SCRIPT.parents[1]}:{tmp_path}")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "absent", *suite.files()]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_what_is_missing_is_named(monkeypatch):

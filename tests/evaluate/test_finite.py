@@ -108,7 +108,7 @@ def test_a_training_that_diverges_gives_no_number(
 
 
 def test_a_number_that_cannot_be_recorded_is_shown(
-    run: RunCommand, sets: tuple[object, ...], tmp_path: Path
+    run: RunCommand, sets: tuple[object, ...]
 ) -> None:
     root = Path(str(sets[0]))
     (root / "evaluations").write_text("in the way")
@@ -117,7 +117,6 @@ def test_a_number_that_cannot_be_recorded_is_shown(
         assert code == 2 and ": top-1 " in out and "Not all is recorded" in err
         assert str(root) in err and "recorded in" not in out
     (root / "evaluations").unlink()
-    (tmp_path / "tuned").mkdir()
     code, out, err = run(
         "finetune", *sets, "--steps", 2, "--batch", 8, "--save", root / "config.yaml" / "tuned"
     )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from fake_cuda import NEEDS_FAKES
 from threads import on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +44,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "_BLOCK", 32)
 
 
-def theirs(bank: torch.Tensor, labels: torch.Tensor, k: int, t: float) -> KNeighborsClassifier:
+def theirs(bank: torch.Tensor, labels: torch.Tensor, k: int, t: float) -> Any:
+    from sklearn.neighbors import KNeighborsClassifier  # a machine with a GPU may lack it
+
     # Their metric is 1 - similarity; the constant factor exp(1 / t) cancels in the vote.
     model = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp(-d / t))
     return model.fit(bank.double().numpy(), labels.numpy())
@@ -197,10 +199,7 @@ class OneOfEight(Ranks):
         return [value] * 8
 
 
-@pytest.mark.skipif(
-    torch.__version__ < torch.torch_version.TorchVersion("2.11"),
-    reason="an older torch asks for a driver, fake tensors or not (2.6 does)",
-)
+@NEEDS_FAKES
 def test_memory_of_a_rank_for_imagenet_on_eight() -> None:
     """At full size, on tensors that are never allocated: a share of the bank, twice while it is
     normalized, and 128 MiB of similarities with what is made of them. The whole bank: 10.5 GB."""
@@ -222,7 +221,6 @@ def test_memory_of_a_rank_for_imagenet_on_eight() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_gpu_gives_the_numbers_of_the_cpu(

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from fastmoco.config import Recipe, validate
 from fastmoco.models.resnet import Encoder
@@ -105,3 +108,34 @@ def same(found: Tensors, wanted: Tensors) -> None:
 def saved(content: object, path: Path) -> Path:
     torch.save(content, path)
     return path
+
+
+def parts(encoder: Encoder) -> tuple[Tensors, Tensors]:
+    return encoder.backbone.state_dict(), encoder.head.state_dict()
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def other(tensors: Tensors) -> Tensors:
+    """The same names with other values, as of the momentum encoder beside it."""
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
+def named(encoder: Encoder) -> nn.Module:
+    """The encoder's backbone as torchvision's own module, for whatever takes its children."""
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    net.fc = nn.Identity()
+    net.load_state_dict(encoder.backbone.state_dict())
+    return net
+
+
+def moco(encoder: Encoder) -> Any:
+    """A checkpoint of the official code: both encoders, the queue, the optimizer."""
+    backbone, head = parts(encoder)
+    query = backbone | prefixed("fc.", head)
+    state = prefixed("module.encoder_q.", query) | prefixed("module.encoder_k.", other(query))
+    state |= {"module.queue": torch.zeros(16, 64), "module.queue_ptr": torch.zeros(1).long()}
+    momentum = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03}]}
+    return {"epoch": 200, "arch": "resnet10", "state_dict": state, "optimizer": momentum}

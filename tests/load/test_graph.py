@@ -160,7 +160,6 @@ def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("decode", ["cpu", "mixed"])
 def test_the_gpu_draws_what_the_cpu_draws(
     make_picture: Callable[..., Image.Image], encode: Callable[..., np.ndarray], decode: str

@@ -6,12 +6,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from tars import encoded
 
 from fastmoco.pack import check
 from fastmoco.pack.check import Checked, Rules, check_image, check_input, without_warnings
@@ -28,12 +28,6 @@ def _as_in_a_worker() -> Iterator[None]:
         yield
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def pixels(content: bytes) -> Pixels:
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
@@ -42,7 +36,7 @@ def pixels(content: bytes) -> Pixels:
 def rotated(image: Image.Image, format: str, orientation: int = 6) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(image, format, exif=exif)
+    return encoded(image, format, exif=exif)
 
 
 def checked(content: bytes) -> Checked:
@@ -70,21 +64,21 @@ def dali_pixels(contents: list[bytes]) -> list[Pixels]:
 
 def kept_kinds(image: Image.Image) -> dict[str, bytes]:
     return {
-        "jpeg": encode(image, "JPEG"),
-        "jpeg 4:4:4": encode(image, "JPEG", subsampling="4:4:4"),
-        "jpeg progressive": encode(image, "JPEG", progressive=True),
-        "jpeg grey": encode(image.convert("L"), "JPEG"),
+        "jpeg": encoded(image, "JPEG"),
+        "jpeg 4:4:4": encoded(image, "JPEG", subsampling="4:4:4"),
+        "jpeg progressive": encoded(image, "JPEG", progressive=True),
+        "jpeg grey": encoded(image.convert("L"), "JPEG"),
         "jpeg upright exif": rotated(image, "JPEG", orientation=1),
-        "jpeg and preview": encode(image, "MPO", save_all=True, append_images=[image]),
-        "png": encode(image, "PNG"),
-        "png grey": encode(image.convert("L"), "PNG"),
-        "png alpha": encode(with_alpha(image), "PNG"),
-        "png grey alpha": encode(with_alpha(image).convert("LA"), "PNG"),
-        "png palette": encode(image.quantize(200), "PNG"),
-        "png transparent palette": encode(image.quantize(200), "PNG", transparency=3),
-        "webp": encode(image, "WEBP"),
-        "webp lossless": encode(image, "WEBP", lossless=True),
-        "webp alpha": encode(with_alpha(image), "WEBP", lossless=True),
+        "jpeg and preview": encoded(image, "MPO", save_all=True, append_images=[image]),
+        "png": encoded(image, "PNG"),
+        "png grey": encoded(image.convert("L"), "PNG"),
+        "png alpha": encoded(with_alpha(image), "PNG"),
+        "png grey alpha": encoded(with_alpha(image).convert("LA"), "PNG"),
+        "png palette": encoded(image.quantize(200), "PNG"),
+        "png transparent palette": encoded(image.quantize(200), "PNG", transparency=3),
+        "webp": encoded(image, "WEBP"),
+        "webp lossless": encoded(image, "WEBP", lossless=True),
+        "webp alpha": encoded(with_alpha(image), "WEBP", lossless=True),
     }
 
 
@@ -97,22 +91,22 @@ def with_alpha(image: Image.Image) -> Image.Image:
 def reencoded_kinds(image: Image.Image) -> dict[str, tuple[bytes, str]]:
     frames = {"save_all": True, "append_images": [image.rotate(90)]}
     return {
-        "animated gif": (encode(image, "GIF", **frames), "png"),
-        "animated webp": (encode(image, "WEBP", lossless=True, **frames), "png"),
-        "animated png": (encode(image, "PNG", **frames), "png"),
-        "pages": (encode(image, "TIFF", **frames), "png"),
+        "animated gif": (encoded(image, "GIF", **frames), "png"),
+        "animated webp": (encoded(image, "WEBP", lossless=True, **frames), "png"),
+        "animated png": (encoded(image, "PNG", **frames), "png"),
+        "pages": (encoded(image, "TIFF", **frames), "png"),
         "rotated jpeg": (rotated(image, "JPEG"), "jpg"),
         "rotated grey jpeg": (rotated(image.convert("L"), "JPEG"), "jpg"),
-        "cmyk jpeg": (encode(image.convert("CMYK"), "JPEG"), "jpg"),
+        "cmyk jpeg": (encoded(image.convert("CMYK"), "JPEG"), "jpg"),
         "rotated png": (rotated(image, "PNG"), "png"),
         "rotated webp": (rotated(image, "WEBP"), "png"),
-        "1-bit png": (encode(image.convert("1"), "PNG"), "png"),
-        "4-bit png": (encode(image.quantize(16), "PNG"), "png"),
-        "png with a damaged end": (encode(image, "PNG")[:-1] + b"?", "png"),
-        "bmp": (encode(image, "BMP"), "png"),
-        "tiff": (encode(image, "TIFF"), "png"),
-        "gif": (encode(image, "GIF"), "png"),
-        "ppm": (encode(image, "PPM"), "png"),
+        "1-bit png": (encoded(image.convert("1"), "PNG"), "png"),
+        "4-bit png": (encoded(image.quantize(16), "PNG"), "png"),
+        "png with a damaged end": (encoded(image, "PNG")[:-1] + b"?", "png"),
+        "bmp": (encoded(image, "BMP"), "png"),
+        "tiff": (encoded(image, "TIFF"), "png"),
+        "gif": (encoded(image, "GIF"), "png"),
+        "ppm": (encoded(image, "PPM"), "png"),
     }
 
 
@@ -161,18 +155,18 @@ def test_rotated_jpeg_stays_close_and_full_chroma(make_picture: Picture) -> None
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_rounded(format: str) -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    result = checked(encode(Image.fromarray(values), format))
+    result = checked(encoded(Image.fromarray(values), format))
     expected = np.rint(values / 257).astype(np.uint8)
     np.testing.assert_array_equal(pixels(result.content)[..., 0], expected)
 
 
 def test_damaged_exif_is_no_rotation(make_picture: Picture) -> None:
-    content = encode(make_picture(1), "JPEG", exif=b"Exif\0\0garbage that is not a TIFF")
+    content = encoded(make_picture(1), "JPEG", exif=b"Exif\0\0garbage that is not a TIFF")
     assert checked(content).content == content
 
 
 def test_only_regular_huffman_coded_jpeg_is_kept(make_picture: Picture) -> None:
-    content = encode(make_picture(1), "JPEG")
+    content = encoded(make_picture(1), "JPEG")
     assert check._frame_marker(content) == check.BASELINE
     assert check._frame_marker(content.replace(b"\xff\xc0", b"\xff\xc9")) == 0xC9  # arithmetic
     filled = content.replace(b"\xff\xc0", b"\xff\xff\xff\xc0")  # fill bytes are legal
@@ -201,13 +195,13 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def refused(image: Image.Image) -> dict[str, tuple[bytes, str]]:
-    jpeg, png = encode(image, "JPEG"), encode(image, "PNG")
+    jpeg, png = encoded(image, "JPEG"), encoded(image, "PNG")
     damaged = bytearray(png)
     damaged[-14] ^= 1  # behind the last pixel, in the checksum: only libpng minds
     return {
         "nothing": (b"", "not an image"),
         "text": (b"<html>not found</html>" * 9, "not an image"),
-        "other format": (encode(image, "ICO"), "not an image"),
+        "other format": (encoded(image, "ICO"), "not an image"),
         "cut jpeg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
         "cut png": (png[: len(png) // 2], "cannot be decoded"),
         "damaged png": (bytes(damaged), "cannot be decoded"),
@@ -226,7 +220,7 @@ def test_what_cannot_be_stored_has_a_reason(make_picture: Picture) -> None:
 
 
 def test_limits(make_picture: Picture) -> None:
-    content = encode(make_picture(1, (9, 7)), "PNG")
+    content = encoded(make_picture(1, (9, 7)), "PNG")
     assert isinstance(check_image(content, Rules(min_side=7, max_pixels=63)), Checked)
     assert check_image(content, Rules(min_side=8)) == "is 9 x 7, smaller than 8 pixels"
     assert check_image(content, Rules(max_pixels=62)) == "has more than 6.2e-05 million pixels"
@@ -243,7 +237,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_extension_of_the_file_means_nothing(tmp_path: Path, make_picture: Picture) -> None:
-    (tmp_path / "a.jpg").write_bytes(encode(make_picture(1), "PNG"))
+    (tmp_path / "a.jpg").write_bytes(encoded(make_picture(1), "PNG"))
     result = check_file(tmp_path / "a.jpg")
     assert isinstance(result, Checked) and result.extension == "png"
 
@@ -262,18 +256,18 @@ def test_a_shrunk_image_is_pils_antialiased_resize(
     make_picture: Picture, size: tuple[int, int]
 ) -> None:
     picture = make_picture(5, size)
-    result = check_image(encode(picture, "PNG"), Rules(short_side=30, quality=95))
+    result = check_image(encoded(picture, "PNG"), Rules(short_side=30, quality=95))
     assert isinstance(result, Checked) and result.extension == "jpg"
     expected = tuple(round(side * 30 / min(size)) for side in size)
     assert (result.width, result.height) == expected
     resized = picture.resize(expected, Image.Resampling.BILINEAR)
-    assert result.content == encode(resized, "JPEG", quality=95, subsampling="4:2:0")
+    assert result.content == encoded(resized, "JPEG", quality=95, subsampling="4:2:0")
     assert result.statistics and result.statistics.pixels == expected[0] * expected[1]
 
 
 def test_a_large_jpeg_is_shrunk_close_to_its_full_decode(make_picture: Picture) -> None:
     """The scaled decode that comes first must not show."""
-    content = encode(make_picture(6, (640, 480)), "JPEG", quality=95)
+    content = encoded(make_picture(6, (640, 480)), "JPEG", quality=95)
     result = check_image(content, Rules(short_side=100, quality=95))
     assert isinstance(result, Checked)
     full = Image.fromarray(pixels(content)).resize((133, 100), Image.Resampling.BILINEAR)
@@ -284,7 +278,7 @@ def test_shrinking_turns_and_leaves_small_images_alone(make_picture: Picture) ->
     rules = Rules(short_side=30)
     turned = check_image(rotated(make_picture(1, (80, 60)), "JPEG"), rules)
     assert isinstance(turned, Checked) and (turned.width, turned.height) == (30, 40)
-    small = encode(make_picture(1, (80, 30)), "JPEG")
+    small = encoded(make_picture(1, (80, 30)), "JPEG")
     kept = check_image(small, rules)
     assert isinstance(kept, Checked) and kept.content == small
 
@@ -295,7 +289,7 @@ def test_the_scaled_check_refuses_the_same_files(make_picture: Picture) -> None:
     picture = Image.blend(make_picture(1, (300, 300)), Image.fromarray(noise), 0.2)
     generator, verdicts = np.random.default_rng(3), []
     for kind in ({}, {"progressive": True}, {"restart_marker_blocks": 4}, {"subsampling": 0}):
-        content = encode(picture, "JPEG", **kind)
+        content = encoded(picture, "JPEG", **kind)
         for trial in range(120):
             damaged = bytearray(content)
             for at in generator.integers(2, len(content), generator.integers(0, 3)):
@@ -317,7 +311,7 @@ def webps_with_exif(make_picture: Picture) -> list[bytes]:
     images = [make_picture(seed, (33 + seed, 40)) for seed in range(6)]
     images += [with_alpha(image) for image in images]
     options = [{}, {"lossless": True}, {"icc_profile": b"odd"}, {"xmp": b"<odd/>1"}]
-    return [encode(i, "WEBP", exif=exif, **some) for i in images for some in options]  # type: ignore[arg-type]
+    return [encoded(i, "WEBP", exif=exif, **some) for i in images for some in options]  # type: ignore[arg-type]
 
 
 def test_webp_with_exif_is_kept_where_dali_reads_it(make_picture: Picture) -> None:

@@ -10,11 +10,11 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tars import encoded
 
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
@@ -25,12 +25,6 @@ KEPT, CONVERTED = "kept", "converted"
 NOT_AN_IMAGE, BROKEN = "is not an image", "cannot be decoded"
 
 Corpus = dict[str, tuple[bytes, str]]
-
-
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 class Bomb:
@@ -77,39 +71,39 @@ def pictures(image: Image.Image) -> Corpus:
     turned = Image.Exif()
     turned[0x0112] = 8
     return {
-        "plain.jpg": (encode(image, "JPEG"), KEPT),
-        "progressive.jpg": (encode(image, "JPEG", progressive=True), KEPT),
-        "grey.jpg": (encode(image.convert("L"), "JPEG"), KEPT),
-        "restart markers.jpg": (encode(image, "JPEG", restart_marker_blocks=2), KEPT),
-        "cmyk.jpg": (encode(image.convert("CMYK"), "JPEG"), CONVERTED),
-        "turned.jpg": (encode(image, "JPEG", exif=turned), CONVERTED),
-        "turned.png": (encode(image, "PNG", exif=turned), CONVERTED),
-        "plain.png": (encode(image, "PNG"), KEPT),
-        "alpha.png": (encode(alpha, "PNG"), KEPT),
-        "grey alpha.png": (encode(alpha.convert("LA"), "PNG"), KEPT),
-        "palette.png": (encode(image.quantize(90), "PNG"), KEPT),
-        "2-bit palette.png": (encode(image.quantize(4), "PNG"), CONVERTED),
-        "black and white.png": (encode(image.convert("1"), "PNG"), CONVERTED),
-        "16-bit.png": (encode(deep, "PNG"), CONVERTED),
-        "16-bit.tiff": (encode(deep, "TIFF"), CONVERTED),
-        "pages.tiff": (encode(image, "TIFF", **frames), CONVERTED),
-        "plain.gif": (encode(image, "GIF"), CONVERTED),
-        "moving.gif": (encode(image, "GIF", **frames), CONVERTED),
-        "moving.png": (encode(image, "PNG", **frames), CONVERTED),
-        "moving.webp": (encode(image, "WEBP", **frames), CONVERTED),
-        "still.webp": (encode(image, "WEBP"), KEPT),
-        "alpha.webp": (encode(alpha, "WEBP", lossless=True), KEPT),
-        "plain.bmp": (encode(image, "BMP"), CONVERTED),
-        "plain.ppm": (encode(image, "PPM"), CONVERTED),
-        "one pixel.png": (encode(image.crop((0, 0, 1, 1)), "PNG"), KEPT),
-        "one pixel.jpg": (encode(image.crop((0, 0, 1, 1)), "JPEG"), KEPT),
-        "thin.jpg": (encode(image.resize((3, 500)), "JPEG"), KEPT),
-        "really a png.jpg": (encode(image, "PNG"), KEPT),
+        "plain.jpg": (encoded(image, "JPEG"), KEPT),
+        "progressive.jpg": (encoded(image, "JPEG", progressive=True), KEPT),
+        "grey.jpg": (encoded(image.convert("L"), "JPEG"), KEPT),
+        "restart markers.jpg": (encoded(image, "JPEG", restart_marker_blocks=2), KEPT),
+        "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG"), CONVERTED),
+        "turned.jpg": (encoded(image, "JPEG", exif=turned), CONVERTED),
+        "turned.png": (encoded(image, "PNG", exif=turned), CONVERTED),
+        "plain.png": (encoded(image, "PNG"), KEPT),
+        "alpha.png": (encoded(alpha, "PNG"), KEPT),
+        "grey alpha.png": (encoded(alpha.convert("LA"), "PNG"), KEPT),
+        "palette.png": (encoded(image.quantize(90), "PNG"), KEPT),
+        "2-bit palette.png": (encoded(image.quantize(4), "PNG"), CONVERTED),
+        "black and white.png": (encoded(image.convert("1"), "PNG"), CONVERTED),
+        "16-bit.png": (encoded(deep, "PNG"), CONVERTED),
+        "16-bit.tiff": (encoded(deep, "TIFF"), CONVERTED),
+        "pages.tiff": (encoded(image, "TIFF", **frames), CONVERTED),
+        "plain.gif": (encoded(image, "GIF"), CONVERTED),
+        "moving.gif": (encoded(image, "GIF", **frames), CONVERTED),
+        "moving.png": (encoded(image, "PNG", **frames), CONVERTED),
+        "moving.webp": (encoded(image, "WEBP", **frames), CONVERTED),
+        "still.webp": (encoded(image, "WEBP"), KEPT),
+        "alpha.webp": (encoded(alpha, "WEBP", lossless=True), KEPT),
+        "plain.bmp": (encoded(image, "BMP"), CONVERTED),
+        "plain.ppm": (encoded(image, "PPM"), CONVERTED),
+        "one pixel.png": (encoded(image.crop((0, 0, 1, 1)), "PNG"), KEPT),
+        "one pixel.jpg": (encoded(image.crop((0, 0, 1, 1)), "JPEG"), KEPT),
+        "thin.jpg": (encoded(image.resize((3, 500)), "JPEG"), KEPT),
+        "really a png.jpg": (encoded(image, "PNG"), KEPT),
     }
 
 
 def hostile(image: Image.Image, sentinel: Path) -> Corpus:
-    jpeg, png = encode(image, "JPEG"), encode(image, "PNG")
+    jpeg, png = encoded(image, "JPEG"), encoded(image, "PNG")
     scan = jpeg.index(b"\xff\xda")
     return {
         "nothing.jpg": (b"", NOT_AN_IMAGE),
@@ -118,7 +112,7 @@ def hostile(image: Image.Image, sentinel: Path) -> Corpus:
         "pickle.png": (pickle.dumps(Bomb(sentinel)), NOT_AN_IMAGE),
         "script.png": (b"#!/bin/sh\ntouch sentinel\n", NOT_AN_IMAGE),
         "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NOT_AN_IMAGE),
-        "icon.png": (encode(image, "ICO"), NOT_AN_IMAGE),
+        "icon.png": (encoded(image, "ICO"), NOT_AN_IMAGE),
         "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', NOT_AN_IMAGE),
         "bomb.png": (png_claiming(50_000, 50_000), "more than 100 million pixels"),
         "long.png": (png_claiming(70_000, 100), "a side of more than 65535"),
@@ -133,15 +127,15 @@ def hostile(image: Image.Image, sentinel: Path) -> Corpus:
         "bad checksum.png": (png[:60] + bytes([png[60] ^ 1]) + png[61:], BROKEN),
         "bad end.png": (png[:-1] + b"?", CONVERTED),
         "cut.png": (png[: len(png) // 2], BROKEN),
-        "cut.webp": (encode(image, "WEBP")[:60], f"{NOT_AN_IMAGE}|{BROKEN}"),
-        "cut.gif": (encode(image, "GIF")[:80], f"{NOT_AN_IMAGE}|{BROKEN}"),
-        "cut.bmp": (encode(image, "BMP")[:500], BROKEN),
-        "cut.tiff": (encode(image, "TIFF")[:200], f"{NOT_AN_IMAGE}|{BROKEN}"),
+        "cut.webp": (encoded(image, "WEBP")[:60], f"{NOT_AN_IMAGE}|{BROKEN}"),
+        "cut.gif": (encoded(image, "GIF")[:80], f"{NOT_AN_IMAGE}|{BROKEN}"),
+        "cut.bmp": (encoded(image, "BMP")[:500], BROKEN),
+        "cut.tiff": (encoded(image, "TIFF")[:200], f"{NOT_AN_IMAGE}|{BROKEN}"),
     }
 
 
 def flipped(image: Image.Image) -> Corpus:
-    jpeg, generator, found = encode(image, "JPEG"), np.random.default_rng(5), {}
+    jpeg, generator, found = encoded(image, "JPEG"), np.random.default_rng(5), {}
     for trial in range(12):
         damaged = bytearray(jpeg)
         damaged[int(generator.integers(2, len(jpeg)))] ^= 1 << int(generator.integers(8))
@@ -150,7 +144,7 @@ def flipped(image: Image.Image) -> Corpus:
 
 
 def named(image: Image.Image) -> Corpus:
-    content = encode(image, "JPEG")
+    content = encoded(image, "JPEG")
     names = (
         "a b.jpg",
         "a.b.c.jpg",
@@ -169,7 +163,7 @@ def corpus(make_picture: Callable[..., Image.Image], tmp_path: Path) -> Corpus:
     found = {
         **pictures(image),
         **hostile(image, tmp_path / "sentinel"),
-        **cut_jpegs(encode(image, "JPEG")),
+        **cut_jpegs(encoded(image, "JPEG")),
         **flipped(image),
         **named(image),
     }
@@ -262,7 +256,7 @@ def test_too_many_refusals_stop_the_pack(corpus: Corpus, tmp_path: Path) -> None
 
 
 def test_members_that_leave_the_archive(tmp_path: Path) -> None:
-    content = encode(Image.new("RGB", (8, 8), "red"), "PNG")
+    content = encoded(Image.new("RGB", (8, 8), "red"), "PNG")
     with tarfile.open(tmp_path / "source.tar", "w") as archive:
         for name in ("ok.png", "../up.png", "/abs.png", "a/../../b.png"):
             info = tarfile.TarInfo(name)
@@ -290,7 +284,7 @@ def test_a_tar_that_claims_ten_gigabytes_is_damaged(tmp_path: Path) -> None:
 def test_a_zip_member_that_grows_past_its_claim_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "source.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("ok.png", encode(Image.new("RGB", (8, 8)), "PNG"))
+        archive.writestr("ok.png", encoded(Image.new("RGB", (8, 8)), "PNG"))
         archive.writestr("bomb.png", bytes(10**7))
     raw = bytearray(path.read_bytes())
     entry = raw.rindex(b"PK\x01\x02")

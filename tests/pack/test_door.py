@@ -1,6 +1,5 @@
 """What people have, as commands pack it: nothing lost, nothing mislabelled, each remedy works."""
 
-import io
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, features
+from tars import encoded, write_tar
 
 from fastmoco.shardset import ShardSet
 
@@ -22,11 +22,9 @@ Make = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 
 
-def encoded(seed: int, format: str = "JPEG", **options: object) -> bytes:
+def photo(seed: int, format: str = "JPEG") -> bytes:
     image = Image.radial_gradient("L").resize((24 + seed % 7, 24)).convert("RGB")
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    return encoded(image, format)
 
 
 def put(path: Path, content: bytes) -> None:
@@ -104,7 +102,7 @@ def test_heic_is_read_by_its_extra_or_named(
 ) -> None:
     if find_spec("pillow_heif") is None:
         put(tmp_path / "album/1.jpg", b"\0\0\0\x18ftypheic" + bytes(90))
-        put(tmp_path / "album/2.jpg", encoded(2))
+        put(tmp_path / "album/2.jpg", photo(2))
         said = shard("album", "set")
         assert "'1.jpg' is HEIC, which the extra heif reads: pip install pillow-heif" in said
     else:
@@ -119,12 +117,12 @@ def test_heic_is_read_by_its_extra_or_named(
 def test_content_decides_not_the_name(shard: Callable[..., str], tmp_path: Path) -> None:
     for number, name in enumerate(("a1b2c3", "1.jpg?w=300", "2.jpg_large", "3.heic", "4.JP2", "5")):
         for kind in ("cat", "dog"):
-            put(tmp_path / "crawl" / kind / name, encoded(number, "PNG" if number % 2 else "JPEG"))
+            put(tmp_path / "crawl" / kind / name, photo(number, "PNG" if number % 2 else "JPEG"))
     put(tmp_path / "crawl/cat/checksums", b"no image")
     if "avif" in features.modules and features.check("avif"):  # since Pillow 11.3
-        put(tmp_path / "crawl/dog/9.avif", encoded(9, "AVIF"))
+        put(tmp_path / "crawl/dog/9.avif", photo(9, "AVIF"))
     else:
-        put(tmp_path / "crawl/dog/9.avif", encoded(9, "PNG"))
+        put(tmp_path / "crawl/dog/9.avif", photo(9, "PNG"))
     assert "passed over: files of other kinds, 1 (cat/checksums)" in shard(
         "crawl", "set", "--max-rejects", "0"
     )
@@ -142,7 +140,7 @@ def test_what_systems_leave_behind_is_passed_over(
         *("__pycache__/1.jpg", ".git/1.jpg", "cat/._0000.jpg", "cat/.DS_Store", "cat/Thumbs.db"),
     ]
     for name in junk:
-        put(source / name, encoded(1))
+        put(source / name, photo(1))
     for name in ("annotations/a.json", "docs/readme.md", "cat/0000.txt", "dog/clip.mp4"):
         put(source / name, b"x")
     (source / "scripts").mkdir()
@@ -173,12 +171,12 @@ def test_both_readings_are_told_and_each_option_works(
 
 
 @pytest.mark.parametrize(
-    ("images", "masks", "kind"),
+    ("images", "masks", "mode"),
     [
-        ("images", "masks", {"mode": "RGB"}),
-        ("images", "annotations/trimaps", {"mode": "RGB"}),
-        ("JPEGImages", "SegmentationClass", {"mode": "P"}),
-        ("photo", "second", {"mode": "1"}),
+        ("images", "masks", "RGB"),
+        ("images", "annotations/trimaps", "RGB"),
+        ("JPEGImages", "SegmentationClass", "P"),
+        ("photo", "second", "1"),
     ],
 )
 def test_masks_are_no_class(
@@ -187,14 +185,13 @@ def test_masks_are_no_class(
     tmp_path: Path,
     images: str,
     masks: str,
-    kind: dict,
+    mode: str,
 ) -> None:
     make_images(tmp_path / "seg", (images,), per_class=4)
     for path in (tmp_path / "seg" / images).iterdir():
         with Image.open(path) as image:
-            buffer = io.BytesIO()
-            image.convert(kind["mode"]).save(buffer, "PNG")
-            put(tmp_path / "seg" / masks / f"{path.stem}.png", buffer.getvalue())
+            mask = encoded(image.convert(mode), "PNG")
+            put(tmp_path / "seg" / masks / f"{path.stem}.png", mask)
     errors = shard("seg", "set", code=3)
     remedy = re.search(r"fastmoco shard (\S+) OUT", errors)
     assert remedy and remedy[1] == f"seg/{images}"
@@ -260,25 +257,21 @@ def test_a_part_without_images_is_refused_in_words(
     assert counts(tmp_path / "s/val") == {"cat": 1, "dog": 1}
 
 
-def write_shard(
-    path: Path, count: int, start: int = 0, classes: str = "012", **options: object
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number in range(start, start + count):
-            image = encoded(number, **options)  # type: ignore[arg-type]
-            for name, content in (("jpg", image), ("cls", classes[number % 3].encode())):
-                info = tarfile.TarInfo(f"{number:04d}.{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+def samples(numbers: range, classes: str = "012") -> list[tuple[str, bytes]]:
+    """Return the members of a shard, of three classes in turn."""
+    pairs = (
+        ((f"{number:04d}.jpg", photo(number)), (f"{number:04d}.cls", classes[number % 3].encode()))
+        for number in numbers
+    )
+    return [member for pair in pairs for member in pair]
 
 
 def test_shards_of_two_splits_are_two_sets(
     shard: Callable[..., str], run: Run, tmp_path: Path
 ) -> None:
-    write_shard(tmp_path / "wds/set-train-0000.tar", 6)
-    write_shard(tmp_path / "wds/set-train-0001.tar", 6, 100)
-    write_shard(tmp_path / "wds/set-val-0000.tar", 3, 200)
+    write_tar(tmp_path / "wds/set-train-0000.tar", samples(range(6)))
+    write_tar(tmp_path / "wds/set-train-0001.tar", samples(range(100, 106)))
+    write_tar(tmp_path / "wds/set-val-0000.tar", samples(range(200, 203)))
     code, _, errors = run("index", "wds", "--workers", 1)
     assert code == 2 and "(train 2, val 1)" in errors and "--out DIR" in errors
     assert run("index", "wds", "--out", "DIR", "--workers", 1)[0] == 0
@@ -292,30 +285,25 @@ def test_shards_of_two_splits_are_two_sets(
 def test_shards_of_a_split_that_lacks_a_class_are_numbered_as_in_training(
     shard: Callable[..., str], run: Run, tmp_path: Path
 ) -> None:
-    write_shard(tmp_path / "wds/train-0.tar", 6, classes="abc")
-    write_shard(tmp_path / "wds/val-0.tar", 3, 200, classes="acc")
+    write_tar(tmp_path / "wds/train-0.tar", samples(range(6), "abc"))
+    write_tar(tmp_path / "wds/val-0.tar", samples(range(200, 203), "acc"))
     assert run("index", "wds", "--out", "DIR", "--workers", 1)[0] == 0
     shard("wds", "set")
     for root in ("DIR", "set"):
         assert ShardSet(tmp_path / root / "val").manifest.classes == ["a", "b", "c"]
         assert counts(tmp_path / root / "val") == {"a": 1, "c": 2}
-    write_shard(tmp_path / "wds/val-1.tar", 3, 300, classes="acd")
+    write_tar(tmp_path / "wds/val-1.tar", samples(range(300, 303), "acd"))
     assert "lacks classes of another" in shard("wds", "x", code=3)
 
 
 def test_shards_that_must_be_reencoded_are_packed_by_the_command_that_is_named(
     shard: Callable[..., str], run: Run, tmp_path: Path
 ) -> None:
-    write_shard(tmp_path / "wds/0.tar", 12)
-    with tarfile.open(tmp_path / "wds/0.tar", "a") as tar:
-        for number in range(100, 111):
-            image = Image.new("CMYK", (20, 20), (number, 0, 9, 0))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG")
-            for name, content in (("jpg", buffer.getvalue()), ("cls", b"1")):
-                info = tarfile.TarInfo(f"{number}.{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    members = samples(range(12))
+    for number in range(100, 111):
+        image = Image.new("CMYK", (20, 20), (number, 0, 9, 0))
+        members += [(f"{number}.jpg", encoded(image)), (f"{number}.cls", b"1")]
+    write_tar(tmp_path / "wds/0.tar", members)
     code, _, errors = run("index", "wds", "--workers", 1)
     assert code == 3 and "11 of 23 images would be left out" in errors
     remedy = re.search(r"fastmoco shard (\S+) OUT", errors)
@@ -330,12 +318,12 @@ def test_tiny_imagenet_as_it_is_published(shard: Callable[..., str], tmp_path: P
     root, wnids = tmp_path / "tiny", ("n01", "n02", "n03")
     for kind, wnid in enumerate(wnids):
         for number in range(2):
-            put(root / f"train/{wnid}/images/{wnid}_{number}.JPEG", encoded(kind))
+            put(root / f"train/{wnid}/images/{wnid}_{number}.JPEG", photo(kind))
         put(root / f"train/{wnid}/{wnid}_boxes.txt", b"x")
     lines = []
     for number in range(5):
-        put(root / f"val/images/val_{number}.JPEG", encoded(number))
-        put(root / f"test/images/test_{number}.JPEG", encoded(number))
+        put(root / f"val/images/val_{number}.JPEG", photo(number))
+        put(root / f"test/images/test_{number}.JPEG", photo(number))
         lines.append(f"val_{number}.JPEG\t{wnids[number % 2]}\t0\t0\t9\t9\n")
     put(root / "val/val_annotations.txt", "".join(lines).encode())
     shard("tiny", "set")
@@ -380,7 +368,7 @@ def test_metadata_beside_images_as_hugging_face_has_it(
     for split, labels in (("train", "cat dog cow cat"), ("test", "dog cat")):
         rows = [{"file_name": f"{n}.jpg", "label": x} for n, x in enumerate(labels.split())]
         for number in range(len(rows) + 1):  # one is not listed
-            put(tmp_path / f"hf/{split}/{number}.jpg", encoded(number))
+            put(tmp_path / f"hf/{split}/{number}.jpg", photo(number))
         lines = ["file_name,label", *(",".join(row.values()) for row in rows)]
         text = lines if kind == "csv" else map(json.dumps, rows)
         put(tmp_path / f"hf/{split}/metadata.{kind}", "\n".join(text).encode())
@@ -413,7 +401,7 @@ def test_arrow_and_parquet_as_hugging_face_writes_them(
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("label", pa.int64())], metadata=about)
     for split, labels in (("train", [0, 1, 1, -1]), ("test", [1, 0])):
-        held = [{"bytes": encoded(n), "path": f"{n}.jpg"} for n in range(len(labels))]
+        held = [{"bytes": photo(n), "path": f"{n}.jpg"} for n in range(len(labels))]
         table = pa.table({"image": held, "label": labels}, schema=schema)
         (tmp_path / "pq/data").mkdir(parents=True, exist_ok=True)
         pq.write_table(table, tmp_path / f"pq/data/{split}-00000-of-00001.parquet")
@@ -466,7 +454,7 @@ def test_archives_as_other_systems_make_them(
 def test_the_names_of_rejects_survive(shard: Callable[..., str], tmp_path: Path) -> None:
     odd = os.fsdecode(b"\xff\xfe.jpg")
     for number in range(3):
-        put(tmp_path / f"flat/{number}.jpg", encoded(number))
+        put(tmp_path / f"flat/{number}.jpg", photo(number))
     put(tmp_path / "flat" / odd, b"x")
     shard("flat", "set")
     assert json.loads((tmp_path / "set/rejects.jsonl").read_text())["name"] == odd

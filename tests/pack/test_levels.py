@@ -1,6 +1,5 @@
 """Images of more than 8 bits: mapped by levels that fit the set, or refused with those levels."""
 
-import io
 import json
 import re
 import struct
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from tars import encoded
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Values = npt.NDArray[Any]
@@ -39,33 +39,27 @@ def real(path: Path, scale: float, low: float) -> Values:
     return low + (scale - low) * values(100 * ord(path.parent.name) + int(path.stem))
 
 
-def encoded(array: Values, format: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format)
-    return buffer.getvalue()
-
-
 def png(v: Values) -> bytes:
-    return encoded(np.rint(v).astype(np.uint16), "PNG")
+    return encoded(Image.fromarray(np.rint(v).astype(np.uint16)), "PNG")
 
 
 def tiff(v: Values) -> bytes:
-    return encoded(np.rint(v).astype(np.uint16), "TIFF")
+    return encoded(Image.fromarray(np.rint(v).astype(np.uint16)), "TIFF")
 
 
 def whole(v: Values) -> bytes:
-    return encoded(np.rint(v).astype(np.int32), "TIFF")
+    return encoded(Image.fromarray(np.rint(v).astype(np.int32)), "TIFF")
 
 
 def floating(v: Values) -> bytes:
-    return encoded(v.astype(np.float32), "TIFF")
+    return encoded(Image.fromarray(v.astype(np.float32)), "TIFF")
 
 
 def hot(v: Values) -> bytes:
     """One pixel is broken."""
     array = np.rint(v).astype(np.uint16)
     array[3, 3] = 65535
-    return encoded(array, "TIFF")
+    return encoded(Image.fromarray(array), "TIFF")
 
 
 def color(v: Values) -> bytes:

@@ -1,6 +1,8 @@
-"""What two runs must have in common to be the same run."""
+"""What two runs must have in common to be the same run, and how a run ended."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,3 +23,8 @@ def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
 def numbers(root: Path) -> list[dict]:
     """Return the metrics of a run without what depends on the clock."""
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in RunFolder(root).rows()]
+
+
+def status(root: Path) -> Any:
+    """Return how the last start of a run ended."""
+    return json.loads((root / "status.json").read_text())

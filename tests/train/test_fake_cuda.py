@@ -1,26 +1,11 @@
 """A step on CUDA, seen without a GPU: devices and dtypes match, and no operator hides a loop."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-import torch
+from fake_cuda import NEEDS_FAKES, overloads
 
 from fastmoco.config import Recipe, load_recipe
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < torch.torch_version.TorchVersion("2.11"),
-    reason="an older torch asks for a driver, fake tensors or not (2.6 does)",
-)
-HELPER = Path(__file__).with_name("fake_cuda.py")
-
-
-@pytest.fixture(scope="module")
-def overloads():
-    spec = importlib.util.spec_from_file_location("fake_cuda", HELPER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.overloads
+pytestmark = NEEDS_FAKES
 
 
 def recipe(**options: object) -> Recipe:
@@ -47,7 +32,7 @@ def recipe(**options: object) -> Recipe:
     ],
     ids=str,
 )
-def test_every_operator_of_a_step_finds_its_device_dtype_and_fused_kernel(overloads, options):
+def test_every_operator_of_a_step_finds_its_device_dtype_and_fused_kernel(options):
     wanted = recipe(**options)
     counts = overloads(wanted)
     foreach = {name: n for name, n in counts.items() if "_foreach_" in name}

@@ -11,10 +11,7 @@ from fastmoco.distributed import Ranks
 from fastmoco.train.moco import MoCo
 from fastmoco.train.snapshot import snapshot
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 

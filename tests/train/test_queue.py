@@ -48,7 +48,6 @@ def test_enqueue_writes_in_place():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_enqueue_never_waits_for_the_gpu():
     queue = KeyQueue(1024, 128, seed=0).cuda()
     keys, ok = torch.ones(100, 128, device="cuda"), OK.cuda()

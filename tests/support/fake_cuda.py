@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.config import Recipe, load_recipe
@@ -25,6 +27,10 @@ from fastmoco.train.optim import build_optimizer
 from fastmoco.train.precision import Precision
 
 GPU = torch.device("cuda", 0)
+NEEDS_FAKES = pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.11"),
+    reason="an older torch asks for a driver, fake tensors or not (2.6 does)",
+)
 
 
 class Overloads(TorchDispatchMode):
