@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, features
 from tars import encoded, write_tar
 
-from fastmoco.shardset import ShardSet
+from fastmoco.dataset.shard_set import ShardSet
 
 Make = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
