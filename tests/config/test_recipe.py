@@ -99,7 +99,7 @@ def test_a_text_is_what_its_key_asks_for(override, key, value):
 
 
 def test_a_view_may_be_another_one_with_one_key_changed(tmp_path):
-    text = (resources.files("fastmoco") / "recipes/cifar10_r18.yaml").read_text()
+    text = (resources.files("fastmoco") / "config/recipes/cifar10_r18.yaml").read_text()
     path = tmp_path / "merged.yaml"
     assert text.count("- *view") == 1
     path.write_text(text.replace("- *view", "- {<<: *view, blur: 0.5}"))
@@ -111,7 +111,7 @@ def test_a_view_may_be_another_one_with_one_key_changed(tmp_path):
     ("encoding", "sound"), [("utf-8-sig", True), ("utf-16", True), ("latin-1", False)]
 )
 def test_recipes_as_other_systems_save_them(tmp_path, encoding, sound):
-    text = (resources.files("fastmoco") / "recipes/demo.yaml").read_text()
+    text = (resources.files("fastmoco") / "config/recipes/demo.yaml").read_text()
     path = tmp_path / "other.yaml"
     path.write_bytes(f"# é\n{text}".replace("\n", "\r\n").encode(encoding))
     if encoding != "latin-1":

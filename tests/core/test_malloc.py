@@ -10,13 +10,13 @@ STEPS = """
 import sys, torch
 from resource import RUSAGE_SELF, getrusage
 from fastmoco.bench.step import Settings, synthetic
-from fastmoco.core.distributed import Ranks
+from fastmoco.core.distributed import World
 from fastmoco.train import engine as moco
 
 if sys.argv[1] == "as it comes":
     moco.keep_freed_memory = lambda device: None
 recipe = Settings(size=64, batch=32, queue=64, precision="fp32", device="cpu").recipe()
-engine = moco.MoCo(recipe, Ranks(), torch.device("cpu"))
+engine = moco.MoCo(recipe, World(), torch.device("cpu"))
 batches = [
     [view.to(memory_format=torch.channels_last) for view in views] for views in synthetic(32, 64, 7)
 ]

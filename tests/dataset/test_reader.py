@@ -15,10 +15,10 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fastmoco.dataset.reader import Reader
-from fastmoco.dataset.shard_set import Collection, ShardSet
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
-data = Collection([ShardSet(Path(sys.argv[1]))])
+data = ConcatShardSets([ShardSet(Path(sys.argv[1]))])
 print(len(Reader(data).fetch(np.arange(len(data)))))
 """
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastmoco.config.recipe import load_recipe
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.demo import demo as module
 from fastmoco.demo.demo import (
     PATCH,
     PHOTOGRAPHS,
@@ -23,7 +24,6 @@ from fastmoco.demo.demo import (
     demo,
     standardized,
 )
-from fastmoco.demo import demo as module
 from fastmoco.errors import UsageError
 from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Loader

@@ -40,7 +40,7 @@ from fastmoco.errors import DataError
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
 from fastmoco.load.executor import Settings
-from fastmoco.dataset.shard_set import Collection
+from fastmoco.dataset.shard_set import ConcatShardSets
 
 executor, root = sys.argv[1:]
 loader = Loader(

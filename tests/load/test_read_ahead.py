@@ -99,7 +99,7 @@ from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
 from fastmoco.dataset.reader import Reader
 from fastmoco.load.executor import Settings
-from fastmoco.dataset.shard_set import Collection
+from fastmoco.dataset.shard_set import ConcatShardSets
 
 loader = Loader(
     ConcatShardSets.open([Path(sys.argv[1])]), Plan(24, 24, 3), [View()] * 2,
