@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.demo import PHOTOGRAPHS, make_set
-from fastmoco.figures import INK, figure_of
-from fastmoco.run import RunFolder
+from fastmoco.demo.demo import PHOTOGRAPHS, make_set
+from fastmoco.plots import INK, figure_of
+from fastmoco.runs.run_folder import RunFolder
 
 ARMS = {
     "shuffling BN": [],
@@ -94,12 +94,12 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = figure_of(10, 4)
     panels = [("epoch", "pretext_top1", "Pretext top-1, %"), ("knn_epoch", "knn_top1", "kNN, %")]
     for axes, (x, y, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for colour, arm in zip(COLOURS, ARMS, strict=True):
+        for color, arm in zip(COLOURS, ARMS, strict=True):
             runs = [row for row in rows if row["arm"] == arm]
             for row in runs:
-                axes.plot(row[x], row[y], color=colour, linewidth=0.6, alpha=0.5)
+                axes.plot(row[x], row[y], color=color, linewidth=0.6, alpha=0.5)
             mean = np.mean([row[y] for row in runs], axis=0)
-            axes.plot(runs[0][x], mean, color=colour, linewidth=2, label=arm)
+            axes.plot(runs[0][x], mean, color=color, linewidth=2, label=arm)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("epoch", color=INK)
         axes.grid(color="#dddddd", linewidth=0.6)

@@ -26,12 +26,12 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from fastmoco.bench.environment import environment
-from fastmoco.config import View
-from fastmoco.load import dali
-from fastmoco.load.augment import ViewNumbers, draw, uniforms
+from fastmoco.config.recipe import View
+from fastmoco.core.environment import environment
+from fastmoco.load import dali_executor as dali
+from fastmoco.load.executor import EncodedBatch, PipelineSpec, Settings
 from fastmoco.load.loader import stages_of
-from fastmoco.load.work import Look, Settings, Work
+from fastmoco.load.view_params import ViewParams, draw, uniforms
 
 Levels = npt.NDArray[np.float32]
 
@@ -93,23 +93,23 @@ def _sizes(files: Sequence[bytes]) -> npt.NDArray[np.int64]:
 
 
 def _by_dali(
-    view: View, files: Sequence[bytes], numbers: ViewNumbers, size: int
+    view: View, files: Sequence[bytes], numbers: ViewParams, size: int
 ) -> Iterator[Levels]:
     """Yield batches of (n, size, size, 3) levels."""
-    look = Look(size, (0.0, 0.0, 0.0), (1 / 255,) * 3, (stages_of(view),))
+    look = PipelineSpec(size, (0.0, 0.0, 0.0), (1 / 255,) * 3, (stages_of(view),))
 
-    def source(number: int) -> Work | None:
+    def source(number: int) -> EncodedBatch | None:
         rows = np.arange(number * BATCH, min((number + 1) * BATCH, len(files)))
         if not len(rows):
             return None
         encoded = [np.frombuffer(files[row], np.uint8) for row in rows]
-        return Work(rows, encoded, [numbers.rows(rows)])
+        return EncodedBatch(rows, encoded, [numbers.rows(rows)])
 
     for rendered in dali.render(source, look, BATCH, Settings(threads=2)):
         yield rendered.views[0].permute(0, 2, 3, 1).numpy()
 
 
-def _by_hand(file: bytes, numbers: ViewNumbers, i: int, size: int) -> Levels:
+def _by_hand(file: bytes, numbers: ViewParams, i: int, size: int) -> Levels:
     """Return the (size, size, 3) levels of a view as the official code would draw it."""
     top, left, height, width = numbers.crop[i].tolist()
     image = F.resized_crop(_opened(file), top, left, height, width, [size, size])

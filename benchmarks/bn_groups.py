@@ -16,13 +16,13 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from fastmoco.bench.environment import environment
 from fastmoco.bench.interval import interval_of
 from fastmoco.bench.step import synthetic
-from fastmoco.config import load_recipe
-from fastmoco.distributed import Ranks
-from fastmoco.models.resnet import GroupBatchNorm2d
-from fastmoco.train.moco import MoCo
+from fastmoco.config.recipe import load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.environment import environment
+from fastmoco.models.encoder import GroupBatchNorm2d
+from fastmoco.train.engine import MoCo
 
 RECIPE = ["arch=resnet18", "image_size=64", "batch=128", "queue=4096", "device=cpu"]
 
@@ -44,7 +44,7 @@ def main() -> int:
 def measure(overrides: list[str], pairs: int) -> dict[str, object]:
     """Return the row of one group size."""
     recipe = load_recipe("moco_v2_imagenet_r50", overrides)
-    engines = {way: MoCo(recipe, Ranks(), torch.device("cpu")) for way in ("slices", "split")}
+    engines = {way: MoCo(recipe, World(), torch.device("cpu")) for way in ("slices", "split")}
     for module in (*engines["split"].encoder_q.modules(), *engines["split"].encoder_k.modules()):
         if isinstance(module, GroupBatchNorm2d):
             module.__class__ = SplitBatchNorm2d

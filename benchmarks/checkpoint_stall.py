@@ -23,11 +23,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fastmoco.bench.environment import environment
-from fastmoco.config import load_recipe
-from fastmoco.distributed import Ranks
-from fastmoco.run import RunFolder
-from fastmoco.train.moco import MoCo
+from fastmoco.config.recipe import load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.environment import environment
+from fastmoco.runs.run_folder import RunFolder
+from fastmoco.train.engine import MoCo
 from fastmoco.train.snapshot import snapshot
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def main() -> int:
 
 def engine() -> MoCo:
     """Return an engine whose optimizer has its state."""
-    moco = MoCo(load_recipe("moco_v2_imagenet_r50", ["device=cpu"]), Ranks(), CPU)
+    moco = MoCo(load_recipe("moco_v2_imagenet_r50", ["device=cpu"]), World(), CPU)
     for parameter in moco.encoder_q.parameters():
         parameter.grad = torch.zeros_like(parameter)
     moco.optimizer.step()

@@ -20,7 +20,7 @@ from fastmoco.bench.arm import Section
 from fastmoco.bench.harness import Arm, compare
 from fastmoco.bench.record import Record
 from fastmoco.bench.table import show
-from fastmoco.evaluate.knn import Neighbours
+from fastmoco.evaluate.knn import KNNClassifier
 
 K, T = 200, 0.1
 BATCH = 512  # queries at a time, as in the notebook
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def ours(section: Section, **options: Any) -> dict[str, Any]:
-    """Classify with `Neighbours`, its preparation included."""
+    """Classify with `KNNClassifier`, its preparation included."""
     return _measured(section, _ours, options)
 
 
@@ -79,8 +79,8 @@ def _measured(section: Section, classify: Any, options: dict[str, Any]) -> dict[
 
 
 def _ours(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    neighbours = Neighbours(bank, labels, int(labels.max()) + 1, K, T)
-    return torch.cat([votes.argmax(dim=1) for votes in neighbours.scores(queries)])
+    neighbors = KNNClassifier(bank, labels, int(labels.max()) + 1, K, T)
+    return torch.cat([votes.argmax(dim=1) for votes in neighbors.scores(queries)])
 
 
 def _plain(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastmoco.bench.environment import environment
-from fastmoco.config import View
-from fastmoco.files import write_json
+from fastmoco.config.recipe import View
+from fastmoco.core.environment import environment
+from fastmoco.core.files import write_json
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.work import Settings
+from fastmoco.load.sampler import Plan
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.pack.packer import pack
 
 SIZES = (12_811, 128_116, 1_281_167)
 IMAGES, SIDE, BATCH = 256, 32, 256
@@ -80,7 +80,7 @@ def _grown(small: Path, samples: int, root: Path) -> Path:
 
 def measure(root: Path) -> dict[str, Any]:
     """Return the row of a set."""
-    data = Collection.open([root])
+    data = ConcatShardSets.open([root])
     loader = Loader(
         data,
         Plan(len(data), BATCH, seed=0),

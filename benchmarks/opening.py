@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.shardset import FORMAT_VERSION, SAMPLE_DTYPE
+from fastmoco.dataset.shard_set import FORMAT_VERSION, SAMPLE_DTYPE
 
 ROUNDS = 9
 SETS = [  # samples, shards
@@ -34,7 +34,7 @@ NAME_BYTES = 24
 OPEN = """
 import json, resource, sys, time
 from pathlib import Path
-from fastmoco.shardset import ShardSet
+from fastmoco.dataset.shard_set import ShardSet
 def resident():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))

@@ -29,7 +29,7 @@ def main() -> int:
     """Measure each size, print its row, return the exit code."""
     try:
         require_tools()
-        from fastmoco.bench.environment import environment
+        from fastmoco.core.environment import environment
 
         print(json.dumps({"kind": "environment", **environment()}))
         for images in _sizes(sys.argv[1:]):

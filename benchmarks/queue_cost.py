@@ -18,20 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastmoco.bench.environment import environment
 from fastmoco.bench.step import synthetic
-from fastmoco.config import load_recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.loss import info_nce
-from fastmoco.train.moco import MoCo
-from fastmoco.train.queue import KeyQueue
+from fastmoco.config.recipe import load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.environment import environment
+from fastmoco.train.engine import MoCo
+from fastmoco.train.objectives.losses import info_nce
+from fastmoco.train.objectives.queue import KeyQueue
 
 LENGTHS = (4096, 16384, 65536)
 DIM, TEMPERATURE = 128, 0.2
 SMALL = ["arch=resnet18", "image_size=32", "batch=32", "bn_group=16", "queue=256", "device=cpu"]
 WRAPS = 5  # of the old queue before it is measured
 
-Work = Callable[[], object]
+EncodedBatch = Callable[[], object]
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def by_length(batch: int, rounds: int) -> list[dict[str, object]]:
     return [*rows, {"kind": "line", **line_through(LENGTHS, [medians[k] for k in LENGTHS])}]
 
 
-def queue_work(length: int, batch: int) -> Work:
+def queue_work(length: int, batch: int) -> EncodedBatch:
     """Return the part of a step that depends on K: logits, loss, gradient, enqueueing."""
     queue, ok = KeyQueue(length, DIM, seed=0), torch.tensor(True)
     queries, keys = (F.normalize(torch.randn(batch, DIM), dim=1) for _ in range(2))
@@ -92,10 +92,10 @@ def by_age(rounds: int) -> list[dict[str, object]]:
 
 def engine() -> MoCo:
     """Return a small engine with a queue of a few batches."""
-    return MoCo(load_recipe("moco_v2_imagenet_r50", SMALL), Ranks(), torch.device("cpu"))
+    return MoCo(load_recipe("moco_v2_imagenet_r50", SMALL), World(), torch.device("cpu"))
 
 
-def stepper(moco: MoCo) -> Work:
+def stepper(moco: MoCo) -> EncodedBatch:
     """Return a function that takes the engine's next step, always on one batch."""
     ((q, k),) = synthetic(moco.recipe.batch, moco.recipe.image_size, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]

@@ -21,13 +21,13 @@ from itertools import count, islice
 from pathlib import Path
 from unittest import mock
 
-from fastmoco.bench.environment import environment
 from fastmoco.bench.loader import recipe_of
+from fastmoco.core.environment import environment
+from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load import loader
+from fastmoco.load.executor import DecodedBatch, EncodedBatch, PipelineSpec, Settings, Source
 from fastmoco.load.loader import Loader
-from fastmoco.load.reader import Reader
-from fastmoco.load.work import Look, Rendered, Settings, Source, Work
-from fastmoco.shardset import Collection
 
 FROM = ("warm", "cold", "late")
 FIRST = 2  # batches that are not measured: there, nothing was read ahead yet
@@ -51,7 +51,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yield a row for each kind of storage and way of reading."""
-    data = Collection.open([options.set])
+    data = ConcatShardSets.open([options.set])
     ways: dict[str, Callable[..., object]] = {
         "read ahead": loader._read_ahead,
         "read when asked for": as_asked_for,
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def once(
-    data: Collection, storage: str, starts: Iterator[int], options: argparse.Namespace
+    data: ConcatShardSets, storage: str, starts: Iterator[int], options: argparse.Namespace
 ) -> tuple[float, float, float]:
     """Return images a second, CPU milliseconds a batch, and milliseconds that a step waits."""
     images = options.batch * options.batches
@@ -101,7 +101,7 @@ def once(
 
 
 def taken(
-    data: Collection, storage: str, start: int, step_s: float, options: argparse.Namespace
+    data: ConcatShardSets, storage: str, start: int, step_s: float, options: argparse.Namespace
 ) -> tuple[float, float]:
     """Return wall and CPU seconds that batches keep those waiting who take one each step."""
     forget(data, warm=storage != "cold")
@@ -121,22 +121,24 @@ def taken(
     return waited, cpu
 
 
-def undrawn(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+def undrawn(
+    source: Source, look: PipelineSpec, batch: int, settings: Settings
+) -> Iterator[DecodedBatch]:
     """Do nothing with the images but look at every byte, as a decoder would."""
     for number in count():
         work = source(number)
         assert work
         sum(int(image.sum()) for image in work.encoded)
-        yield Rendered(work, ())
+        yield DecodedBatch(work, ())
 
 
 @contextmanager
-def as_asked_for(work: Callable[[int, None], Work | None]) -> Iterator[Source]:
+def as_asked_for(work: Callable[[int, None], EncodedBatch | None]) -> Iterator[Source]:
     """Read one image after the other when a batch is asked for."""
     yield lambda number: work(number, None)
 
 
-def forget(data: Collection, warm: bool) -> None:
+def forget(data: ConcatShardSets, warm: bool) -> None:
     """Make the page cache forget the shards, then read them if it shall be warm."""
     for shard_set in data.sets:
         for shard in shard_set.manifest.shards:

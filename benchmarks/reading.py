@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.bench.environment import environment
 from fastmoco.bench.loader import recipe_of
+from fastmoco.core.environment import environment
+from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.reader import Reader
-from fastmoco.load.work import Settings
-from fastmoco.shardset import Collection
+from fastmoco.load.sampler import Plan
 
 BATCH, ROUNDS, WARM_UP = 256, 40, 4
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 def measure(root: Path) -> dict[str, float]:
     """Return the row of a set."""
-    data = Collection.open([root])
+    data = ConcatShardSets.open([root])
     plan = Plan(len(data), BATCH, seed=0)
     reader, pool = Reader(data), ThreadPoolExecutor(2)
 
@@ -72,7 +72,7 @@ def measure(root: Path) -> dict[str, float]:
 class _Mapped:
     """What `Reader` would be on memory maps."""
 
-    def __init__(self, data: Collection) -> None:
+    def __init__(self, data: ConcatShardSets) -> None:
         (owner,) = data.sets
         paths = [owner.root / shard.name for shard in owner.manifest.shards]
         self.data = data
@@ -85,7 +85,7 @@ class _Mapped:
         return [self._maps[shard][offset : offset + size] for shard, offset, size in places]
 
 
-def _drawing(data: Collection) -> float:
+def _drawing(data: ConcatShardSets) -> float:
     """Return the median seconds that a batch of two views takes, reading included."""
     size = 32 if data.rows(np.arange(1))["height"][0] < 64 else 224
     recipe = recipe_of(size, BATCH)

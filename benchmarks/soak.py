@@ -22,17 +22,17 @@ import torch
 from PIL import Image
 
 from fastmoco.bench.step import synthetic
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Loader
-from fastmoco.load.work import settings_of
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
+from fastmoco.pack.packer import pack
 from fastmoco.pretrain import resolve
-from fastmoco.run import RunFolder, fingerprint
-from fastmoco.shardset import Collection
+from fastmoco.runs.run_folder import RunFolder, fingerprint
+from fastmoco.train.engine import MoCo
 from fastmoco.train.loop import Trainer
-from fastmoco.train.moco import MoCo
 
 BATCH, SIZE, IMAGES = 8, 32, 64
 TINY = [
@@ -104,7 +104,7 @@ def main() -> int:
 def bare_steps(steps: int, every: int, sample: Sample) -> None:
     """Take steps on one batch."""
     recipe = load_recipe("moco_v2_imagenet_r50", TINY)
-    moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+    moco = MoCo(recipe, World(), torch.device("cpu"))
     ((q, k),) = synthetic(BATCH, SIZE, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]
     for step in range(steps):
@@ -143,8 +143,8 @@ def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
 
 def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     """Return the loop of a run, as `fastmoco.pretrain` assembles it, that shows itself to us."""
-    ranks, device = Ranks(), torch.device("cpu")
-    data = Collection.open(recipe.data)
+    ranks, device = World(), torch.device("cpu")
+    data = ConcatShardSets.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
     loader = Loader.of(recipe, data, settings_of(recipe, ranks, device))
     marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())

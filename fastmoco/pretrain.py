@@ -10,27 +10,27 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import Monitor, Recipe, load_recipe
-from fastmoco.display import LiveDisplay
-from fastmoco.distributed import Ranks, joined
+from fastmoco.config.recipe import Monitor, Recipe, load_recipe
+from fastmoco.core.distributed import World, joined
+from fastmoco.core.streams import Spared, lasting_output
+from fastmoco.core.terminal import echo, speaks, told
+from fastmoco.dataset.labels import Labelled, labelled_pair
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import CheckpointError, DataError, DivergedError, FastmocoError, UsageError
-from fastmoco.evaluate.cautions import cautions
-from fastmoco.evaluate.embed import Pair, Sight, Stopped, embed_labelled, sight_of
-from fastmoco.evaluate.knn import Neighbours
-from fastmoco.figures import draw_curves
-from fastmoco.labelled import Labelled, labelled_pair
+from fastmoco.evaluate.features import Pair, Preprocessing, Stopped, embed_labelled, sight_of
+from fastmoco.evaluate.knn import KNNClassifier
+from fastmoco.evaluate.sanity import cautions
+from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.work import settings_of
-from fastmoco.models.resnet import Encoder
-from fastmoco.outlook import outlook
-from fastmoco.run import Fingerprint, RunFolder, State, fingerprint
-from fastmoco.shardset import Collection, ShardSet
-from fastmoco.streams import Spared, lasting_output
-from fastmoco.terminal import echo, speaks, told
-from fastmoco.trackers import trackers
+from fastmoco.load.sampler import Plan
+from fastmoco.loggers.console import LiveDisplay
+from fastmoco.loggers.trackers import trackers
+from fastmoco.models.encoder import Encoder
+from fastmoco.plots import draw_curves
+from fastmoco.runs.run_folder import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.train import loop
-from fastmoco.train.moco import MoCo, check_bn_group
+from fastmoco.train.engine import MoCo, check_bn_group
+from fastmoco.train.estimate import outlook
 
 _USAGE = """usage: pretrain RECIPE [key=value ...] [--dry-run]
 RECIPE: a shipped recipe's name, or a path to a .yaml; --dry-run: say what the run would do and
@@ -103,7 +103,7 @@ def pretrain(recipe: Recipe) -> RunFolder:
 
 
 @contextmanager
-def _reported(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+def _reported(run: RunFolder, ranks: World) -> Iterator[None]:
     """Write down why a run ended early, as far as the disk still can."""
     try:
         yield
@@ -132,9 +132,9 @@ def _interrupted(error: KeyboardInterrupt) -> str:
     return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
-def _prepared(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[Recipe, Loader]:
+def _prepared(recipe: Recipe, ranks: World, device: torch.device) -> tuple[Recipe, Loader]:
     check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
-    data = Collection.open(recipe.data)
+    data = ConcatShardSets.open(recipe.data)
     recipe = resolve(recipe, data.sets[0])
     return recipe, Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
 
@@ -163,7 +163,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
 
 
 def _train(
-    recipe: Recipe, loader: Loader, run: RunFolder, ranks: Ranks, device: torch.device
+    recipe: Recipe, loader: Loader, run: RunFolder, ranks: World, device: torch.device
 ) -> int:
     """Return the steps done at the end."""
     if recipe.deterministic:
@@ -190,7 +190,7 @@ def _train(
         return trainer.train(start)
 
 
-def _begin(run: RunFolder, marks: Fingerprint, ranks: Ranks) -> tuple[State | None, int]:
+def _begin(run: RunFolder, marks: Fingerprint, ranks: World) -> tuple[State | None, int]:
     """Return the state to go on from and its step, on all ranks the same."""
     state, start = run.latest(marks) or (None, 0)
     if len(starts := ranks.union({start})) > 1:
@@ -216,7 +216,7 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
     return recipe.model_copy(update={"mean": mean, "std": std})
 
 
-def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
+def _monitor(monitor: Monitor, sight: Preprocessing, ranks: World) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if ranks.leads:
         for caution in cautions(bank, queries):
@@ -228,8 +228,8 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
 
         classes = len(bank.classes)
         try:
-            neighbours = Neighbours(*features(bank), classes, monitor.k, monitor.t, ranks)
-            return {"knn_top1": neighbours.accuracy(*features(queries), stop)}
+            neighbors = KNNClassifier(*features(bank), classes, monitor.k, monitor.t, ranks)
+            return {"knn_top1": neighbors.accuracy(*features(queries), stop)}
         except Stopped:
             return {}
         except DivergedError as error:  # met by all ranks alike; the guard looks after the run
@@ -240,7 +240,7 @@ def _monitor(monitor: Monitor, sight: Sight, ranks: Ranks) -> loop.Monitor:
     return knn
 
 
-def versions(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def versions(ranks: World, device: torch.device) -> dict[str, Any]:
     """Return what a number depends on beside its recipe."""
     on_gpu = device.type == "cuda"
     return {

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from fastmoco import cli
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import ShardSet
+from fastmoco.pack.packer import pack
 
 MakeImages = Callable[..., Path]
 RunCommand = Callable[..., tuple[int, str, str]]

@@ -14,7 +14,7 @@ import ranked
 import torch
 from states import numbers, status, tensors
 
-from fastmoco.run import RunFolder
+from fastmoco.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 STEPS = 12

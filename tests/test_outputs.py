@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from states import status
 
-from fastmoco import trackers
+from fastmoco.core.streams import LastingStream, lasting_output
+from fastmoco.core.terminal import echo
+from fastmoco.loggers import trackers
 from fastmoco.pretrain import main
-from fastmoco.run import RunFolder
-from fastmoco.streams import LastingStream, lasting_output
-from fastmoco.terminal import echo
+from fastmoco.runs.run_folder import RunFolder
 
 SHORT = ("schedule.epochs=1", "monitor=null", "executor=torchvision", "log_every=1")
 

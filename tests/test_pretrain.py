@@ -15,13 +15,13 @@ import torch
 import yaml
 from states import numbers, status, tensors
 
-from fastmoco.config import load_recipe
+from fastmoco.config.recipe import load_recipe
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import UsageError
-from fastmoco.load.plan import Plan
+from fastmoco.load.sampler import Plan
 from fastmoco.pretrain import main
-from fastmoco.run import RunFolder
-from fastmoco.shardset import ShardSet
-from fastmoco.train.moco import MoCo, check_bn_group
+from fastmoco.runs.run_folder import RunFolder
+from fastmoco.train.engine import MoCo, check_bn_group
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
 

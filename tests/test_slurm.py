@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from states import status
 
-from fastmoco.run import RunFolder
+from fastmoco.runs.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ class Job:
     [(Job.warn, 2, 0, True), (Job.cancel, 1, 143, False)],
     ids=["time", "scancel"],
 )
-def test_a_job_that_is_told_saves_and_comes_back_unless_cancelled(
+def test_a_job_that_is_told_saves_and_comes_back_unless_canceled(
     recipe, tmp_path, told, tasks, code, requeued
 ):
     out = tmp_path / "a run"

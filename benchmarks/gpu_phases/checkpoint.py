@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from fastmoco.config import load_recipe
+from fastmoco.config.recipe import load_recipe
 from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
 from gpu_phases.task import Figures, Item, Items, Task
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmoco.cores import cores_of
+from fastmoco.core.cores import cores_of
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
+from fastmoco.pack.packer import pack
 from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
 from gpu_phases.task import Figures, Item, Items, Task, Unavailable
 

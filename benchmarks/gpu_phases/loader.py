@@ -12,11 +12,11 @@ from statistics import mean
 import torch
 
 from fastmoco.bench.rivals import official_views
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Loader
-from fastmoco.load.work import settings_of
-from fastmoco.shardset import Collection
 from gpu_phases.measure import forget, wait
 from gpu_phases.task import Figures, Item, Items, Task
 
@@ -83,13 +83,15 @@ def recipe_of(task: Task, way: Way, device: str) -> Recipe:
 
 def draw(task: Task, way: Way) -> Figures:
     """Measure our loader."""
-    from fastmoco.load import dali  # noqa: F401  # its import is not what is measured
+    from fastmoco.load import dali_executor  # noqa: F401  # its import is not what is measured
 
     forget()
     device = torch.device(task.device)
     recipe = recipe_of(task, way, task.device)
     began = time.perf_counter()
-    loader = Loader.of(recipe, Collection.open([task.set]), settings_of(recipe, Ranks(), device))
+    loader = Loader.of(
+        recipe, ConcatShardSets.open([task.set]), settings_of(recipe, World(), device)
+    )
     views = (batch.views for batch in loader.batches())
     return _drawn(task, views, WARM_UP, began, device)
 
@@ -175,7 +177,7 @@ def _levels(task: Task, way: Way, device: str) -> Generator[torch.Tensor]:
     recipe = recipe_of(task, way, device)
     assert recipe.mean and recipe.std
     center, std = (torch.tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
-    settings = settings_of(recipe, Ranks(), torch.device(device))
-    loader = Loader.of(recipe, Collection.open([task.set]), settings)
+    settings = settings_of(recipe, World(), torch.device(device))
+    loader = Loader.of(recipe, ConcatShardSets.open([task.set]), settings)
     for batch in loader.batches():
         yield 255 * (torch.cat(batch.views).float().cpu() * std + center)

@@ -5,7 +5,7 @@ import time
 import torch
 from torch.nn.functional import normalize
 
-from fastmoco.evaluate.knn import Neighbours
+from fastmoco.evaluate.knn import KNNClassifier
 from gpu_phases.measure import forget, wait
 from gpu_phases.task import Figures, Item, Items, Task
 
@@ -37,7 +37,7 @@ def look_up(task: Task, width: int) -> Figures:
 
     features, labels = cluster(bank)
     asked, answers = cluster(queries)
-    neighbors = Neighbours(features, labels, classes, K, T)
+    neighbors = KNNClassifier(features, labels, classes, K, T)
     wait(device)
     began = time.perf_counter()
     found = neighbors.predict(asked, answers)

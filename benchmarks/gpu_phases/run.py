@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastmoco.run import RunFolder
+from fastmoco.runs.run_folder import RunFolder
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "pretrain.py"
 STARTING_S = 40.0  # that a run needs for its first steps, and to be asked to end

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastmoco.bench.environment import environment
 from fastmoco.bench.source import names_of, repeated
-from fastmoco.cores import cores_of
-from fastmoco.demo import PHOTOGRAPHS, Photograph
+from fastmoco.core.cores import cores_of
+from fastmoco.core.environment import environment
+from fastmoco.demo.demo import PHOTOGRAPHS, Photograph
 from fastmoco.errors import UsageError
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
+from fastmoco.pack.packer import pack
 from gpu_phases.task import Figures, Item, Items, Task
 
 SIZE = (500, 375)  # width and height of the images made: those of an average photograph of ImageNet

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fastmoco.bench.official import OfficialMoCo
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.moco import MoCo, build_encoder
-from fastmoco.train.momentum import momentum_update
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.train.engine import MoCo, build_encoder
+from fastmoco.train.objectives.momentum import momentum_update
 from gpu_phases.measure import forget, peak_memory_gb, profiled, seconds_of, wait
 from gpu_phases.task import Figures, Item, Items, Task
 
@@ -128,10 +128,10 @@ def step(task: Task, variant: Variant, group: int) -> Figures:
 def engine_of(recipe: Recipe, variant: Variant, device: torch.device) -> Step:
     """Return the step of a variant; it returns the loss."""
     if variant.engine != "ours":
-        return OfficialMoCo(recipe, Ranks(), device, tuned=variant.engine == "tuned").step
+        return OfficialMoCo(recipe, World(), device, tuned=variant.engine == "tuned").step
     on_gpu = device.type == "cuda"
     compiles = variant.compiled and on_gpu
-    moco = MoCo(recipe.model_copy(update={"compile": compiles}), Ranks(), device)
+    moco = MoCo(recipe.model_copy(update={"compile": compiles}), World(), device)
     if variant.compiled and not on_gpu:
         # A dry run need not wait a minute for a C++ compiler.
         moco.encoder_q.compile(backend="aot_eager")

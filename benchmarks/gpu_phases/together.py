@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastmoco.bench.train import step_alone, together
-from fastmoco.config import load_recipe
+from fastmoco.config.recipe import load_recipe
 from gpu_phases.measure import Stopwatch, forget
 from gpu_phases.step import COMPILING_S
 from gpu_phases.task import Figures, Item, Items, Task

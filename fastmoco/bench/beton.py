@@ -1,7 +1,7 @@
 """FFCV's dataset file (.beton), and two views of MoCo v2 drawn from it.
 
-FFCV crops, flips, changes brightness, contrast and saturation, and normalises. It has no hue, which
-is left out in its favour, and neither grayscale nor blur: they are compiled operations of our own
+FFCV crops, flips, changes brightness, contrast and saturation, and normalizes. It has no hue, which
+is left out in its favor, and neither grayscale nor blur: they are compiled operations of our own
 here, as its documentation advises. Operations in Python (torchvision's, OpenCV's) may only come
 behind all compiled ones: FFCV never returns from building a pipeline that goes back.
 
@@ -37,8 +37,8 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from fastmoco.bench.drawn import MEAN, STD, Views
-from fastmoco.load.reader import Reader
-from fastmoco.shardset import Collection
+from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.shard_set import ConcatShardSets
 
 PAGE = 2**26  # bytes; an image must fit into one, or FFCV's writer waits for ever
 
@@ -68,7 +68,7 @@ class _Images:
     """The images of a shard set, encoded, as FFCV's writer asks for them."""
 
     def __init__(self, root: Path) -> None:
-        self.data = Collection.open([root])
+        self.data = ConcatShardSets.open([root])
         self.reader = Reader(self.data)
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ def write(root: Path, out: Path, raw: bool = False) -> None:
 
 
 class _Grayscale(Operation):  # type: ignore[misc]
-    """Turns images grey with a probability, in place."""
+    """Turns images gray with a probability, in place."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ def loader(
         int, typer.Option(min=0, help="Of the others' DataLoader; 0: the fastest, tried before.")
     ] = 0,
     bound: Annotated[
-        bool, typer.Option("--bound", help="Measure decode, crops and normalisation alone too.")
+        bool, typer.Option("--bound", help="Measure decode, crops and normalization alone too.")
     ] = False,
     pairs: _Pairs = 6,
     aa: _Itself = False,

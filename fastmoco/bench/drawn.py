@@ -24,7 +24,7 @@ def measured(
 
     Args:
         section: of the arm.
-        open_batches: called once; yields batches of two (n, 3, size, size) fp32 views, normalised
+        open_batches: called once; yields batches of two (n, 3, size, size) fp32 views, normalized
             by the channel statistics of ImageNet, for as long as they are asked for.
         count: batches in the section.
     """
@@ -67,7 +67,7 @@ class _Seen:
 
     def result(self) -> dict[str, float]:
         # In levels of 0..255: 57 to one standard deviation of ImageNet.
-        names = ("mean", "std", "colour_change", "edges")
+        names = ("mean", "std", "color_change", "edges")
         return dict(zip(names, (57 * self._looks()).tolist(), strict=True))
 
     def _looks(self) -> torch.Tensor:
@@ -75,8 +75,8 @@ class _Seen:
 
 
 def _looks_of(rows: torch.Tensor) -> torch.Tensor:
-    """Return mean, deviation, colour change between views and steps along (2, n, 3, r, w) rows."""
-    colours = rows.mean(dim=(3, 4))
-    change = (colours[0] - colours[1]).abs().mean()
+    """Return mean, deviation, color change between views and steps along (2, n, 3, r, w) rows."""
+    colors = rows.mean(dim=(3, 4))
+    change = (colors[0] - colors[1]).abs().mean()
     steps = (rows[..., 1:] - rows[..., :-1]).abs().mean()
     return torch.stack([rows.mean(), rows.std(), change, steps])

@@ -86,7 +86,7 @@ def compare(
         ArmFailed: an arm fails, takes too long, or prints no result.
     """
     require_tools()
-    from fastmoco.bench.environment import environment
+    from fastmoco.core.environment import environment
 
     machine = environment()
     if against_itself:

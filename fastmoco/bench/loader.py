@@ -1,7 +1,7 @@
 """Drawing two views of every image: ours against the loaders that people train MoCo with.
 
 Every arm reads the same images, draws two views with the augmentation of MoCo v2, and hands over
-normalised fp32 batches as torch tensors. Ours reads them from a shard set, which is packed before
+normalized fp32 batches as torch tensors. Ours reads them from a shard set, which is packed before
 and not measured; `fastmoco.bench.rivals` has the others.
 """
 
@@ -19,7 +19,7 @@ from fastmoco.bench.drawn import Views, measured
 from fastmoco.bench.harness import Arm, OnRow, compare, measure
 from fastmoco.bench.report import Report
 from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
-from fastmoco.config import Recipe, View, load_recipe
+from fastmoco.config.recipe import Recipe, View, load_recipe
 from fastmoco.errors import UsageError
 
 TOLERANCE = 5.0  # levels: the arms draw other numbers, and blur and resize differ
@@ -47,7 +47,7 @@ class Settings:
         repeat: how many times each image occurs.
         workers: of the rivals' DataLoader; 0: the fastest of 1, 2, ... cores + 1, tried before.
         rivals: names out of `RIVALS`.
-        bound: measure our loader without colours and blur too.
+        bound: measure our loader without colors and blur too.
     """
 
     size: int = 224
@@ -107,7 +107,7 @@ def _require(wanted: tuple[str, ...]) -> None:
 
 def _pack(root: Path, out: Path, short_side: int | None) -> None:
     from fastmoco.pack.options import PackOptions
-    from fastmoco.pack.writer import pack
+    from fastmoco.pack.packer import pack
 
     pack(root, out, PackOptions(short_side=short_side))
 
@@ -155,17 +155,17 @@ def ours(
     section: Section, root: str, size: int, batch: int, batches: int, plain: bool = False
 ) -> dict[str, Any]:
     """Draw with this program on all cores."""
-    from fastmoco.distributed import Ranks
-    from fastmoco.load import dali  # noqa: F401  # its import is not what is measured
+    from fastmoco.core.distributed import World
+    from fastmoco.dataset.shard_set import ConcatShardSets
+    from fastmoco.load import dali_executor  # noqa: F401  # its import is not what is measured
+    from fastmoco.load.executor import settings_of
     from fastmoco.load.loader import Loader
-    from fastmoco.load.work import settings_of
-    from fastmoco.shardset import Collection
 
     recipe = recipe_of(size, batch, plain)
 
     def open_batches() -> Generator[Views]:
-        data = Collection.open([Path(root)])
-        settings = settings_of(recipe, Ranks(), torch.device("cpu"))
+        data = ConcatShardSets.open([Path(root)])
+        settings = settings_of(recipe, World(), torch.device("cpu"))
         for drawn in Loader.of(recipe, data, settings).batches():
             yield drawn.views
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.moco import build_encoder
-from fastmoco.train.queue import KeyQueue
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.train.engine import build_encoder
+from fastmoco.train.objectives.queue import KeyQueue
 
 
 class OfficialModel(nn.Module):
@@ -35,7 +35,7 @@ class OfficialModel(nn.Module):
         ranks: that share each global batch; one needs no process group.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, ranks: World) -> None:
         super().__init__()
         self.m, self.t, self.ranks = recipe.momentum, recipe.temperature, ranks
         self.encoder_q = plain_encoder(recipe)
@@ -107,7 +107,7 @@ class OfficialMoCo:
     """
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, device: torch.device, tuned: bool = False
+        self, recipe: Recipe, ranks: World, device: torch.device, tuned: bool = False
     ) -> None:
         self._device, self._bf16 = device, tuned and recipe.precision == "bf16"
         self.model = OfficialModel(recipe, ranks).to(device).train()

@@ -90,7 +90,7 @@ def ours(
 ) -> dict[str, Any]:
     """Pack with this program on all cores; its workers start inside the section."""
     from fastmoco.pack.options import PackOptions
-    from fastmoco.pack.writer import pack
+    from fastmoco.pack.packer import pack
 
     options = PackOptions(short_side=short_side, quality=quality, workers=_cores())
     return _measured(section, scratch, lambda out: pack(Path(source), out, options))

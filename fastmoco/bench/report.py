@@ -83,7 +83,7 @@ class Report:
     """What a comparison found.
 
     Attributes:
-        environment: see `fastmoco.bench.environment`.
+        environment: see `fastmoco.core.environment`.
         subject: what was measured: its settings and inputs.
         measurements: in the order in which they were made.
         comparisons: the first arm against each other one.

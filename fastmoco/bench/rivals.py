@@ -1,6 +1,6 @@
 """The loaders that people train MoCo with, as arms of `fastmoco bench loader`.
 
-Each draws two views with the augmentation of MoCo v2, and normalises them by ImageNet's statistics.
+Each draws two views with the augmentation of MoCo v2, and normalizes them by ImageNet's statistics.
 """
 
 import random

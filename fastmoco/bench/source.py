@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastmoco.bench.environment import digest_of_inputs
+from fastmoco.core.environment import digest_of_inputs
 from fastmoco.errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

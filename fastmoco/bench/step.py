@@ -1,7 +1,7 @@
 """The training step on synthetic batches: ours against the official one.
 
 Both start from equal weights and see the same batches, each in the layout that its own loader
-gives. BatchNorm normalises the whole share of a rank at once in both. The proof of equal work is
+gives. BatchNorm normalizes the whole share of a rank at once in both. The proof of equal work is
 the loss of the first steps; on several ranks the two draw other shuffles, and it is only near.
 """
 
@@ -19,8 +19,8 @@ import torch
 from fastmoco.bench.arm import Section
 from fastmoco.bench.harness import Arm, OnRow, compare
 from fastmoco.bench.report import Report
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks, device_of, joined
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World, device_of, joined
 from fastmoco.errors import UsageError
 
 BATCHES = 4  # made once, used in turn
@@ -74,7 +74,7 @@ class Settings:
             "arch": self.arch,
             "image_size": self.size,
             "batch": self.batch,
-            # The official code normalises what one process holds.
+            # The official code normalizes what one process holds.
             "bn": "whole" if self.ranks == 1 else "groups",
             "bn_group": self.batch // self.ranks,
             "queue": self.queue,
@@ -170,9 +170,9 @@ def _run_rank(section: Section, engine: str, settings: Settings) -> dict[str, An
     }
 
 
-def _step_of(engine: str, recipe: Recipe, ranks: Ranks, device: torch.device) -> Step:
+def _step_of(engine: str, recipe: Recipe, ranks: World, device: torch.device) -> Step:
     if engine == "ours":
-        from fastmoco.train.moco import MoCo
+        from fastmoco.train.engine import MoCo
 
         moco = MoCo(recipe, ranks, device)
         return lambda query_view, key_view, step: moco.step(query_view, key_view, step).loss
@@ -190,7 +190,7 @@ def synthetic(batch: int, size: int, count: int, seed: int = 0) -> Iterator[View
         yield image + 0.3 * noise[0], image + 0.3 * noise[1]
 
 
-def _wait(ranks: Ranks, device: torch.device) -> None:
+def _wait(ranks: World, device: torch.device) -> None:
     """Wait until every rank has done all that it was given."""
     ranks.mean_(torch.zeros(1, device=device))
     if device.type == "cuda":

@@ -21,13 +21,13 @@ from fastmoco.bench.harness import Arm, OnRow, compare
 from fastmoco.bench.report import Report
 from fastmoco.bench.source import warm
 from fastmoco.bench.step import BATCHES, synthetic
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks, device_of
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World, device_of
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Batch, Loader
-from fastmoco.load.work import settings_of
 from fastmoco.pretrain import resolve
-from fastmoco.shardset import Collection
-from fastmoco.train.moco import MoCo
+from fastmoco.train.engine import MoCo
 
 WARM_UP = 5  # steps before the section: more than the loader makes ahead
 # Of the recipe, what a report tells.
@@ -84,19 +84,19 @@ def _folder(data: Path | None) -> Iterator[Path]:
     if data:
         yield data
         return
-    from fastmoco.demo import PHOTOGRAPHS, Cut, make_set
+    from fastmoco.demo.demo import PHOTOGRAPHS, Cut, make_set
 
     with TemporaryDirectory(prefix="fastmoco-bench-") as folder:
         make_set(Path(folder), "train", Cut().train, PHOTOGRAPHS)
         yield Path(folder) / "train"
 
 
-def _recipe(name: str, overrides: Sequence[str], root: Path) -> tuple[Recipe, Collection]:
+def _recipe(name: str, overrides: Sequence[str], root: Path) -> tuple[Recipe, ConcatShardSets]:
     """Return the resolved recipe on the set, which has been found to fit it, and the set."""
     recipe = load_recipe(name, [*overrides, f"data=[{json.dumps(str(root))}]", "monitor=null"])
-    opened = Collection.open(recipe.data)
+    opened = ConcatShardSets.open(recipe.data)
     recipe = resolve(recipe, opened.sets[0])
-    Loader.of(recipe, opened, settings_of(recipe, Ranks(), device_of(recipe.device, 0)))
+    Loader.of(recipe, opened, settings_of(recipe, World(), device_of(recipe.device, 0)))
     return recipe, opened
 
 
@@ -149,11 +149,11 @@ class _Run:
         self.device = device_of(self.recipe.device, 0)
 
     def engine(self) -> MoCo:
-        return MoCo(self.recipe, Ranks(), self.device)
+        return MoCo(self.recipe, World(), self.device)
 
     def batches(self) -> Iterator[Batch]:
-        data = Collection.open(self.recipe.data)
-        settings = settings_of(self.recipe, Ranks(), self.device)
+        data = ConcatShardSets.open(self.recipe.data)
+        settings = settings_of(self.recipe, World(), self.device)
         return Loader.of(self.recipe, data, settings).batches()
 
     def synthetic(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

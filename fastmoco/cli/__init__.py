@@ -8,10 +8,12 @@ import typer
 
 from fastmoco import __version__
 from fastmoco.bench.commands import app as bench_app
-from fastmoco.cli import exchange, runs, sets
+from fastmoco.cli import data as sets
+from fastmoco.cli import models as exchange
+from fastmoco.cli import runs
+from fastmoco.core.streams import lasting_output
+from fastmoco.core.terminal import echo, told
 from fastmoco.errors import FastmocoError
-from fastmoco.streams import lasting_output
-from fastmoco.terminal import echo, told
 
 INTERRUPTED = 130
 

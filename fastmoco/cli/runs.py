@@ -10,11 +10,11 @@ import typer
 
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
+from fastmoco.core.terminal import echo
 from fastmoco.errors import UsageError
-from fastmoco.terminal import echo
 
 if TYPE_CHECKING:
-    from fastmoco.evaluate.evaluation import Evaluation
+    from fastmoco.evaluate.evaluator import Evaluation
 
 
 def pretrain(
@@ -38,14 +38,14 @@ def knn(
     test: options.Test = None,
     labels: options.Labels = None,
     feature: options.Feature = "backbone",
-    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 200,
+    k: Annotated[int, typer.Option(min=1, help="Neighbors that vote.")] = 200,
     t: Annotated[
         float, typer.Option(callback=options.positive, help="Temperature of their weights.")
     ] = 0.1,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
-    """Classify a test set by its nearest neighbours among the features of a run."""
+    """Classify a test set by its nearest neighbors among the features of a run."""
     with _evaluation(run, train, test, device, labels, precision) as opened:
         found = opened.knn(feature, k, t)
         _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
@@ -131,12 +131,12 @@ def finetune(
     device: options.Device = "auto",
 ) -> None:
     """Train backbone and classifier on labels, all or a fraction, and test them."""
-    from fastmoco.evaluate.finetune import Tuning
+    from fastmoco.evaluate.finetune import FinetuneConfig
     from fastmoco.evaluate.finetune import finetune as tune
 
     if not 0 < fraction <= 1:
         raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
-    tuning = Tuning(
+    tuning = FinetuneConfig(
         fraction=fraction,
         from_scratch=from_scratch,
         epochs=epochs,
@@ -168,8 +168,8 @@ def report(
     ] = 10_000,
     device: options.Device = "auto",
 ) -> None:
-    """Draw a run on one HTML page: curves, neighbours, errors, filters, all its numbers."""
-    from fastmoco.report.page import report as write
+    """Draw a run on one HTML page: curves, neighbors, errors, filters, all its numbers."""
+    from fastmoco.viz.report import report as write
 
     words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
     echo(words, err=True)
@@ -181,7 +181,7 @@ def demo(
     seed: Annotated[int, options.of_seed("Of the training.")] = 0,
 ) -> None:
     """Pack, pretrain and probe patches of photographs that come with the installation."""
-    from fastmoco.demo import demo as run
+    from fastmoco.demo.demo import demo as run
 
     run(out, seed)
 
@@ -196,8 +196,8 @@ def _evaluation(
     precision: str | None,
 ) -> Iterator["Evaluation"]:
     """Open a run and its labelled sets, on the ranks that torchrun started."""
-    from fastmoco.distributed import joined
-    from fastmoco.evaluate.evaluation import Evaluation
+    from fastmoco.core.distributed import joined
+    from fastmoco.evaluate.evaluator import Evaluation
 
     with joined(device) as (ranks, _):
         opened = Evaluation.open(run, train, test, device, labels, precision, ranks)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-from fastmoco.terminal import printable
+from fastmoco.core.terminal import printable
 
 
 @contextmanager

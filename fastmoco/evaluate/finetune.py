@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmoco.distributed import Ranks
+from fastmoco.core.distributed import World
+from fastmoco.core.files import make_parent, new_folder, write_json
+from fastmoco.core.malloc import keep_freed_memory
+from fastmoco.core.schedules import cosine
 from fastmoco.errors import UsageError
-from fastmoco.evaluate.crops import Crops
-from fastmoco.evaluate.embed import Sight, embed_labelled
-from fastmoco.evaluate.evaluation import Evaluation
-from fastmoco.evaluate.frozen import check_finite
-from fastmoco.evaluate.measure import Predictions
-from fastmoco.evaluate.schedule import cosine
-from fastmoco.files import make_parent, new_folder, write_json
+from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.evaluate.features import Preprocessing, embed_labelled
+from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import Triple
 from fastmoco.load.subset import stratified
-from fastmoco.memory import keep_freed_memory
-from fastmoco.models.resnet import Encoder, saved
+from fastmoco.models.encoder import Encoder, saved
+from fastmoco.runs.load_encoder import check_finite
 
 Normalize = Literal["run", "imagenet", "set"]
 
@@ -38,7 +38,7 @@ _IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Tuning:
+class FinetuneConfig:
     """How a network is trained on labels.
 
     Attributes:
@@ -68,7 +68,7 @@ class Tuning:
     normalize: Normalize = "run"
     size: int | None = None
 
-    def resolved(self, images: int, size: int) -> "Tuning":
+    def resolved(self, images: int, size: int) -> "FinetuneConfig":
         """Return the protocol with nothing left open.
 
         Args:
@@ -96,7 +96,7 @@ class Tuning:
 
 def finetune(
     evaluation: Evaluation,
-    tuning: Tuning,
+    tuning: FinetuneConfig,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
     save: Path | None = None,
 ) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def finetune(
     return recorded
 
 
-def _sight(evaluation: Evaluation, protocol: Tuning) -> Sight:
+def _sight(evaluation: Evaluation, protocol: FinetuneConfig) -> Preprocessing:
     assert protocol.size, "the protocol is not resolved"
     sight, about = evaluation.sight, evaluation.train.set.manifest
     mean, std = {
@@ -156,7 +156,7 @@ def _triple(values: Sequence[float]) -> Triple:
     return red, green, blue
 
 
-def _network(evaluation: Evaluation, protocol: Tuning) -> Encoder:
+def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:
     """Return backbone and classifier on the device: an encoder whose head gives the logits."""
     recipe = evaluation.recipe
     with torch.random.fork_rng(devices=[]):
@@ -171,7 +171,7 @@ def _network(evaluation: Evaluation, protocol: Tuning) -> Encoder:
 
 
 def _train(
-    network: Encoder, crops: Crops, protocol: Tuning, on_step: Callable[[int, int], None]
+    network: Encoder, crops: Crops, protocol: FinetuneConfig, on_step: Callable[[int, int], None]
 ) -> None:
     """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
     assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
@@ -202,13 +202,15 @@ def _train(
             crops.ranks.mean_(statistic)
 
 
-def _tested(network: Encoder, evaluation: Evaluation, sight: Sight) -> Predictions:
+def _tested(network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> Predictions:
     ranks = evaluation.ranks
     logits, labels = embed_labelled(network.eval(), evaluation.test, "head", sight, ranks)
     return Predictions.of_logits(logits, labels).gathered(ranks)
 
 
-def _row(protocol: Tuning, sight: Sight, counts: dict[str, int], ranks: Ranks) -> dict[str, Any]:
+def _row(
+    protocol: FinetuneConfig, sight: Preprocessing, counts: dict[str, int], ranks: World
+) -> dict[str, Any]:
     """Return the result's row before its numbers: the whole protocol and what it cost."""
     images = sum(counts.values())
     seen = (protocol.steps or 0) * protocol.batch
@@ -229,7 +231,7 @@ def _row(protocol: Tuning, sight: Sight, counts: dict[str, int], ranks: Ranks) -
     }
 
 
-def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Sight) -> None:
+def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> None:
     """Write `weights.pt`, keys `backbone.*` and `head.*`, and what it takes to use them."""
     recipe = evaluation.recipe
     about: dict[str, Any] = {

@@ -5,26 +5,26 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import normalize
 
-from fastmoco.distributed import Ranks
-from fastmoco.evaluate.embed import Stopped, never
-from fastmoco.evaluate.measure import Predictions
+from fastmoco.core.distributed import World
+from fastmoco.evaluate.features import Stopped, never
+from fastmoco.evaluate.predictions import Predictions
 
 # So many queries, of all ranks together, by so many rows of a rank's bank at a time: 128 MiB of
 # similarities, however large the bank.
 _CHUNK, _BLOCK = 512, 65_536
 
 
-class Neighbours:
+class KNNClassifier:
     """A labelled bank of features, divided among the ranks, to look queries up in.
 
     Making one is a collective of the ranks, and so is each method but `nearest`. Which of several
-    neighbours that are equally near at place k votes is not defined.
+    neighbors that are equally near at place k votes is not defined.
 
     Args:
         features: (n, dim) fp32, this rank's share of the bank; normalized here, in a copy.
         labels: (n,) int64, 0..classes-1, on the same device.
         classes: their number.
-        k: neighbours that vote; the whole bank where it is smaller.
+        k: neighbors that vote; the whole bank where it is smaller.
         t: temperature of their weights exp(similarity / t).
         ranks: that hold the bank.
     """
@@ -36,7 +36,7 @@ class Neighbours:
         classes: int,
         k: int = 200,
         t: float = 0.1,
-        ranks: Ranks = Ranks(),
+        ranks: World = World(),
     ) -> None:
         shares = ranks.gather_object(len(features))
         self.k, self.t = min(k, sum(shares)), t
@@ -46,7 +46,7 @@ class Neighbours:
     def predict(
         self, queries: torch.Tensor, labels: torch.Tensor, stop: Callable[[], bool] = never
     ) -> Predictions:
-        """Return what the neighbours say of the queries of all ranks, in host memory.
+        """Return what the neighbors say of the queries of all ranks, in host memory.
 
         Args:
             queries: (n, dim) fp32, this rank's share of them, on the device of the bank.
@@ -73,7 +73,7 @@ class Neighbours:
     def scores(
         self, queries: torch.Tensor, stop: Callable[[], bool] = never
     ) -> Iterator[torch.Tensor]:
-        """Yield (chunk, classes) votes for this rank's queries; that of the nearest neighbour is 1.
+        """Yield (chunk, classes) votes for this rank's queries; that of the nearest neighbor is 1.
 
         All ranks take equally many chunks; those of a rank with fewer queries end empty. See
         `predict`.
@@ -140,7 +140,7 @@ class Neighbours:
         return best, found
 
     def _votes(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the (n, classes) votes of (n, k) neighbours, the nearest first."""
+        """Return the (n, classes) votes of (n, k) neighbors, the nearest first."""
         # A factor that all votes share changes nothing, and large ones would overflow.
         weights = ((similarity - similarity[:, :1]) / self.t).exp()
         votes = weights.new_zeros(len(weights), self._classes)

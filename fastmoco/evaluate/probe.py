@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastmoco.distributed import Ranks
+from fastmoco.core.distributed import World
+from fastmoco.core.schedules import cosine
 from fastmoco.errors import DivergedError
-from fastmoco.evaluate.embed import Pair
-from fastmoco.evaluate.measure import Predictions
-from fastmoco.evaluate.schedule import cosine
+from fastmoco.evaluate.features import Pair
+from fastmoco.evaluate.predictions import Predictions
 
 _CHUNK = 1024  # samples scored at a time: their logits are of all heads and classes
 
@@ -104,7 +104,7 @@ def train_heads(
     per_epoch: int,
     protocol: Protocol,
     on_epoch: Callable[[int], None] = lambda done: None,
-    ranks: Ranks = Ranks(),
+    ranks: World = World(),
 ) -> None:
     """Train the heads in place.
 

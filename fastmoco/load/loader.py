@@ -9,15 +9,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastmoco.config import Recipe, View
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe, View
+from fastmoco.core.distributed import World
+from fastmoco.dataset.reader import READERS, CorruptSamples, Reader
+from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
-from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
+from fastmoco.load.executor import (
+    DecodedBatch,
+    EnabledOps,
+    EncodedBatch,
+    Executor,
+    PipelineSpec,
+    Settings,
+    Source,
+)
 from fastmoco.load.order import Ids
-from fastmoco.load.plan import Plan, plan_of
-from fastmoco.load.reader import READERS, Reader, Unfit
-from fastmoco.load.work import Executor, Look, Rendered, Settings, Source, Stages, Work
-from fastmoco.shardset import Collection
+from fastmoco.load.sampler import Plan, plan_of
+from fastmoco.load.view_params import ViewParams, central, draw, uniforms
 
 Triple = tuple[float, float, float]
 
@@ -30,7 +38,7 @@ class Batch:
 
     Attributes:
         ids: (n,) int64 sample ids.
-        views: for each view an (n, 3, size, size) normalised channels-last tensor on the device,
+        views: for each view an (n, 3, size, size) normalized channels-last tensor on the device,
             fp32 on CPU and fp16 on GPU.
         step: the step that it belongs to.
     """
@@ -59,7 +67,7 @@ class Loader:
 
     def __init__(
         self,
-        data: Collection,
+        data: ConcatShardSets,
         plan: Plan,
         views: Sequence[View],
         *,
@@ -72,7 +80,7 @@ class Loader:
         max_bad: int = 0,
     ) -> None:
         self.data, self.plan, self.views = data, plan, tuple(views)
-        self._look = Look(size, mean, std, tuple(stages_of(view) for view in views))
+        self._look = PipelineSpec(size, mean, std, tuple(stages_of(view) for view in views))
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
         self._settings = _decided(settings, self._reader)
@@ -81,7 +89,7 @@ class Loader:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, data: Collection, settings: Settings, ranks: Ranks = Ranks()
+        cls, recipe: Recipe, data: ConcatShardSets, settings: Settings, ranks: World = World()
     ) -> "Loader":
         """Return the training stream of a resolved recipe.
 
@@ -103,13 +111,13 @@ class Loader:
             max_bad=recipe.max_bad_images,
         )
 
-    def numbers(self, positions: Ids, ids: Ids) -> list[ViewNumbers]:
+    def numbers(self, positions: Ids, ids: Ids) -> list[ViewParams]:
         """Return each view's numbers at consecutive `positions`, which hold `ids`."""
         u = uniforms(self.plan.seed, int(positions[0]), len(positions), len(self.views))
         sizes = _sizes(self.data, ids)
         return [draw(view, u[i], sizes) for i, view in enumerate(self.views)]
 
-    def work(self, step: int, pool: ThreadPoolExecutor | None = None) -> Work:
+    def work(self, step: int, pool: ThreadPoolExecutor | None = None) -> EncodedBatch:
         """Return what this rank has to draw at `step`.
 
         Args:
@@ -117,12 +125,12 @@ class Loader:
             pool: see `Reader.fetch`.
 
         Raises:
-            Unfit: a shard is missing or was cut short.
+            CorruptSamples: a shard is missing or was cut short.
         """
         positions = self.plan.positions(step, self._rank, self._ranks)
         ids = self.plan.order(positions, self.bad)
         images = self._reader.fetch(ids, pool)
-        return Work(ids, images, self.numbers(positions, ids))
+        return EncodedBatch(ids, images, self.numbers(positions, ids))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of steps start, start + 1, ... without end, each read ahead by threads.
@@ -139,7 +147,7 @@ class Loader:
                 for batch in self._drawn(step):
                     yield batch
                     step = batch.step + 1
-            except Unfit as failure:
+            except CorruptSamples as failure:
                 self.avoid(failure.ids)
                 if len(self.bad) > self._max_bad:
                     raise DataError(_told(failure, self.data)) from failure
@@ -152,7 +160,7 @@ class Loader:
         share = self.plan.batch // self._ranks
         with _read_ahead(lambda number, pool: self.work(start + number, pool)) as ahead:
 
-            def source(number: int) -> Work | None:
+            def source(number: int) -> EncodedBatch | None:
                 work = ahead(number)
                 if work and not self.bad.isdisjoint(work.ids.tolist()):
                     return self.work(start + number)  # it was read before they were known
@@ -164,7 +172,7 @@ class Loader:
 
 
 def evaluation_batches(
-    data: Collection,
+    data: ConcatShardSets,
     *,
     ids: slice | Ids,
     size: int,
@@ -190,19 +198,19 @@ def evaluation_batches(
     """
     reader = Reader(data)
 
-    def work(number: int, pool: ThreadPoolExecutor) -> Work | None:
+    def work(number: int, pool: ThreadPoolExecutor) -> EncodedBatch | None:
         chunk = _part(ids, number * batch, batch)
         if not len(chunk):
             return None
         images = reader.fetch(chunk, pool)
-        return Work(chunk, images, [central(_sizes(data, chunk), share)])
+        return EncodedBatch(chunk, images, [central(_sizes(data, chunk), share)])
 
-    look, settings = Look(size, mean, std, (Stages(),)), _decided(settings, reader)
+    look, settings = PipelineSpec(size, mean, std, (EnabledOps(),)), _decided(settings, reader)
     try:
         with _read_ahead(work) as source:
             for step, rendered in enumerate(_draw_all(source, look, batch, settings)):
                 yield Batch(rendered.work.ids, rendered.views, step)
-    except Unfit as failure:
+    except CorruptSamples as failure:
         raise DataError(_told(failure, data)) from failure
 
 
@@ -214,13 +222,13 @@ def _part(ids: slice | Ids, start: int, count: int) -> Ids:
     return ids[start : start + count]
 
 
-def stages_of(view: View) -> Stages:
+def stages_of(view: View) -> EnabledOps:
     """Return the operators that a view needs."""
     jitters = any(view.jitter) and view.jitter_p > 0
-    return Stages(jitters or view.grayscale > 0, view.blur > 0, view.solarize > 0)
+    return EnabledOps(jitters or view.grayscale > 0, view.blur > 0, view.solarize > 0)
 
 
-def _sizes(data: Collection, ids: Ids) -> npt.NDArray[np.int64]:
+def _sizes(data: ConcatShardSets, ids: Ids) -> npt.NDArray[np.int64]:
     """Return (n, 2) height and width of the images."""
     rows = data.rows(ids)
     return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
@@ -235,17 +243,17 @@ def _decided(settings: Settings, reader: Reader) -> Settings:
 
 @contextmanager
 def _read_ahead(
-    work: Callable[[int, ThreadPoolExecutor], Work | None],
+    work: Callable[[int, ThreadPoolExecutor], EncodedBatch | None],
 ) -> Iterator[Source]:
     """Have the next batches read by threads, so that training does not wait for the storage.
 
     Args:
         work: makes the work of a batch, reading its images by the pool.
     """
-    made: dict[int, Future[Work | None]] = {}
+    made: dict[int, Future[EncodedBatch | None]] = {}
     batches, readers = ThreadPoolExecutor(_AHEAD), ThreadPoolExecutor(READERS)
 
-    def source(number: int) -> Work | None:
+    def source(number: int) -> EncodedBatch | None:
         for later in range(number, number + _AHEAD + 1):
             if later not in made:
                 made[later] = batches.submit(work, later, readers)
@@ -258,18 +266,20 @@ def _read_ahead(
         batches.shutdown(cancel_futures=True)
 
 
-def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Iterator[Rendered]:
+def _draw_all(
+    source: Source, look: PipelineSpec, batch: int, settings: Settings
+) -> Iterator[DecodedBatch]:
     """Draw what a source asks for, and all that comes before a failure of it.
 
     Raises:
-        Unfit: images that are missing or damaged.
+        CorruptSamples: images that are missing or damaged.
     """
-    failures: list[Unfit] = []
+    failures: list[CorruptSamples] = []
 
-    def until_failure(number: int) -> Work | None:
+    def until_failure(number: int) -> EncodedBatch | None:
         try:
             return source(number)
-        except Unfit as failure:
+        except CorruptSamples as failure:
             failures.append(failure)
             return None
 
@@ -280,11 +290,11 @@ def _draw_all(source: Source, look: Look, batch: int, settings: Settings) -> Ite
 
 def _executor(name: str) -> Executor:
     if name == "torchvision":
-        from fastmoco.load import portable
+        from fastmoco.load import torchvision_executor as portable
 
         return portable.render
     try:
-        from fastmoco.load import dali
+        from fastmoco.load import dali_executor as dali
     except ImportError as error:
         raise UsageError(
             "DALI is not installed: `pip install 'fastmoco[cuda13]'` (Linux; [cuda12] for a driver "
@@ -293,7 +303,7 @@ def _executor(name: str) -> Executor:
     return dali.render
 
 
-def _told(failure: Unfit, data: Collection) -> str:
+def _told(failure: CorruptSamples, data: ConcatShardSets) -> str:
     named = "; ".join(data.describe(sample) for sample in failure.ids[:5])
     return (
         f"{len(failure.ids)} image(s) of a batch cannot be read: {named}. The shard was damaged "

@@ -130,7 +130,7 @@ class Windowed:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SubsetOrder:
     """Some of the samples.
 
     Attributes:

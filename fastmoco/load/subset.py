@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.config import Subset
+from fastmoco.config.recipe import Subset
+from fastmoco.core.files import load_array
+from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError
-from fastmoco.files import load_array
 from fastmoco.load.order import Ids, Permutation
-from fastmoco.shardset import Collection
 
 _STREAM = 1 << 33  # keeps these permutations apart from those of the order under one seed
 
 
-def chosen_ids(subset: Subset, data: Collection) -> Ids:
+def chosen_ids(subset: Subset, data: ConcatShardSets) -> Ids:
     """Return the sample ids that a recipe's `subset` means, sorted.
 
     Raises:

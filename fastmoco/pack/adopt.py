@@ -19,18 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from fastmoco.classes import Found, Known
-from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
-from fastmoco.pack.fragment import Totals
-from fastmoco.pack.index import index_path
-from fastmoco.pack.options import reject_limit
-from fastmoco.pack.parallel import mapped
-from fastmoco.pack.place import link, new, place, told
-from fastmoco.pack.sources.tree import is_training
-from fastmoco.pack.sources.webdataset import splits_of
-from fastmoco.pack.tables import OFFSET_DTYPE, growing
-from fastmoco.shardset import (
+from fastmoco.dataset.classes import Found, Known
+from fastmoco.dataset.dali_index import index_path
+from fastmoco.dataset.shard_set import (
     CHUNK,
     FORMAT_VERSION,
     SAMPLE_DTYPE,
@@ -39,6 +30,15 @@ from fastmoco.shardset import (
     set_id_of,
     write_manifest,
 )
+from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.finalize import OFFSET_DTYPE, growing
+from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
+from fastmoco.pack.options import reject_limit
+from fastmoco.pack.parallel import mapped
+from fastmoco.pack.place import link, new, place, told
+from fastmoco.pack.sources.tree import is_training
+from fastmoco.pack.sources.webdataset import splits_of
+from fastmoco.pack.worker import ChannelStats
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -172,7 +172,7 @@ class _Gathered:
     values: Found = field(default_factory=Found)
     labelled: bool = False
     shards: list[Shard] = field(default_factory=list)
-    totals: Totals = field(default_factory=Totals)
+    totals: ChannelStats = field(default_factory=ChannelStats)
     rotated: list[str] = field(default_factory=list)
     rotations: int = 0
     damaged: list[str] = field(default_factory=list)

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.classes import several_labels
-from fastmoco.files import sha256_of
-from fastmoco.pack.check import FORMATS, ORIENTATION, Checked, Rules, check_image, without_warnings
-from fastmoco.pack.fragment import Totals, row_of
-from fastmoco.pack.index import Component, extension_of, index_line, index_name
-from fastmoco.pack.tarwalk import Damage, Member, walk
-from fastmoco.shardset import SAMPLE_DTYPE
+from fastmoco.core.files import sha256_of
+from fastmoco.dataset.classes import several_labels
+from fastmoco.dataset.dali_index import Component, extension_of, index_line, index_name
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE
+from fastmoco.pack.image import FORMATS, ORIENTATION, Checked, Rules, check_image, without_warnings
+from fastmoco.pack.tar import Damage, Member, walk
+from fastmoco.pack.worker import ChannelStats, row_of
 
 IMAGES = frozenset(
     ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
@@ -81,7 +81,7 @@ class Adopted:
     values: list[str] = field(default_factory=list)
     rejects: list[tuple[str, str]] = field(default_factory=list)
     rotated: list[str] = field(default_factory=list)
-    totals: Totals = field(default_factory=Totals)
+    totals: ChannelStats = field(default_factory=ChannelStats)
 
 
 def adopt_shard(task: AdoptTask) -> Adopted:
@@ -122,7 +122,7 @@ def _name(task: AdoptTask, member: Member) -> str:
 
 
 class Contents:
-    """The members of a shard by what they are; those of a sample need not be neighbours."""
+    """The members of a shard by what they are; those of a sample need not be neighbors."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.images = [m for m in members if extension_of(m.name) in IMAGES]

@@ -234,7 +234,7 @@ class PixelInputs(Inputs):
         return repr((_stat(str(self.origin))[:2], self.array.shape)).encode()
 
 
-class Picked(Inputs):
+class InputSubset(Inputs):
     """Some of the inputs of another, in a given order."""
 
     def __init__(self, inputs: Inputs, rows: npt.NDArray[np.int64]) -> None:
@@ -249,7 +249,7 @@ class Picked(Inputs):
         return self.inputs.state() + self.rows.tobytes()
 
 
-class Joined(Inputs):
+class Concat(Inputs):
     """The inputs of several, one after the other."""
 
     def __init__(self, parts: Sequence[Inputs]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.errors import UsageError
-from fastmoco.pack.check import Rules
+from fastmoco.pack.image import Rules
 from fastmoco.pack.levels import Levels
 
 
@@ -15,11 +15,11 @@ class PackOptions:
     """How to pack.
 
     Attributes:
-        format: of the source, a name of `sources.FORMATS`; None: recognised.
+        format: of the source, a name of `sources.FORMATS`; None: recognized.
         seed: of the global shuffle.
         unlabelled: ignore the labels of the source and store none.
         root: holds the images that a CSV lists; None: the folder of the CSV.
-        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognised.
+        classes_at: which folders are the classes, one of `reader.CLASSES_AT`; None: recognized.
         like: a set that has the classes of the source, and numbers them.
         splits: parts to divide the source into, each with its fraction; empty: none.
         dedupe: leave out images whose bytes came before.

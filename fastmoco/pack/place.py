@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco.core.files import locked, make_parent, new_folder, sha256_of, sync, write_json
+from fastmoco.dataset.dali_index import index_path
+from fastmoco.dataset.shard_set import HASHED
 from fastmoco.errors import DataError, UsageError
-from fastmoco.files import locked, make_parent, new_folder, sha256_of, sync, write_json
-from fastmoco.pack.index import index_path
-from fastmoco.shardset import HASHED
 
 _ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"
 _OURS = ".ours"  # names and hashes of the files that go beside the shards

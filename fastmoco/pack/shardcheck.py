@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.files import hash_of, sha256_of
-from fastmoco.pack.check import without_warnings
-from fastmoco.pack.index import (
+from fastmoco.core.files import hash_of, sha256_of
+from fastmoco.dataset.dali_index import (
     Component,
     extension_of,
     index_name,
@@ -21,7 +20,8 @@ from fastmoco.pack.index import (
     read_header,
     read_lines,
 )
-from fastmoco.pack.tarwalk import Damage, Member, walk
+from fastmoco.pack.image import without_warnings
+from fastmoco.pack.tar import Damage, Member, walk
 
 TABLE = "samples.npy"
 _FORMATS = ("JPEG", "PNG", "WEBP")

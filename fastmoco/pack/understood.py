@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fastmoco.classes import few
+from fastmoco.dataset.classes import few
 from fastmoco.pack.sources.base import Source
 
 _SHOWN = 5

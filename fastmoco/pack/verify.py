@@ -9,20 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.errors import DataError
-from fastmoco.files import sha256_of
-from fastmoco.pack.adopt import ADOPTED
-from fastmoco.pack.index import index_path, read_header
-from fastmoco.pack.parallel import mapped
-from fastmoco.pack.shardcheck import (
-    TABLE,
-    Fault,
-    ShardReport,
-    ShardTask,
-    check_shard,
-    lost_rows,
-)
-from fastmoco.shardset import (
+from fastmoco.core.files import sha256_of
+from fastmoco.dataset.dali_index import index_path, read_header
+from fastmoco.dataset.shard_set import (
     CHUNK,
     HASHED,
     MANIFEST,
@@ -32,6 +21,17 @@ from fastmoco.shardset import (
     manifest_sha256,
     read_labels,
     set_id_of,
+)
+from fastmoco.errors import DataError
+from fastmoco.pack.adopt import ADOPTED
+from fastmoco.pack.parallel import mapped
+from fastmoco.pack.shardcheck import (
+    TABLE,
+    Fault,
+    ShardReport,
+    ShardTask,
+    check_shard,
+    lost_rows,
 )
 
 

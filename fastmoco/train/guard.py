@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastmoco.errors import DivergedError
-from fastmoco.models.resnet import batch_norms
+from fastmoco.models.encoder import batch_norms
 
 
 @torch.no_grad()

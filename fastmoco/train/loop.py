@@ -6,17 +6,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Vote
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import AsyncAnyFlag
+from fastmoco.core.streams import Spared
 from fastmoco.errors import CheckpointError, DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
-from fastmoco.models.resnet import Encoder
-from fastmoco.run import Fingerprint, RunFolder, State
-from fastmoco.streams import Spared
+from fastmoco.models.encoder import Encoder
+from fastmoco.runs.run_folder import Fingerprint, RunFolder, State
+from fastmoco.train.engine import MoCo
+from fastmoco.train.interrupts import StopSignal
 from fastmoco.train.meter import Meter
-from fastmoco.train.moco import MoCo
-from fastmoco.train.optim import learning_rate, set_learning_rate
-from fastmoco.train.signals import StopSignal
+from fastmoco.train.optimizers import learning_rate, set_learning_rate
 from fastmoco.train.snapshot import snapshot
 from fastmoco.train.watchdog import Watchdog
 
@@ -70,7 +70,7 @@ class Trainer:
         self._per_epoch = self.loader.plan.steps_per_epoch
         self._known_bad: set[int] = set()
         self._metrics = Spared("rows of metrics.jsonl")
-        self._vote = Vote(self.moco.ranks)
+        self._vote = AsyncAnyFlag(self.moco.ranks)
         self._watchdog = Watchdog(self.recipe.stall_s)
         self._signal = StopSignal(answers=self.moco.ranks.leads)
         self._interrupted = self._due = False

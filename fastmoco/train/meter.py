@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.moco import MoCo, Outcome
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.train.engine import MoCo, StepOutput
 
 
 class Meter:
@@ -19,7 +19,7 @@ class Meter:
         epoch: (2,) fp64 on the device: sum of the step losses of this epoch, and their number.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, ranks: World, device: torch.device) -> None:
         self.epoch = torch.zeros(2, dtype=torch.float64, device=device)
         self._recipe, self._ranks, self._device = recipe, ranks, device
         self.restart_clock()
@@ -28,7 +28,7 @@ class Meter:
         """Leave out what came before, such as a monitor."""
         self._since, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
-    def count(self, outcome: Outcome, waited_s: float) -> None:
+    def count(self, outcome: StepOutput, waited_s: float) -> None:
         """Take in one step; `waited_s` is what it waited for its batch."""
         ok = outcome.ok.double()
         loss = torch.where(outcome.ok, outcome.loss.mean(), 0).double()
@@ -47,7 +47,7 @@ class Meter:
         self.epoch.zero_()
         return total / steps if steps else math.nan
 
-    def read(self, outcome: Outcome, moco: MoCo) -> dict[str, Any]:
+    def read(self, outcome: StepOutput, moco: MoCo) -> dict[str, Any]:
         """Return the row of a logged step: means over the ranks, speed since the last one."""
         scalars = _scalars(outcome, self._recipe.temperature)
         values = self._ranks.mean_(torch.stack(list(scalars.values())))
@@ -58,7 +58,7 @@ class Meter:
             "grad_norm": float(outcome.grad_norm),
             "loss_scale": float(moco.scale.scale),
             "queue_filled": filled,
-            "queue_age_steps": filled / self._recipe.keys_a_step,
+            "queue_age_steps": filled / self._recipe.keys_per_step,
             "skipped": moco.guard.check(),
             "images_per_s": self._recipe.batch * self._steps / elapsed,
             "data_wait_percent": 100 * self._waited_s / elapsed,
@@ -80,7 +80,7 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _scalars(outcome: Outcome, t: float) -> dict[str, torch.Tensor]:
+def _scalars(outcome: StepOutput, t: float) -> dict[str, torch.Tensor]:
     """Return what is averaged over the samples of a step; `t` is the temperature.
 
     `feature_std` is 1 for queries spread evenly over the sphere and 0 for a collapsed encoder.

@@ -1,4 +1,4 @@
-"""Arms that are tiny programs of known behaviour."""
+"""Arms that are tiny programs of known behavior."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The harness on arms whose behaviour is known. Nothing here is timed."""
+"""The harness on arms whose behavior is known. Nothing here is timed."""
 
 from dataclasses import replace
 

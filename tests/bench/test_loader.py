@@ -11,10 +11,10 @@ from fastmoco.bench import loader as bench
 from fastmoco.bench import rivals
 from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import ShardSet
+from fastmoco.pack.packer import pack
 
 WORK = {"size": 24, "batch": 8, "batches": 6}
 
@@ -55,7 +55,7 @@ def test_the_rivals_draw_what_we_draw(name, photos, packed, ours):
     assert section.seconds > 0 and found["first_batch_s"] > 0
     for key in ("shape", "dtype", "views"):
         assert proof(found)[key] == proof(ours)[key]
-    # 48 images: their mean alone wanders by several levels, colours by chance of jitter.
+    # 48 images: their mean alone wanders by several levels, colors by chance of jitter.
     assert distance(found, ours) < 25
 
 
@@ -65,7 +65,7 @@ def test_the_proof_tells_full_views_from_mere_crops(packed):
     plain = bench.ours(Section(), root=str(packed), **long, plain=True)
     assert distance(full, again) < 1e-3, "a pure function of the seed"
     assert distance(full, plain) > bench.TOLERANCE
-    assert proof(full)["colour_change"] > proof(plain)["colour_change"] + bench.TOLERANCE
+    assert proof(full)["color_change"] > proof(plain)["color_change"] + bench.TOLERANCE
 
 
 @pytest.mark.slow

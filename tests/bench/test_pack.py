@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from fastmoco.bench import pack as bench
 from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
-from fastmoco.bench.environment import digest_of_inputs
 from fastmoco.bench.source import names_of, repeated
+from fastmoco.core.environment import digest_of_inputs
 from fastmoco.errors import DataError, UsageError
 
 

@@ -11,10 +11,10 @@ from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
 from fastmoco.bench.harness import Arm, measure
 from fastmoco.bench.official import OfficialMoCo
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
-from fastmoco.train.moco import MoCo
+from fastmoco.train.engine import MoCo
 
 CPU = torch.device("cpu")
 WORK = {"arch": "resnet18", "size": 64, "batch": 16, "queue": 48, "steps": 1, "device": "cpu"}
@@ -32,7 +32,7 @@ def losses_of_both(precision: str, m_of_rival: float, steps: int = 3) -> list[tu
     """Return our loss and the rival's of each step; three wrap the queue of two batches."""
     recipe = recipe_in(precision)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    ours, theirs = MoCo(recipe, Ranks(), CPU), OfficialMoCo(recipe, Ranks(), CPU)
+    ours, theirs = MoCo(recipe, World(), CPU), OfficialMoCo(recipe, World(), CPU)
     theirs.model.to(dtype).queue.copy_(ours.queue.keys.T)
     theirs.model.m = m_of_rival
     found = []
@@ -60,7 +60,7 @@ def test_the_rival_stays_in_fp32_and_nchw_unless_it_is_tuned():
     (views,) = bench.synthetic(recipe.batch, recipe.image_size, 1)
     for tuned in (False, True):
         seen = []
-        rival = OfficialMoCo(recipe, Ranks(), CPU, tuned)
+        rival = OfficialMoCo(recipe, World(), CPU, tuned)
         layer = rival.model.encoder_q.layer1[0].conv1
         layer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         layout = torch.channels_last if tuned else torch.contiguous_format

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config import Recipe, validate
-from fastmoco.models.resnet import Encoder
+from fastmoco.config.recipe import Recipe, validate
+from fastmoco.dataset.shard_set import ShardSet
+from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.run import RunFolder
-from fastmoco.shardset import ShardSet
+from fastmoco.pack.packer import pack
+from fastmoco.runs.run_folder import RunFolder
 
 STEP = 12
 

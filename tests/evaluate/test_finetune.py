@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from fastmoco.errors import UsageError
-from fastmoco.evaluate.evaluation import Evaluation
-from fastmoco.evaluate.finetune import Tuning, finetune
+from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.evaluate.finetune import FinetuneConfig, finetune
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.run import RunFolder
+from fastmoco.pack.packer import pack
+from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
-QUICK = Tuning(steps=12, batch=12, seed=1)
+QUICK = FinetuneConfig(steps=12, batch=12, seed=1)
 
 
 def stripes(root: Path, per_class: int, seed: int) -> Path:
@@ -54,7 +54,7 @@ def evaluation(make_run: Make, sets: tuple[Path, Path]) -> Evaluation:
 @pytest.mark.parametrize("from_scratch", [False, True])
 def test_it_learns_and_says_how(evaluation: Evaluation, from_scratch: bool) -> None:
     """Chance is 33 %: five standard errors of 60 guesses end at 64 %."""
-    tuning = Tuning(steps=60, batch=24, from_scratch=from_scratch, lr=0.05)
+    tuning = FinetuneConfig(steps=60, batch=24, from_scratch=from_scratch, lr=0.05)
     told: list[tuple[int, int]] = []
     row = finetune(evaluation, tuning, lambda done, of: told.append((done, of)))
     assert row["top1"] > 80
@@ -75,9 +75,9 @@ def test_rates_are_scaled_to_the_batch_and_given_ones_are_not() -> None:
     quarter, scratch, given = (
         tuning.resolved(1000, 16)
         for tuning in (
-            Tuning(batch=64),
-            Tuning(batch=512, from_scratch=True),
-            Tuning(batch=64, lr=0.3),
+            FinetuneConfig(batch=64),
+            FinetuneConfig(batch=512, from_scratch=True),
+            FinetuneConfig(batch=64, lr=0.3),
         )
     )
     assert (quarter.lr, quarter.head_lr) == (0.005, 0.025)
@@ -86,7 +86,7 @@ def test_rates_are_scaled_to_the_batch_and_given_ones_are_not() -> None:
 
 
 def test_an_untrained_network_would_not_pass(evaluation: Evaluation) -> None:
-    row = finetune(evaluation, Tuning(steps=1, batch=24, from_scratch=True, lr=1e-9))
+    row = finetune(evaluation, FinetuneConfig(steps=1, batch=24, from_scratch=True, lr=1e-9))
     assert row["top1"] < 64
 
 
@@ -133,15 +133,15 @@ def test_it_starts_from_the_run_or_from_its_seed(evaluation: Evaluation) -> None
 
 def test_the_budget_is_steps_then_epochs_then_a_floor() -> None:
     budgets = [
-        Tuning(**given, batch=10).resolved(500, 32).steps
+        FinetuneConfig(**given, batch=10).resolved(500, 32).steps
         for given in ({"steps": 7, "epochs": 3}, {"epochs": 3}, {})
     ]
     assert budgets == [7, 150, 1500]
-    assert Tuning(batch=10).resolved(20, 32).steps == 1000
+    assert FinetuneConfig(batch=10).resolved(20, 32).steps == 1000
 
 
 @pytest.mark.parametrize("normalize", ["run", "imagenet", "set"])
-def test_normalisation_and_size_are_written_down(evaluation: Evaluation, normalize: Any) -> None:
+def test_normalization_and_size_are_written_down(evaluation: Evaluation, normalize: Any) -> None:
     row = finetune(evaluation, replace(QUICK, steps=1, normalize=normalize, size=24))
     means = {
         "run": evaluation.sight.mean,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.models.resnet import Encoder
-from fastmoco.run import RunFolder
-from fastmoco.shardset import ShardSet
+from fastmoco.dataset.shard_set import ShardSet
+from fastmoco.models.encoder import Encoder
+from fastmoco.runs.run_folder import RunFolder
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Make = Callable[..., RunFolder]

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastmoco.distributed import Ranks
+from fastmoco.core.distributed import World
 from fastmoco.evaluate import knn
-from fastmoco.evaluate.embed import Stopped
-from fastmoco.evaluate.knn import Neighbours
-from fastmoco.evaluate.measure import Predictions
+from fastmoco.evaluate.features import Stopped
+from fastmoco.evaluate.knn import KNNClassifier
+from fastmoco.evaluate.predictions import Predictions
 
 CLASSES, DIM = 5, 16
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -57,7 +57,7 @@ def theirs(bank: torch.Tensor, labels: torch.Tensor, k: int, t: float) -> Any:
 def test_votes_are_scikit_learns(features: Features, k: int, t: float) -> None:
     bank, labels, queries, wanted = features
     model = theirs(bank, labels, k, t)
-    ours = Neighbours(bank, labels, CLASSES, k, t)
+    ours = KNNClassifier(bank, labels, CLASSES, k, t)
     votes = torch.cat(list(ours.scores(queries)))
     shares = (votes / votes.sum(dim=1, keepdim=True)).numpy()
     expected = model.predict_proba(queries.double().numpy())
@@ -70,7 +70,7 @@ def test_votes_are_scikit_learns(features: Features, k: int, t: float) -> None:
 def test_a_k_beyond_the_bank_lets_all_of_it_vote(features: Features) -> None:
     bank, labels, queries, _ = features
     model = theirs(bank[:30], labels[:30], 30, 0.5)
-    ours = Neighbours(bank[:30], labels[:30], CLASSES, 200, 0.5)
+    ours = KNNClassifier(bank[:30], labels[:30], CLASSES, 200, 0.5)
     votes = torch.cat(list(ours.scores(queries)))
     assert ours.k == 30
     assert np.array_equal(votes.argmax(1).numpy(), model.predict(queries.double().numpy()))
@@ -78,7 +78,7 @@ def test_a_k_beyond_the_bank_lets_all_of_it_vote(features: Features) -> None:
 
 def test_a_bank_with_fewer_rows_than_are_asked_for_gives_them_all(features: Features) -> None:
     bank, labels, queries, _ = features
-    similarity, rows = Neighbours(bank[:5], labels[:5], CLASSES).nearest(queries, 8)
+    similarity, rows = KNNClassifier(bank[:5], labels[:5], CLASSES).nearest(queries, 8)
     assert rows.sort(dim=1).values.tolist() == [list(range(5))] * len(queries)
     assert similarity.isfinite().all()
 
@@ -87,14 +87,14 @@ def test_chunks_do_not_matter(
     features: Features, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank, labels, queries, _ = features
-    neighbours = Neighbours(bank, labels, CLASSES, 50)
-    (whole,) = neighbours.scores(queries)
-    nearest = neighbours.nearest(queries, 40)
+    neighbors = KNNClassifier(bank, labels, CLASSES, 50)
+    (whole,) = neighbors.scores(queries)
+    nearest = neighbors.nearest(queries, 40)
     request.getfixturevalue("small_chunks")
-    parts = list(neighbours.scores(queries))
+    parts = list(neighbors.scores(queries))
     assert [len(part) for part in parts] == [21] * 5 + [15]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
-    similarity, rows = neighbours.nearest(queries, 40)
+    similarity, rows = neighbors.nearest(queries, 40)
     assert torch.equal(rows, nearest[1])
     torch.testing.assert_close(similarity, nearest[0])
 
@@ -109,13 +109,13 @@ def test_ranks_do_not_matter(
     bank, labels, queries, wanted = (
         part[:n] for part, n in zip(features, [bank_size] * 2 + [asked] * 2, strict=True)
     )
-    alone = Neighbours(bank, labels, CLASSES, k).predict(queries, wanted)
+    alone = KNNClassifier(bank, labels, CLASSES, k).predict(queries, wanted)
 
-    def work(ranks: Ranks) -> tuple[Predictions, int]:
+    def work(ranks: World) -> tuple[Predictions, int]:
         held, own = ranks.share(bank_size), ranks.share(asked)
         calls: list[None] = []
-        neighbours = Neighbours(bank[held], labels[held], CLASSES, k, ranks=ranks)
-        found = neighbours.predict(queries[own], wanted[own], lambda: bool(calls.append(None)))
+        neighbors = KNNClassifier(bank[held], labels[held], CLASSES, k, ranks=ranks)
+        found = neighbors.predict(queries[own], wanted[own], lambda: bool(calls.append(None)))
         return found, len(calls)
 
     results = on_ranks(size, work)
@@ -127,11 +127,11 @@ def test_ranks_do_not_matter(
         torch.testing.assert_close(found.confidence, alone.confidence)
 
 
-def test_of_equal_neighbours_the_first_ranks_vote() -> None:
+def test_of_equal_neighbors_the_first_ranks_vote() -> None:
     row = torch.ones(1, DIM)
 
-    def work(ranks: Ranks) -> torch.Tensor:
-        bank = Neighbours(row, torch.tensor([ranks.rank]), classes=5, k=2, ranks=ranks)
+    def work(ranks: World) -> torch.Tensor:
+        bank = KNNClassifier(row, torch.tensor([ranks.rank]), classes=5, k=2, ranks=ranks)
         return torch.cat(list(bank.scores(row)))
 
     assert all(votes.tolist() == [[1, 1, 0, 0, 0]] for votes in on_ranks(5, work))
@@ -146,24 +146,26 @@ def test_a_stop_is_heard_before_each_product(features: Features) -> None:
         calls.append(None)
         return len(calls) == 25
 
-    neighbours = Neighbours(bank, labels, CLASSES)
+    neighbors = KNNClassifier(bank, labels, CLASSES)
     with pytest.raises(Stopped):
-        neighbours.predict(queries, wanted, stop)
+        neighbors.predict(queries, wanted, stop)
     assert len(calls) == 25  # of 6 chunks of the queries times 10 blocks of the bank
 
 
 def test_the_length_of_a_feature_does_not_matter(features: Features) -> None:
     bank, labels, queries, _ = features
-    plain = torch.cat(list(Neighbours(bank, labels, CLASSES, 20).scores(queries)))
-    scaled = torch.cat(list(Neighbours(5 * bank, labels, CLASSES, 20).scores(0.2 * queries)))
+    plain = torch.cat(list(KNNClassifier(bank, labels, CLASSES, 20).scores(queries)))
+    scaled = torch.cat(list(KNNClassifier(5 * bank, labels, CLASSES, 20).scores(0.2 * queries)))
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
     bank = torch.eye(6)
-    found = Neighbours(bank, torch.arange(6), classes=6, k=2).predict(bank, torch.arange(6).roll(3))
+    found = KNNClassifier(bank, torch.arange(6), classes=6, k=2).predict(
+        bank, torch.arange(6).roll(3)
+    )
     assert found.top(1) == 0 and found.top(5) < 40  # two of six voted for; five of six by order
-    assert Neighbours(bank, torch.arange(6), 6, k=2).predict(bank, torch.arange(6)).top(5) == 100
+    assert KNNClassifier(bank, torch.arange(6), 6, k=2).predict(bank, torch.arange(6)).top(5) == 100
 
 
 class Memory(TorchDispatchMode):
@@ -189,7 +191,7 @@ class Memory(TorchDispatchMode):
         return result
 
 
-class OneOfEight(Ranks):
+class OneOfEight(World):
     """Takes all others to be as it is."""
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
@@ -208,13 +210,13 @@ def test_memory_of_a_rank_for_imagenet_on_eight() -> None:
     with FakeTensorMode(), Memory() as memory:
         labels = torch.zeros(bank, dtype=torch.int64, device="cuda")
         features = torch.zeros(bank, width, device="cuda")
-        neighbours = Neighbours(features, labels, 1000, ranks=ranks)
+        neighbors = KNNClassifier(features, labels, 1000, ranks=ranks)
         share = features.nbytes
         del features
         assert 2 * share < memory.peak < 2.01 * share < 2.65e9
         memory.peak = 0
         queries = torch.zeros(asked, width, device="cuda")
-        votes = [len(part) for part in neighbours.scores(queries)]
+        votes = [len(part) for part in neighbors.scores(queries)]
     assert votes == [64, 64, 64, 58]
     block = 4 * 512 * 65_536
     assert share + block < memory.peak < share + 1.1 * block < 1.5e9
@@ -228,14 +230,14 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(
 ) -> None:
     """Also under the settings of a recipe with `deterministic: true`."""
     bank, labels, queries, wanted = features
-    here = Neighbours(bank, labels, CLASSES, 20).predict(queries, wanted)
-    neighbours = Neighbours(bank.cuda(), labels.cuda(), CLASSES, 20)
+    here = KNNClassifier(bank, labels, CLASSES, 20).predict(queries, wanted)
+    neighbors = KNNClassifier(bank.cuda(), labels.cuda(), CLASSES, 20)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     try:
-        there = neighbours.predict(queries.cuda(), wanted.cuda())
+        there = neighbors.predict(queries.cuda(), wanted.cuda())
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(there.predicted, here.predicted) and there.summary() == here.summary()
     torch.testing.assert_close(there.confidence, here.confidence)
-    assert all(votes.is_cuda for votes in neighbours.scores(queries.cuda()))
+    assert all(votes.is_cuda for votes in neighbors.scores(queries.cuda()))

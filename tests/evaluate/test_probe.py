@@ -26,7 +26,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def clusters(n: int, seed: int, spread: float = 2.0) -> Pair:
-    """Return features that gather around a centre for each label."""
+    """Return features that gather around a center for each label."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (n,), generator=generator)
     centers = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(99))

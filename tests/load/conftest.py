@@ -11,13 +11,13 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from fastmoco.config import View
+from fastmoco.config.recipe import View
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Batch, Loader, evaluation_batches
-from fastmoco.load.plan import Plan
-from fastmoco.load.work import Settings
+from fastmoco.load.sampler import Plan
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.pack.packer import pack
 
 # The same examples on every run, however slow the machine.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
@@ -52,13 +52,13 @@ def second_set(
 
 
 @pytest.fixture(scope="session")
-def both(small_set: ShardSet, second_set: ShardSet) -> Collection:
+def both(small_set: ShardSet, second_set: ShardSet) -> ConcatShardSets:
     """Ids 0..23 are `small_set`'s, 24..33 are `second_set`'s."""
-    return Collection([small_set, second_set])
+    return ConcatShardSets([small_set, second_set])
 
 
 def stream(
-    data: Collection,
+    data: ConcatShardSets,
     settings: Settings = Settings(threads=1, prefetch=1),
     start: int = 0,
     stop: int = STEPS,
@@ -84,7 +84,7 @@ def joined(shares: tuple[Batch, ...]) -> Batch:
     return Batch(np.concatenate([share.ids for share in shares]), tuple(views), shares[0].step)
 
 
-def evaluated(data: Collection, ids: slice, batch: int, executor: str = "dali", **look: float):
+def evaluated(data: ConcatShardSets, ids: slice, batch: int, executor: str = "dali", **look: float):
     look = LOOK | {"share": 1.0} | look
     settings = Settings(executor, threads=2)
     return list(evaluation_batches(data, ids=ids, batch=batch, settings=settings, **look))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from nvidia.dali.pipeline import Pipeline
 
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError
-from fastmoco.load import dali, portable
+from fastmoco.load import dali_executor as dali
+from fastmoco.load import torchvision_executor as portable
+from fastmoco.load.executor import EncodedBatch, Settings, Source
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.work import Settings, Source, Work
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.load.sampler import Plan
 
 from .conftest import EXECUTORS, LOOK, STEPS, VIEWS, assert_equal, evaluated, joined, stream
 
@@ -34,16 +35,16 @@ def damage(damaged: ShardSet, row: int, kept: float) -> None:
 FAILING = """
 import sys
 from pathlib import Path
-from fastmoco.config import View
+from fastmoco.config.recipe import View
 from fastmoco.errors import DataError
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.work import Settings
-from fastmoco.shardset import Collection
+from fastmoco.load.sampler import Plan
+from fastmoco.load.executor import Settings
+from fastmoco.dataset.shard_set import ConcatShardSets
 
 executor, root = sys.argv[1:]
 loader = Loader(
-    Collection.open([Path(root)]), Plan(24, 8, 3), [View(blur=0.5)] * 2,
+    ConcatShardSets.open([Path(root)]), Plan(24, 8, 3), [View(blur=0.5)] * 2,
     size=16, mean=(0.5,) * 3, std=(0.2,) * 3, settings=Settings(executor, threads=2, prefetch=2),
 )
 try:
@@ -76,24 +77,24 @@ def test_a_damaged_image_is_named(copied: ShardSet, executor: str, kept: float) 
 
 
 @pytest.fixture
-def damaged(copied: ShardSet) -> tuple[Collection, set[int]]:
+def damaged(copied: ShardSet) -> tuple[ConcatShardSets, set[int]]:
     """A copy of `small_set` of which three samples are damaged, two of them side by side."""
     shown = Plan(24, 8, 3).order(np.arange(24))
     bad = {int(shown[10]), int(shown[11]), int(shown[21])}
     for row in bad:
         damage(copied, row, 0.1)
-    return Collection([copied]), bad
+    return ConcatShardSets([copied]), bad
 
 
 @EXECUTORS
 def test_damaged_samples_are_replaced(
-    damaged: tuple[Collection, set[int]], small_set: ShardSet, executor: str
+    damaged: tuple[ConcatShardSets, set[int]], small_set: ShardSet, executor: str
 ) -> None:
     data, bad = damaged
     settings = Settings(executor, threads=1, prefetch=1)
     whole = stream(data, settings, max_bad=3)
     plan = Plan(24, 8, 3)
-    intact = stream(Collection([small_set]), settings)
+    intact = stream(ConcatShardSets([small_set]), settings)
     for found, without in zip(whole, intact, strict=True):
         assert found.ids.tolist() == plan.order(plan.positions(found.step), bad).tolist()
         same = found.ids == without.ids
@@ -105,7 +106,7 @@ def test_damaged_samples_are_replaced(
 @EXECUTORS
 @pytest.mark.parametrize("change", ["two threads, prefetch 3", "restart", "two ranks"])
 def test_replacing_is_exact_too(
-    damaged: tuple[Collection, set[int]], executor: str, change: str
+    damaged: tuple[ConcatShardSets, set[int]], executor: str, change: str
 ) -> None:
     data, _ = damaged
     one = Settings(executor, threads=1, prefetch=1)
@@ -122,7 +123,7 @@ def test_replacing_is_exact_too(
 
 @EXECUTORS
 def test_a_failure_without_damage_is_raised_as_it_is(
-    both: Collection, executor: str, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the first batch fails for want of memory, as DALI and decoders behind PIL tell it."""
     calls = count()
@@ -157,7 +158,7 @@ def test_no_executor_sees_a_damaged_image(
     render = module.render
 
     def watched(source: Source, look: object, batch: int, settings: Settings) -> object:
-        def told(number: int) -> Work | None:
+        def told(number: int) -> EncodedBatch | None:
             work = source(number)
             shown.extend(work.ids.tolist() if work else ())
             return work
@@ -166,7 +167,7 @@ def test_no_executor_sees_a_damaged_image(
 
     monkeypatch.setattr(module, "render", watched)
     loader = Loader(
-        *(Collection([copied]), Plan(24, 24, 3), VIEWS),
+        *(ConcatShardSets([copied]), Plan(24, 24, 3), VIEWS),
         **LOOK,
         settings=Settings(executor, threads=1),
         max_bad=2,
@@ -178,14 +179,14 @@ def test_no_executor_sees_a_damaged_image(
 
 @EXECUTORS
 def test_more_damage_than_allowed_is_named(
-    damaged: tuple[Collection, set[int]], executor: str
+    damaged: tuple[ConcatShardSets, set[int]], executor: str
 ) -> None:
     with pytest.raises(DataError, match=r"^1 image\(s\) of a batch cannot be read: sample \d+"):
         stream(damaged[0], Settings(executor, threads=1, prefetch=1), max_bad=2)
 
 
 def test_a_missing_shard_is_named(copied: ShardSet) -> None:
-    data = Collection([copied])
+    data = ConcatShardSets([copied])
     (copied.root / "shard-000000.tar").unlink()
     named = r"8 image.s. of a batch cannot be read: sample \d+ \(\w+/\d+.jpg\) in .*000000.tar; "
     with pytest.raises(DataError, match=named):
@@ -196,7 +197,7 @@ def test_a_missing_shard_is_named(copied: ShardSet) -> None:
 
 @EXECUTORS
 def test_a_shard_cut_short_under_a_running_loader_is_named(copied: ShardSet, executor: str) -> None:
-    data = Collection([copied])
+    data = ConcatShardSets([copied])
     batches = Loader(
         data, Plan(24, 8, 3), VIEWS, **LOOK, settings=Settings(executor, prefetch=1)
     ).batches()

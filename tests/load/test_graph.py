@@ -12,10 +12,10 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from fastmoco.config import View
-from fastmoco.load import dali
-from fastmoco.load.augment import draw, uniforms
-from fastmoco.load.work import Look, Settings, Stages, Work
+from fastmoco.config.recipe import View
+from fastmoco.load import dali_executor as dali
+from fastmoco.load.executor import EnabledOps, EncodedBatch, PipelineSpec, Settings
+from fastmoco.load.view_params import draw, uniforms
 
 REGISTERED = {
     "cpu": set(backend.RegisteredCPUOps()),
@@ -23,16 +23,16 @@ REGISTERED = {
     "mixed": set(backend.RegisteredMixedOps()),
 }
 LOOKS = {
-    "two full views": (Stages(True, True), Stages(True, True)),
-    "solarized": (Stages(True, True), Stages(True, True, True)),
-    "colour": (Stages(colour=True), Stages(colour=True)),
-    "blur": (Stages(blur=True),),
-    "evaluation": (Stages(),),
+    "two full views": (EnabledOps(True, True), EnabledOps(True, True)),
+    "solarized": (EnabledOps(True, True), EnabledOps(True, True, True)),
+    "color": (EnabledOps(color=True), EnabledOps(color=True)),
+    "blur": (EnabledOps(blur=True),),
+    "evaluation": (EnabledOps(),),
 }
 
 
-def built(device: str, stages: tuple[Stages, ...], decoder: str | None = None) -> Pipeline:
-    look = Look(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), stages)
+def built(device: str, stages: tuple[EnabledOps, ...], decoder: str | None = None) -> Pipeline:
+    look = PipelineSpec(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), stages)
     return dali.build(
         lambda info: [],
         look,
@@ -70,7 +70,7 @@ def test_every_operator_exists_for_its_device(device: str) -> None:
 
 @pytest.mark.parametrize("name", LOOKS)
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_the_graph_serialises_without_a_gpu(device: str, name: str) -> None:
+def test_the_graph_serializes_without_a_gpu(device: str, name: str) -> None:
     assert len(built(device, LOOKS[name]).serialize()) > 1000
 
 
@@ -138,8 +138,11 @@ def test_memory_of_the_gpu_is_kept_until_torch_is_done_with_it(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(dali, "build", build)
     monkeypatch.setattr(dali, "to_torch", drawn)
-    look, settings = Look(32, (0, 0, 0), (1, 1, 1), ()), Settings(device=torch.device("cuda", 0))
-    batches = dali.render(lambda number: Work(np.arange(1), [], []), look, 1, settings)
+    look, settings = (
+        PipelineSpec(32, (0, 0, 0), (1, 1, 1), ()),
+        Settings(device=torch.device("cuda", 0)),
+    )
+    batches = dali.render(lambda number: EncodedBatch(np.arange(1), [], []), look, 1, settings)
     for number in range(6):
         next(batches)
         gone = [i for i in range(number) if alive[i]() is None]
@@ -152,7 +155,7 @@ def test_no_operator_draws_numbers_of_its_own(device: str) -> None:
     assert not [name for name in names if "andom" in name or "Flip" in name or "Uniform" in name]
 
 
-def test_views_without_colour_or_blur_do_not_pay_for_them() -> None:
+def test_views_without_color_or_blur_do_not_pay_for_them() -> None:
     plain = {name for name, _ in operators(built("cpu", LOOKS["evaluation"]))}
     full = {name for name, _ in operators(built("cpu", LOOKS["two full views"]))}
     assert not {"CoordTransform", "GaussianBlur"} & plain
@@ -167,8 +170,8 @@ def test_the_gpu_draws_what_the_cpu_draws(
     images = [make_picture(i, (64, 48)) for i in range(8)]
     view = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5)
     numbers = draw(view, uniforms(0, 0, 8, 1)[0], np.tile([[48, 64]], (8, 1)))
-    work = Work(np.arange(8), [encode(image, "jpeg") for image in images], [numbers])
-    look = Look(32, (0.5, 0.5, 0.5), (1 / 255,) * 3, (Stages(True, True),))
+    work = EncodedBatch(np.arange(8), [encode(image, "jpeg") for image in images], [numbers])
+    look = PipelineSpec(32, (0.5, 0.5, 0.5), (1 / 255,) * 3, (EnabledOps(True, True),))
     cpu, gpu = (
         next(dali.render(lambda i: None if i else work, look, 8, settings)).views[0]
         for settings in (Settings(), Settings(device=torch.device("cuda", 0), decode=decode))

@@ -13,21 +13,21 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from fastmoco import load
+from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import UsageError
-from fastmoco.load import dali
+from fastmoco.load import dali_executor as dali
+from fastmoco.load.executor import DecodedBatch, Settings
 from fastmoco.load.loader import Batch, Loader, evaluation_batches
-from fastmoco.load.plan import Plan
-from fastmoco.load.reader import Reader
-from fastmoco.load.work import Rendered, Settings
+from fastmoco.load.sampler import Plan
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.pack.packer import pack
 
 from .conftest import EXECUTORS, LOOK, STEPS, VIEWS, assert_equal, evaluated, joined, stream
 
 
 @pytest.fixture(scope="module", params=["dali", "torchvision"])
-def expected(request: pytest.FixtureRequest, both: Collection) -> tuple[str, list[Batch]]:
+def expected(request: pytest.FixtureRequest, both: ConcatShardSets) -> tuple[str, list[Batch]]:
     """The executor and its batches on one thread and one rank, from the start."""
     return request.param, stream(both, Settings(request.param, threads=1, prefetch=1))
 
@@ -44,14 +44,14 @@ def test_steps_ids_and_views_vary(expected: tuple[str, list[Batch]]) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("prefetch", [1, 2, 3, 4])
 def test_threads_and_prefetch_change_no_bit(
-    both: Collection, expected: tuple[str, list[Batch]], threads: int, prefetch: int
+    both: ConcatShardSets, expected: tuple[str, list[Batch]], threads: int, prefetch: int
 ) -> None:
     executor, batches = expected
     assert_equal(stream(both, Settings(executor, threads=threads, prefetch=prefetch)), batches)
 
 
 def test_reading_in_any_order_changes_no_bit(
-    both: Collection, expected: tuple[str, list[Batch]], monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, expected: tuple[str, list[Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, wait = Reader._read, random.Random(0)
 
@@ -67,7 +67,7 @@ def test_reading_in_any_order_changes_no_bit(
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_together_draw_what_one_rank_draws(
-    both: Collection, expected: tuple[str, list[Batch]], ranks: int
+    both: ConcatShardSets, expected: tuple[str, list[Batch]], ranks: int
 ) -> None:
     executor, batches = expected
     settings = Settings(executor, threads=1)
@@ -77,14 +77,14 @@ def test_ranks_together_draw_what_one_rank_draws(
 
 @pytest.mark.parametrize("start", range(1, STEPS))
 def test_a_restart_at_any_step_goes_on_as_if_never_stopped(
-    both: Collection, expected: tuple[str, list[Batch]], start: int
+    both: ConcatShardSets, expected: tuple[str, list[Batch]], start: int
 ) -> None:
     executor, batches = expected
     assert_equal(stream(both, Settings(executor, threads=2), start=start), batches[start:])
 
 
 def test_another_seed_gives_other_ids_and_views(
-    both: Collection, expected: tuple[str, list[Batch]]
+    both: ConcatShardSets, expected: tuple[str, list[Batch]]
 ) -> None:
     other = stream(both, Settings(expected[0], threads=1), stop=1, seed=4)[0]
     assert not np.array_equal(other.ids, expected[1][0].ids)
@@ -101,7 +101,7 @@ def test_an_image_is_drawn_anew_each_epoch(expected: tuple[str, list[Batch]]) ->
     assert again > 5
 
 
-def test_no_two_epochs_share_their_numbers(both: Collection) -> None:
+def test_no_two_epochs_share_their_numbers(both: ConcatShardSets) -> None:
     loader = Loader(both, Plan(34, 8, 3), VIEWS, **LOOK, settings=Settings())
     ids, first = np.arange(8), np.arange(8)
     for view, later in zip(
@@ -110,7 +110,7 @@ def test_no_two_epochs_share_their_numbers(both: Collection) -> None:
         assert (view.crop != later.crop).any(axis=1).all()
 
 
-def test_executors_yield_the_same_batches_up_to_colour(both: Collection) -> None:
+def test_executors_yield_the_same_batches_up_to_color(both: ConcatShardSets) -> None:
     one, two = (
         stream(both, Settings(executor, threads=1), stop=3) for executor in ("dali", "torchvision")
     )
@@ -121,7 +121,7 @@ def test_executors_yield_the_same_batches_up_to_colour(both: Collection) -> None
 
 
 def test_several_sets_are_read_as_one(
-    both: Collection, small_set: ShardSet, second_set: ShardSet
+    both: ConcatShardSets, small_set: ShardSet, second_set: ShardSet
 ) -> None:
     ids = np.array([24, 0, 33, 23, 5])
     found = Reader(both).fetch(ids)
@@ -135,7 +135,7 @@ def test_several_sets_are_read_as_one(
 @pytest.mark.parametrize("ids", [slice(0, 34), slice(5, 23), slice(33, 34), slice(20, 20)])
 @pytest.mark.parametrize("batch", [1, 7, 17, 40])
 def test_evaluation_shows_every_sample_once_in_order(
-    both: Collection, executor: str, ids: slice, batch: int
+    both: ConcatShardSets, executor: str, ids: slice, batch: int
 ) -> None:
     if batch == 1 and ids.stop == 34 and ids.start == 0:
         ids = slice(0, 6)
@@ -147,10 +147,10 @@ def test_evaluation_shows_every_sample_once_in_order(
 
 @EXECUTORS
 @pytest.mark.parametrize(("share", "size"), [(1.0, 24), (0.875, 21)])
-def test_evaluation_shows_the_centre_of_the_image(
-    both: Collection, second_set: ShardSet, executor: str, share: float, size: int
+def test_evaluation_shows_the_center_of_the_image(
+    both: ConcatShardSets, second_set: ShardSet, executor: str, share: float, size: int
 ) -> None:
-    """The second set's PNGs are 24 wide, 36 high: no pixel of the centre needs resampling."""
+    """The second set's PNGs are 24 wide, 36 high: no pixel of the center needs resampling."""
     (batch,) = evaluated(both, slice(24, 34), 10, executor, share=share, size=size)
     margin = (24 - size) // 2
     for row, view in enumerate(batch.views[0]):
@@ -194,12 +194,14 @@ def test_a_gpu_decodes_large_jpegs(
         pack(images, tmp_path / name, PackOptions())
         return ShardSet(tmp_path / name)
 
-    def told(source: object, look: object, batch: int, settings: Settings) -> Iterator[Rendered]:
+    def told(
+        source: object, look: object, batch: int, settings: Settings
+    ) -> Iterator[DecodedBatch]:
         raise _Decoder(settings.decode)
         yield
 
     monkeypatch.setattr(dali, "render", told)
-    data = Collection([made(name) for name in sets])
+    data = ConcatShardSets([made(name) for name in sets])
     settings = Settings(device=torch.device(device), decode=wanted)
     loader = Loader(data, Plan(8, 8, 3), VIEWS, **LOOK, settings=settings)
     evaluation = evaluation_batches(
@@ -211,10 +213,10 @@ def test_a_gpu_decodes_large_jpegs(
 
 
 def test_without_dali_the_remedy_is_named(
-    both: Collection, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "fastmoco.load.dali", raising=False)
-    monkeypatch.delattr(load, "dali", raising=False)
+    monkeypatch.delitem(sys.modules, "fastmoco.load.dali_executor", raising=False)
+    monkeypatch.delattr(load, "dali_executor", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UsageError, match=r"'fastmoco\[cuda13\]'.*executor=torchvision"):
         stream(both)
@@ -222,7 +224,7 @@ def test_without_dali_the_remedy_is_named(
 
 
 def test_a_driver_too_old_for_dali_is_named(
-    both: Collection, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(pipeline: Pipeline) -> None:
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")

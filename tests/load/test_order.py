@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmoco.config import Recipe, validate
+from fastmoco.config.recipe import Recipe, validate
+from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
-from fastmoco.load.order import Chosen, Order, Repeated, Shuffled, Windowed
-from fastmoco.load.plan import Plan, _shards, plan_of
+from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
+from fastmoco.load.sampler import Plan, _shards, plan_of
 from fastmoco.load.subset import read_ids, stratified
-from fastmoco.shardset import LABEL_DTYPE, Collection, ShardSet, write_labels
 
 SHARDS = (7, 3, 11, 5, 1, 9, 4)
 
@@ -69,16 +69,16 @@ def test_one_window_over_all_shards_is_a_full_shuffle() -> None:
 
 def test_chosen_samples_are_all_that_is_shown() -> None:
     ids = np.array([3, 8, 9, 40])
-    plan = Plan(4, 2, 7, Chosen(ids, Shuffled(4, 7)))
+    plan = Plan(4, 2, 7, SubsetOrder(ids, Shuffled(4, 7)))
     shown = plan.order(np.arange(12)).reshape(3, 4)
     assert all(sorted(epoch) == ids.tolist() for epoch in shown.tolist())
     assert len({tuple(epoch) for epoch in shown.tolist()}) > 1
 
 
 @pytest.fixture(scope="module")
-def data(small_set: ShardSet, second_set: ShardSet) -> Collection:
+def data(small_set: ShardSet, second_set: ShardSet) -> ConcatShardSets:
     """Two sets: 24 labelled samples of 3 classes, then 10 without a label."""
-    return Collection([small_set, second_set])
+    return ConcatShardSets([small_set, second_set])
 
 
 def recipe_of(**keys: object) -> Recipe:
@@ -93,14 +93,14 @@ def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
     return plan.order(np.arange(first, first + plan.samples)).tolist()
 
 
-def test_a_recipe_names_its_ids(data: Collection, tmp_path: Path) -> None:
+def test_a_recipe_names_its_ids(data: ConcatShardSets, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("33\n5\n24\n7\n")
     plan = plan_of(recipe_of(subset={"ids": str(tmp_path / "ids.txt")}), data)
     assert plan.samples == 4 and plan.steps_per_epoch == 2
     assert sorted(epoch_of(plan)) == [5, 7, 24, 33]
 
 
-def test_a_recipe_takes_a_share_of_every_class_of_every_set(data: Collection) -> None:
+def test_a_recipe_takes_a_share_of_every_class_of_every_set(data: ConcatShardSets) -> None:
     labels = np.concatenate([one.labels() for one in data.sets])
     ids = np.array(epoch_of(plan_of(recipe_of(subset={"fraction": 0.5}), data)))
     assert np.unique(labels[ids], return_counts=True)[1].tolist() == [5, 4, 4, 4]
@@ -117,12 +117,12 @@ def test_a_recipe_takes_the_classes_from_a_side_table(small_set: ShardSet, tmp_p
     rows["id"], rows["label"] = np.arange(20), np.arange(20) // 10
     write_labels(copied, "late", rows, ["x", "y"], "test")
     subset = {"fraction": 0.2, "labels": "late"}
-    ids = epoch_of(plan_of(recipe_of(subset=subset), Collection([copied])))
+    ids = epoch_of(plan_of(recipe_of(subset=subset), ConcatShardSets([copied])))
     labels = copied.labels("late")[ids]
     assert np.unique(labels, return_counts=True)[1].tolist() == [1, 2, 2]  # -1: the 4 without
 
 
-def test_a_recipe_repeats_and_windows(data: Collection) -> None:
+def test_a_recipe_repeats_and_windows(data: ConcatShardSets) -> None:
     once = plan_of(recipe_of(), data)
     thrice = plan_of(recipe_of(repeat=3), data)
     assert thrice.samples == 102 and thrice.steps_per_epoch == 51
@@ -134,10 +134,10 @@ def test_a_recipe_repeats_and_windows(data: Collection) -> None:
 
 
 def test_a_window_over_a_subset_reads_shards_as_a_whole(small_set: ShardSet) -> None:
-    data = Collection([small_set] * 4)  # 4 shards of 24
+    data = ConcatShardSets([small_set] * 4)  # 4 shards of 24
     ids = np.r_[2, 3, 20:24, 25, 90:96]
     recipe = recipe_of(window=1)
-    order = Chosen(ids, Windowed(_shards(data, ids), recipe.window, 0))
+    order = SubsetOrder(ids, Windowed(_shards(data, ids), recipe.window, 0))
     shards = np.array(epoch_of(Plan(len(order), 2, 0, order))) // 24
     assert _shards(data, ids) == (6, 1, 6)
     assert len(np.diff(shards).nonzero()[0]) == 2

@@ -8,21 +8,21 @@ from threading import Semaphore
 
 import pytest
 
+from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError
+from fastmoco.load.executor import EncodedBatch, Settings
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.reader import Reader
-from fastmoco.load.work import Settings, Work
-from fastmoco.shardset import Collection, ShardSet
+from fastmoco.load.sampler import Plan
 
 from .conftest import EXECUTORS, LOOK, VIEWS, evaluated, stream
 
 
-def reading(both: Collection, monkeypatch: pytest.MonkeyPatch) -> tuple[Loader, Semaphore]:
+def reading(both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch) -> tuple[Loader, Semaphore]:
     """Return a loader that does not draw ahead, and a count of the batches it has read."""
     read, work = Semaphore(0), Loader.work
 
-    def counted(*arguments: object) -> Work:
+    def counted(*arguments: object) -> EncodedBatch:
         made = work(*arguments)
         read.release()
         return made
@@ -33,7 +33,7 @@ def reading(both: Collection, monkeypatch: pytest.MonkeyPatch) -> tuple[Loader, 
 
 
 def test_the_next_batches_are_read_before_they_are_asked_for(
-    both: Collection, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, read = reading(both, monkeypatch)
     batches = loader.batches()
@@ -45,7 +45,7 @@ def test_the_next_batches_are_read_before_they_are_asked_for(
 
 
 def test_images_of_a_batch_are_read_at_the_same_time(
-    both: Collection, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, all_there = Reader._read, threading.Barrier(8, timeout=60)
 
@@ -58,7 +58,7 @@ def test_images_of_a_batch_are_read_at_the_same_time(
 
 
 def test_what_was_read_before_it_was_known_as_damaged_is_not_shown(
-    both: Collection, monkeypatch: pytest.MonkeyPatch
+    both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, read = reading(both, monkeypatch)
     batches, plan = loader.batches(), loader.plan
@@ -76,7 +76,7 @@ def readers() -> list[threading.Thread]:
 
 @EXECUTORS
 def test_no_thread_outlives_its_batches(copied: ShardSet, executor: str) -> None:
-    data = Collection([copied])
+    data = ConcatShardSets([copied])
     plan, settings = Plan(24, 8, 3), Settings(executor, threads=1)
     batches = Loader(data, plan, VIEWS, **LOOK, settings=settings).batches()
     next(batches)
@@ -94,15 +94,15 @@ def test_no_thread_outlives_its_batches(copied: ShardSet, executor: str) -> None
 LEFT = """
 import sys, time
 from pathlib import Path
-from fastmoco.config import View
+from fastmoco.config.recipe import View
 from fastmoco.load.loader import Loader
-from fastmoco.load.plan import Plan
-from fastmoco.load.reader import Reader
-from fastmoco.load.work import Settings
-from fastmoco.shardset import Collection
+from fastmoco.load.sampler import Plan
+from fastmoco.dataset.reader import Reader
+from fastmoco.load.executor import Settings
+from fastmoco.dataset.shard_set import ConcatShardSets
 
 loader = Loader(
-    Collection.open([Path(sys.argv[1])]), Plan(24, 24, 3), [View()] * 2,
+    ConcatShardSets.open([Path(sys.argv[1])]), Plan(24, 24, 3), [View()] * 2,
     size=16, mean=(0.5,) * 3, std=(0.2,) * 3, settings=Settings(threads=1, prefetch=1),
 )
 read = Reader._read

@@ -10,13 +10,14 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from fastmoco.config import View
-from fastmoco.load import dali, portable
-from fastmoco.load.augment import ViewNumbers, central, draw, uniforms
-from fastmoco.load.work import Look, Settings, Stages, Work
+from fastmoco.config.recipe import View
+from fastmoco.load import dali_executor as dali
+from fastmoco.load import torchvision_executor as portable
+from fastmoco.load.executor import EnabledOps, EncodedBatch, PipelineSpec, Settings
+from fastmoco.load.view_params import ViewParams, central, draw, uniforms
 
 N, SIZE = 16, 32
-EVERY = Stages(colour=True, blur=True, solarize=True)
+EVERY = EnabledOps(color=True, blur=True, solarize=True)
 EXECUTORS = pytest.mark.parametrize("executor", [dali, portable], ids=["dali", "torchvision"])
 
 
@@ -32,12 +33,12 @@ def files(images: list[Image.Image], encode: Callable[..., np.ndarray]) -> list[
     return [encode(image) for image in images]
 
 
-def numbers_of(view: View, images: list[Image.Image]) -> ViewNumbers:
+def numbers_of(view: View, images: list[Image.Image]) -> ViewParams:
     sizes = np.array([[image.height, image.width] for image in images])
     return draw(view, uniforms(1, 0, len(images), 1)[0], sizes)
 
 
-def plain(images: list[Image.Image], **changes: object) -> ViewNumbers:
+def plain(images: list[Image.Image], **changes: object) -> ViewParams:
     """Return numbers that show the images whole, but for the changes."""
     n = len(images)
     whole = [[0, 0, image.height, image.width] for image in images]
@@ -49,17 +50,17 @@ def plain(images: list[Image.Image], **changes: object) -> ViewNumbers:
 def render(
     executor: object,
     files: list[np.ndarray],
-    numbers: ViewNumbers,
-    stages: Stages = EVERY,
+    numbers: ViewParams,
+    stages: EnabledOps = EVERY,
     size: int = SIZE,
     mean: tuple[float, float, float] = (0, 0, 0),
     std: tuple[float, float, float] = (1 / 255,) * 3,
 ) -> torch.Tensor:
     """Return one view of all files, in levels of 0..255 unless mean and std say otherwise."""
-    work = Work(np.arange(len(files)), files, [numbers])
+    work = EncodedBatch(np.arange(len(files)), files, [numbers])
     batches = executor.render(
         lambda number: None if number else work,
-        Look(size, mean, std, (stages,)),
+        PipelineSpec(size, mean, std, (stages,)),
         len(files),
         Settings(threads=1, prefetch=1),
     )
@@ -70,7 +71,7 @@ def levels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-def by_hand(image: Image.Image, numbers: ViewNumbers, i: int) -> torch.Tensor:
+def by_hand(image: Image.Image, numbers: ViewParams, i: int) -> torch.Tensor:
     """Draw a view as torchvision's transforms do on a PIL image."""
     top, left, height, width = numbers.crop[i].tolist()
     image = F.resized_crop(image, top, left, height, width, [SIZE, SIZE])
@@ -88,9 +89,9 @@ def by_hand(image: Image.Image, numbers: ViewNumbers, i: int) -> torch.Tensor:
 
 
 # Mean difference between the executors, in levels of 255. torchvision rounds (crop, blur) or
-# truncates (colour: half a level each time) to 8 bits after every stage, DALI keeps fractions.
+# truncates (color: half a level each time) to 8 bits after every stage, DALI keeps fractions.
 # DALI's crop weighs in pixels beyond the crop's edge, as PIL's `resize(box=)` does; torchvision's
-# cuts first. DALI turns hue about the grey axis, torchvision in HSV.
+# cuts first. DALI turns hue about the gray axis, torchvision in HSV.
 STAGES = {
     "crop": (View(flip=0.5), 0.35),
     "brightness": (View(jitter=(0.4, 0, 0, 0)), 0.8),
@@ -99,7 +100,7 @@ STAGES = {
     "grayscale": (View(grayscale=1), 0.8),
     "blur": (View(blur=1), 0.3),
     "solarize": (View(solarize=0.5), 0.5),
-    "centre, solarize": (View(crop="center", solarize=1), 0.5),
+    "center, solarize": (View(crop="center", solarize=1), 0.5),
     "whole": (View(crop="none"), 0.35),
     "hue": (View(jitter=(0, 0, 0, 0.1)), 10.0),
     "all but hue": (View(jitter=(0.4, 0.4, 0.4, 0), grayscale=0.2, blur=0.5), 2.5),
@@ -111,8 +112,8 @@ STAGES = {
 def test_executors_agree(stage: str, images: list[Image.Image], files: list[np.ndarray]) -> None:
     view, bound = STAGES[stage]
     numbers = numbers_of(view, images)
-    colour = any(view.jitter) or view.grayscale > 0
-    stages = Stages(colour, view.blur > 0, view.solarize > 0)
+    color = any(view.jitter) or view.grayscale > 0
+    stages = EnabledOps(color, view.blur > 0, view.solarize > 0)
     one, two = (render(executor, files, numbers, stages) for executor in (dali, portable))
     assert (one - two).abs().mean() < bound
 
@@ -130,7 +131,7 @@ def test_the_torchvision_executor_does_what_torchvision_does(
 
 def test_dali_crops_as_pil_does(images: list[Image.Image], files: list[np.ndarray]) -> None:
     numbers = numbers_of(View(flip=0), images)
-    found = render(dali, files, numbers, Stages())
+    found = render(dali, files, numbers, EnabledOps())
     for image, crop, view in zip(images, numbers.crop.tolist(), found, strict=True):
         top, left, height, width = crop
         box = (left, top, left + width, top + height)
@@ -153,19 +154,19 @@ COLOURS = {
 
 @pytest.mark.parametrize("name", COLOURS)
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_dali_changes_colours_as_torchvision_does_without_rounding(
+def test_dali_changes_colors_as_torchvision_does_without_rounding(
     name: str, factor: float, squares: list[Image.Image], encode: Callable[..., np.ndarray]
 ) -> None:
     numbers = plain(squares, **{name: np.float32(factor)}, jitter=True)
     found = render(dali, [encode(image) for image in squares], numbers)
     expected = torch.stack([COLOURS[name](levels(x) / 255, factor) * 255 for x in squares])
-    # DALI takes the mean of greys that are rounded, which may move it a little.
+    # DALI takes the mean of grays that are rounded, which may move it a little.
     assert (found - expected).abs().max() < 0.3
 
 
 @EXECUTORS
 @pytest.mark.parametrize("factor", [0.6, 1.4])
-def test_contrast_leaves_the_mean_grey_of_the_view_where_it_is(
+def test_contrast_leaves_the_mean_gray_of_the_view_where_it_is(
     executor: object,
     factor: float,
     make_picture: Callable[..., Image.Image],
@@ -173,12 +174,12 @@ def test_contrast_leaves_the_mean_grey_of_the_view_where_it_is(
 ) -> None:
     """A pull towards 128, DALI's default, would move this dark picture by 30 levels."""
     dark = make_picture(3, (SIZE, SIZE)).point(lambda level: 20 + level // 5)
-    grey = np.array(dark.convert("L"), dtype=float)
+    gray = np.array(dark.convert("L"), dtype=float)
     numbers = plain([dark], contrast=np.float32(factor), jitter=True)
     found = render(executor, [encode(dark)], numbers)[0]
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    assert abs(float((found * weights).sum(0).mean()) - grey.mean()) < 0.8
-    assert float((found * weights).sum(0).std()) == pytest.approx(factor * grey.std(), rel=0.03)
+    assert abs(float((found * weights).sum(0).mean()) - gray.mean()) < 0.8
+    assert float((found * weights).sum(0).std()) == pytest.approx(factor * gray.std(), rel=0.03)
 
 
 def test_contrast_takes_the_mean_of_the_crop_not_of_the_image(
@@ -220,7 +221,7 @@ def test_dali_blurs_as_torchvision_does(
     sigma: float, squares: list[Image.Image], encode: Callable[..., np.ndarray]
 ) -> None:
     numbers = plain(squares, blur=True, sigma=np.float32(sigma))
-    found = render(dali, [encode(x) for x in squares], numbers, Stages(blur=True))
+    found = render(dali, [encode(x) for x in squares], numbers, EnabledOps(blur=True))
     expected = F.gaussian_blur(torch.stack([levels(x) for x in squares]), [23, 23], [sigma])
     # On uint8 DALI rounds its result; its window ends at 3 sigma.
     assert (found - expected).abs().max() < 1.0
@@ -252,13 +253,13 @@ def test_each_image_is_drawn_by_its_own_numbers(
 
 
 @EXECUTORS
-def test_channels_are_normalised(
+def test_channels_are_normalized(
     executor: object, images: list[Image.Image], files: list[np.ndarray]
 ) -> None:
     mean, std = (0.1, 0.4, 0.7), (0.2, 0.5, 0.3)
     numbers = numbers_of(View(), images)
-    raw = render(executor, files, numbers, Stages())
-    found = render(executor, files, numbers, Stages(), mean=mean, std=std)
+    raw = render(executor, files, numbers, EnabledOps())
+    found = render(executor, files, numbers, EnabledOps(), mean=mean, std=std)
     columns = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
     center, spread = columns
     torch.testing.assert_close(found, (raw / 255 - center) / spread, rtol=0, atol=1e-5)
@@ -273,7 +274,7 @@ def test_any_stored_mode_becomes_rgb(
     encode: Callable[..., np.ndarray],
 ) -> None:
     image = squares[0].convert(mode)
-    found = render(executor, [encode(image)], plain([image]), Stages())
+    found = render(executor, [encode(image)], plain([image]), EnabledOps())
     assert (found[0] - levels(image.convert("RGB"))).abs().max() <= 0.01
 
 
@@ -286,7 +287,7 @@ def test_jpegs_decode_as_in_pil_and_are_never_turned(
     exif[0x0112] = 6  # a quarter turn, if anyone asks
     file = encode(image, "jpeg", quality=95, exif=exif)
     stored = Image.open(io.BytesIO(file))
-    found = render(executor, [file], plain([image]), Stages())[0]
+    found = render(executor, [file], plain([image]), EnabledOps())[0]
     assert (found - levels(stored)).abs().mean() < 1
     assert (found - levels(stored.rotate(-90))).abs().mean() > 20
 
@@ -302,10 +303,10 @@ def test_views_are_channels_last_fp32(
 
 def test_dali_hands_its_memory_over(images: list[Image.Image], files: list[np.ndarray]) -> None:
     numbers = numbers_of(View(), images)
-    feed = [files, *dali.inputs(numbers, Stages())]
+    feed = [files, *dali.inputs(numbers, EnabledOps())]
     pipeline = dali.build(
         lambda info: feed,
-        Look(SIZE, (0, 0, 0), (1, 1, 1), (Stages(),)),
+        PipelineSpec(SIZE, (0, 0, 0), (1, 1, 1), (EnabledOps(),)),
         batch=N,
         threads=1,
         prefetch=1,
@@ -322,10 +323,10 @@ def test_a_view_survives_the_batches_after_it(
     images: list[Image.Image], files: list[np.ndarray]
 ) -> None:
     numbers = numbers_of(View(flip=0), images)
-    works = [Work(np.arange(N), files[i:] + files[:i], [numbers]) for i in range(6)]
+    works = [EncodedBatch(np.arange(N), files[i:] + files[:i], [numbers]) for i in range(6)]
     batches = dali.render(
         lambda number: works[number] if number < 6 else None,
-        Look(SIZE, (0, 0, 0), (1, 1, 1), (Stages(),)),
+        PipelineSpec(SIZE, (0, 0, 0), (1, 1, 1), (EnabledOps(),)),
         N,
         Settings(threads=1, prefetch=2),
     )
@@ -341,9 +342,9 @@ def test_two_views_of_an_image_come_from_one_decode(
 ) -> None:
     plainer, richer = View(flip=0), View(jitter=(0.4, 0.4, 0.4, 0), blur=0.5)
     pair = [numbers_of(plainer, images), numbers_of(richer, images)]
-    look = Look(SIZE, (0, 0, 0), (1 / 255,) * 3, (Stages(), EVERY))
-    work = Work(np.arange(N), files, pair)
+    look = PipelineSpec(SIZE, (0, 0, 0), (1 / 255,) * 3, (EnabledOps(), EVERY))
+    work = EncodedBatch(np.arange(N), files, pair)
     batches = executor.render(lambda i: None if i else work, look, N, Settings(threads=1))
     views = next(iter(batches)).views
-    alone = [render(executor, files, pair[0], Stages()), render(executor, files, pair[1])]
+    alone = [render(executor, files, pair[0], EnabledOps()), render(executor, files, pair[1])]
     assert all(torch.equal(a, b) for a, b in zip(views, alone, strict=True))

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from tars import encoded, hashes, write_tar
 
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
+from fastmoco.load.executor import Settings
 from fastmoco.load.loader import evaluation_batches
-from fastmoco.load.work import Settings
 from fastmoco.pack.adopt import AdoptOptions, adopt
 from fastmoco.pack.verify import verify
-from fastmoco.shardset import Collection, ShardSet
 
 Picture = Callable[..., Image.Image]
 
@@ -176,7 +176,11 @@ def test_mixed_formats_go_through_the_loader(tmp_path: Path, make_picture: Pictu
     assert len(one) == 6 and verify(tmp_path / "s", full=True) == []
     look = {"size": 32, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "share": 1.0}
     (batch,) = evaluation_batches(
-        Collection([one]), ids=slice(0, 6), batch=6, settings=Settings("dali", threads=1), **look
+        ConcatShardSets([one]),
+        ids=slice(0, 6),
+        batch=6,
+        settings=Settings("dali", threads=1),
+        **look,
     )
     assert (batch.views[0] - batch.views[0][2:3]).abs().mean(dim=(1, 2, 3))[
         [0, 3, 4, 5]
@@ -187,11 +191,11 @@ def test_what_cannot_be_read_in_place_is_left_out(
     tmp_path: Path, make_picture: Picture, jpeg: Callable[..., bytes]
 ) -> None:
     picture = make_picture(0)
-    grey16 = Image.fromarray(np.zeros((8, 8), dtype=np.uint16))
+    gray16 = Image.fromarray(np.zeros((8, 8), dtype=np.uint16))
     members = [
         ("good.jpg", jpeg(1)),
         ("cmyk.jpg", encoded(picture.convert("CMYK"))),
-        ("deep.png", encoded(grey16, "PNG")),
+        ("deep.png", encoded(gray16, "PNG")),
         ("still.gif", encoded(picture, "GIF")),
         ("cut.jpg", jpeg(2)[:-100]),
         ("page.jpg", b"<html>"),

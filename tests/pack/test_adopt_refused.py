@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from tars import write_tar
 
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.adopt import adopt
-from fastmoco.shardset import ShardSet
 
 Picture = Callable[..., Image.Image]
 

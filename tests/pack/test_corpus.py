@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from tars import encoded
 
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import ShardSet
+from fastmoco.pack.packer import pack
 
 KEPT, CONVERTED = "kept", "converted"
 NOT_AN_IMAGE, BROKEN = "is not an image", "cannot be decoded"
@@ -73,14 +73,14 @@ def pictures(image: Image.Image) -> Corpus:
     return {
         "plain.jpg": (encoded(image, "JPEG"), KEPT),
         "progressive.jpg": (encoded(image, "JPEG", progressive=True), KEPT),
-        "grey.jpg": (encoded(image.convert("L"), "JPEG"), KEPT),
+        "gray.jpg": (encoded(image.convert("L"), "JPEG"), KEPT),
         "restart markers.jpg": (encoded(image, "JPEG", restart_marker_blocks=2), KEPT),
         "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG"), CONVERTED),
         "turned.jpg": (encoded(image, "JPEG", exif=turned), CONVERTED),
         "turned.png": (encoded(image, "PNG", exif=turned), CONVERTED),
         "plain.png": (encoded(image, "PNG"), KEPT),
         "alpha.png": (encoded(alpha, "PNG"), KEPT),
-        "grey alpha.png": (encoded(alpha.convert("LA"), "PNG"), KEPT),
+        "gray alpha.png": (encoded(alpha.convert("LA"), "PNG"), KEPT),
         "palette.png": (encoded(image.quantize(90), "PNG"), KEPT),
         "2-bit palette.png": (encoded(image.quantize(4), "PNG"), CONVERTED),
         "black and white.png": (encoded(image.convert("1"), "PNG"), CONVERTED),

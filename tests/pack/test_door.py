@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, features
 from tars import encoded, write_tar
 
-from fastmoco.shardset import ShardSet
+from fastmoco.dataset.shard_set import ShardSet
 
 Make = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -383,7 +383,7 @@ def test_json_lines_whose_first_image_has_no_label(
     shard: Callable[..., str], tmp_path: Path
 ) -> None:
     for number in range(5):
-        put(tmp_path / f"flat/{number}.jpg", encoded(number))
+        put(tmp_path / f"flat/{number}.jpg", photo(number))
     lines = [{"file": "0.jpg"}, *({"file": f"{n}.jpg", "label": "ab"[n % 2]} for n in range(1, 5))]
     put(tmp_path / "flat/list.jsonl", "".join(json.dumps(one) + "\n" for one in lines).encode())
     shard("flat/list.jsonl", "set")
@@ -415,7 +415,7 @@ def test_arrow_and_parquet_as_hugging_face_writes_them(
         assert counts(tmp_path / f"set_{source}/test") == {"cat": 1, "dog": 1}
     names = {ShardSet(tmp_path / "set_pq/test").name_of(row) for row in range(2)}
     assert names == {"0.jpg", "1.jpg"}
-    held = [{"bytes": encoded(n) if n < 2 else None, "path": f"{n}.jpg"} for n in range(3)]
+    held = [{"bytes": photo(n) if n < 2 else None, "path": f"{n}.jpg"} for n in range(3)]
     for wrong, words in ((99, "label 99 lies outside 0..1"), (2**40, f"{2**40} is no label")):
         table = pa.table({"image": held, "label": [0, 1, wrong]}, schema=schema)
         pq.write_table(table, tmp_path / "odd-00000-of-00001.parquet")

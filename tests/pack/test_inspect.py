@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-import fastmoco.pack.summary as station
+import fastmoco.pack.inspect as station
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE, ShardSet
 from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.inspect import contact_sheet, inspect_set, show
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.summary import contact_sheet, inspect_set, show
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import SAMPLE_DTYPE, ShardSet
+from fastmoco.pack.packer import pack
 
 Make = Callable[..., Path]
 
@@ -142,7 +142,7 @@ def test_the_choice_is_that_of_the_seed(mixed: ShardSet, tmp_path: Path) -> None
     assert first == same != other
 
 
-def test_a_damaged_image_is_a_grey_cell(mixed: ShardSet, tmp_path: Path) -> None:
+def test_a_damaged_image_is_a_gray_cell(mixed: ShardSet, tmp_path: Path) -> None:
     root = Path(shutil.copytree(mixed.root, tmp_path / "copy"))
     with (root / "shard-000000.tar").open("r+b") as stream:
         stream.seek(int(mixed.samples["offset"][0]))

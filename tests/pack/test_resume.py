@@ -14,10 +14,10 @@ from filelock import FileLock
 from PIL import Image
 
 from fastmoco.errors import UsageError
-from fastmoco.pack.fragment import make_fragment
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.schedule import shuffled
-from fastmoco.pack.writer import pack
+from fastmoco.pack.packer import pack
+from fastmoco.pack.shard_layout import shuffled
+from fastmoco.pack.worker import make_fragment
 
 Make = Callable[..., Path]
 
@@ -26,7 +26,7 @@ PACK = """
 import sys
 from pathlib import Path
 from fastmoco.pack.options import PackOptions
-from fastmoco.pack.writer import pack
+from fastmoco.pack.packer import pack
 
 if __name__ == "__main__":
     options = PackOptions(shard_mb=1, workers=int(sys.argv[3]))
@@ -93,7 +93,7 @@ def test_finished_shards_are_not_made_again(
     finished = {path for path in shards if (partial / f".{path.stem}.record").exists()}
     assert 3 < len(finished) == len(shards) - 1
     seen: list[int] = []
-    monkeypatch.setattr("fastmoco.pack.writer.ordered_map", lambda function, tasks, workers: (
+    monkeypatch.setattr("fastmoco.pack.packer.ordered_map", lambda function, tasks, workers: (
         seen.extend(range(run.first, run.first + len(run.inputs))) or make_fragment(run)
         for run in tasks
     ))  # fmt: skip

@@ -10,11 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco.errors import DataError
-from fastmoco.pack.options import PackOptions
-from fastmoco.pack.verify import Finding, unhashed, verify
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import (
+from fastmoco.dataset.shard_set import (
     LABEL_DTYPE,
     SAMPLE_DTYPE,
     ShardSet,
@@ -22,6 +18,10 @@ from fastmoco.shardset import (
     write_labels,
     write_manifest,
 )
+from fastmoco.errors import DataError
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.packer import pack
+from fastmoco.pack.verify import Finding, unhashed, verify
 
 Make = Callable[..., Path]
 
@@ -432,7 +432,7 @@ def test_the_set_id_is_that_of_the_whole_table_at_once() -> None:
 
 
 def test_tarfile_agrees_on_what_is_there(packed: ShardSet) -> None:
-    from fastmoco.pack.tarwalk import Member, walk
+    from fastmoco.pack.tar import Member, walk
 
     for shard in packed.manifest.shards:
         with tarfile.open(packed.root / shard.name) as tar:

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.precision import Precision
+from fastmoco.train.engine import MoCo
 from fastmoco.train.guard import RunningStatistics
-from fastmoco.train.moco import MoCo
-from fastmoco.train.optim import build_optimizer
-from fastmoco.train.precision import Precision
+from fastmoco.train.optimizers import build_optimizer
 
 GPU = torch.device("cuda", 0)
 NEEDS_FAKES = pytest.mark.skipif(
@@ -63,7 +63,7 @@ def move(module: nn.Module) -> None:
 @contextmanager
 def engine(recipe: Recipe) -> Iterator[MoCo]:
     """Yield the engine of a recipe on the fake GPU, inside of the mode that it needs."""
-    moco = MoCo(recipe, Ranks(), torch.device("cpu"))  # outside: torch cannot move modules inside
+    moco = MoCo(recipe, World(), torch.device("cpu"))  # outside: torch cannot move modules inside
 
     def backward(loss: torch.Tensor) -> None:
         assert loss.device == GPU and loss.dim() == 0

@@ -112,11 +112,11 @@ def _kill() -> None:
 
 def _kill_in_save(rank: int, where: str) -> None:
     """SIGKILL in the second save: before the sync, before the rename, or while old ones go."""
-    import fastmoco.files
-    import fastmoco.run
+    import fastmoco.core.files
+    import fastmoco.runs.run_folder
 
     patch, saves = pytest.MonkeyPatch(), []
-    commit, rmtree = fastmoco.files._commit, fastmoco.run.shutil.rmtree
+    commit, rmtree = fastmoco.core.files._commit, fastmoco.runs.run_folder.shutil.rmtree
 
     def dying_commit(partial: Path, final: Path) -> None:
         saves.append(final)
@@ -132,13 +132,13 @@ def _kill_in_save(rank: int, where: str) -> None:
             _kill()
         rmtree(path, *args, **options)
 
-    patch.setattr(fastmoco.files, "_commit", dying_commit)
-    patch.setattr(fastmoco.run.shutil, "rmtree", dying_rmtree)
+    patch.setattr(fastmoco.core.files, "_commit", dying_commit)
+    patch.setattr(fastmoco.runs.run_folder.shutil, "rmtree", dying_rmtree)
 
 
 def _full_disk(rank: int, saves: str) -> None:
     """No room for a checkpoint in the saves of these numbers, such as "2" or "2,3,4"."""
-    from fastmoco.run import RunFolder
+    from fastmoco.runs.run_folder import RunFolder
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     full, count, save = {int(n) for n in saves.split(",")}, [0], RunFolder.save
@@ -160,7 +160,7 @@ def _at_step(act: Callable[[], None]) -> Callable[[int, str], None]:
     """Return a fault that does something on one rank before a step, given as "RANK,STEP"."""
 
     def fault(rank: int, detail: str) -> None:
-        from fastmoco.train.moco import MoCo
+        from fastmoco.train.engine import MoCo
 
         where, step = (int(n) for n in detail.split(","))
         take = MoCo.step
@@ -177,7 +177,7 @@ def _at_step(act: Callable[[], None]) -> Callable[[int, str], None]:
 
 def _slow(rank: int, seconds: str) -> None:
     """Every step takes so much longer: time for a test to do something in between."""
-    from fastmoco.train.moco import MoCo
+    from fastmoco.train.engine import MoCo
 
     take = MoCo.step
 
@@ -198,16 +198,16 @@ def _skewed_clock(rank: int, seconds: str) -> None:
 
 def _slow_monitor(rank: int, seconds: str) -> None:
     """The monitor takes so long for each image."""
-    from fastmoco.evaluate import embed
+    from fastmoco.evaluate import features as embed
 
-    cast = embed.Sight.cast
+    cast = embed.Preprocessing.cast
 
-    def slow(self: embed.Sight, images: torch.Tensor) -> torch.Tensor:
+    def slow(self: embed.Preprocessing, images: torch.Tensor) -> torch.Tensor:
         time.sleep(float(seconds))
         return cast(self, images)
 
     embed._BATCH = 1
-    embed.Sight.cast = slow
+    embed.Preprocessing.cast = slow
 
 
 FAULTS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.run import RunFolder
+from fastmoco.runs.run_folder import RunFolder
 
 CLOCK = {"images_per_s", "data_wait_percent", "memory_mb"}
 

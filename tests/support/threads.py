@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastmoco.distributed import Ranks
+from fastmoco.core.distributed import World
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Threaded(Ranks):
+class Threaded(World):
     """One of them. A rank that calls another collective, or with another shape, breaks the test."""
 
     table: Table = field(default_factory=lambda: Table(1))
@@ -43,7 +43,7 @@ class Threaded(Ranks):
         return self.table.exchange(self.rank, value)
 
 
-def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
+def on_ranks(size: int, work: Callable[[World], T]) -> list[T]:
     """Return what the work gives on each of `size` ranks, side by side."""
     table = Table(size)
 

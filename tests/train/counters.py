@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastmoco.bench.official import OfficialMoCo
 from fastmoco.bench.step import synthetic
-from fastmoco.config import Recipe, load_recipe
-from fastmoco.distributed import Ranks, joined
-from fastmoco.train.moco import MoCo
+from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.core.distributed import World, joined
+from fastmoco.train.engine import MoCo
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 OPTIONS = {
@@ -114,7 +114,7 @@ def layout_of(t: torch.Tensor) -> str:
 Step = Callable[[int], object]
 
 
-def steps_of(engine: str, recipe: Recipe, ranks: Ranks = Ranks()) -> tuple[Any, Step]:
+def steps_of(engine: str, recipe: Recipe, ranks: World = World()) -> tuple[Any, Step]:
     """Return the engine "ours" or "official", and a function that takes its step by number."""
     kind = MoCo if engine == "ours" else OfficialMoCo
     made = kind(recipe, ranks, torch.device("cpu"))

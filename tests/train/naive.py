@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from fastmoco.config import Recipe
+from fastmoco.config.recipe import Recipe
 
 
 def network(recipe: Recipe, weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastmoco.train.momentum import momentum_update
+from fastmoco.train.objectives.momentum import momentum_update
 
 COUNTERS = Path(__file__).with_name("counters.py")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from states import tensors
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.moco import MoCo
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.train.engine import MoCo
 from fastmoco.train.snapshot import snapshot
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine(worker, device: torch.device, **options: object) -> MoCo:
     values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
-    return MoCo(Recipe.model_validate(values), Ranks(), device)
+    return MoCo(Recipe.model_validate(values), World(), device)
 
 
 def test_a_step_equals_that_of_the_cpu(worker):

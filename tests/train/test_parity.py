@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
-from fastmoco.train.moco import MoCo, build_encoder
-from fastmoco.train.optim import set_learning_rate
-from fastmoco.train.queue import KeyQueue
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.train.engine import MoCo, build_encoder
+from fastmoco.train.objectives.queue import KeyQueue
+from fastmoco.train.optimizers import set_learning_rate
 
 _SPEC = importlib.util.spec_from_file_location("naive", Path(__file__).with_name("naive.py"))
 naive = importlib.util.module_from_spec(_SPEC)
@@ -104,7 +104,7 @@ def test_one_fp32_step_equals_algorithm_1(worker):
     # rounding of fp32 tenfold.
     options = {"precision": "fp32", "batch": 32, "bn_group": 16, "optimizer": {"lr": 0.03}}
     recipe = Recipe.model_validate(worker.DEFAULTS | options)
-    moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+    moco = MoCo(recipe, World(), torch.device("cpu"))
     theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
     set_learning_rate(moco.optimizer, recipe.optimizer.lr)
     views = worker.images(recipe.batch, 0, size=32)
@@ -119,11 +119,11 @@ def test_without_the_shuffle_the_keys_differ(worker, monkeypatch):
     recipe = Recipe.model_validate(worker.DEFAULTS)
 
     def keys_of_a_step() -> torch.Tensor:
-        moco = MoCo(recipe, Ranks(), torch.device("cpu"))
+        moco = MoCo(recipe, World(), torch.device("cpu"))
         moco.step(*worker.images(recipe.batch, 0), 0)
         return moco.queue.keys[: recipe.batch]
 
     shuffled = keys_of_a_step()
-    monkeypatch.setattr("fastmoco.train.moco.Shuffle.scatter", lambda self, views: views[0])
-    monkeypatch.setattr("fastmoco.train.moco.Shuffle.gather", lambda self, keys: keys)
+    monkeypatch.setattr("fastmoco.train.engine.Shuffle.scatter", lambda self, views: views[0])
+    monkeypatch.setattr("fastmoco.train.engine.Shuffle.gather", lambda self, keys: keys)
     assert (shuffled - keys_of_a_step()).abs().max() > 1e-3

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from fastmoco.config import Schedule
-from fastmoco.distributed import Ranks
-from fastmoco.train.loss import info_nce
-from fastmoco.train.momentum import momentum_update
-from fastmoco.train.optim import learning_rate
-from fastmoco.train.shuffle import Shuffle, permutation
+from fastmoco.config.recipe import Schedule
+from fastmoco.core.distributed import World
+from fastmoco.train.objectives.losses import info_nce
+from fastmoco.train.objectives.momentum import momentum_update
+from fastmoco.train.objectives.shuffle_bn import Shuffle, permutation
+from fastmoco.train.optimizers import learning_rate
 
 
 def test_info_nce_equals_cross_entropy_over_the_concatenated_logits():
@@ -45,7 +45,7 @@ def test_momentum_update_equals_the_paper_and_can_be_switched_off():
 
 
 def test_shuffle_and_unshuffle_restore_the_order():
-    shuffle = Shuffle(3, 5, 24, Ranks(), torch.device("cpu"))
+    shuffle = Shuffle(3, 5, 24, World(), torch.device("cpu"))
     rows = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 3, 2, 2)
     scattered = shuffle.scatter([rows])[:, 0, 0, 0]
     assert sorted(scattered.tolist()) == list(range(24))

@@ -5,18 +5,18 @@ import shutil
 import pytest
 import torch
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import Ranks
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
-from fastmoco.train.moco import MoCo
-from fastmoco.train.precision import LossScale, Precision
+from fastmoco.train.engine import MoCo
 
 CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
 def engine(worker, **options: object) -> MoCo:
-    return MoCo(Recipe.model_validate(worker.DEFAULTS | options), Ranks(), CPU)
+    return MoCo(Recipe.model_validate(worker.DEFAULTS | options), World(), CPU)
 
 
 def test_the_scale_halves_grows_back_and_has_a_floor():

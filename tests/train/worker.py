@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.config import Recipe
-from fastmoco.distributed import joined
-from fastmoco.train.moco import MoCo
-from fastmoco.train.optim import set_learning_rate
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import joined
+from fastmoco.train.engine import MoCo
+from fastmoco.train.optimizers import set_learning_rate
 
 DEFAULTS = {
     "name": "tiny",

@@ -13,13 +13,13 @@ from fastmoco.pack.sources.archive import open_tar, open_zip, refuse_compressed
 from fastmoco.pack.sources.arrow import is_arrow, open_arrow
 from fastmoco.pack.sources.base import Source, no_labels
 from fastmoco.pack.sources.cifar import is_cifar, open_cifar
+from fastmoco.pack.sources.csv_manifest import open_table
 from fastmoco.pack.sources.folder import open_folder
 from fastmoco.pack.sources.imagenet import is_imagenet, open_imagenet
 from fastmoco.pack.sources.metadata import is_metadata, open_metadata
 from fastmoco.pack.sources.reader import How
 from fastmoco.pack.sources.stl10 import is_stl10, open_stl10
 from fastmoco.pack.sources.svhn import is_svhn, open_svhn
-from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tensor import is_png_tensor, open_png_tensor, open_tensor
 from fastmoco.pack.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
 from fastmoco.pack.sources.webdataset import is_webdataset, open_webdataset
@@ -82,7 +82,7 @@ def open_sources(
 
     Args:
         path: folder or file.
-        format: a name of `FORMATS`; None: recognised.
+        format: a name of `FORMATS`; None: recognized.
         unlabelled: give no labels.
         like: class names that the labels must refer to, in this order.
         classes_at: one of `CLASSES_AT`, for folders and archives.
@@ -102,7 +102,7 @@ def open_sources(
         raise UsageError(f"There is no format {format!r}; those known: {', '.join(FORMATS)}.")
     if not path.exists():
         raise UsageError(f"There is no file or folder {path}.")
-    chosen = format or recognise(path)
+    chosen = format or recognize(path)
     if folder is not None and chosen != "csv":
         raise UsageError(f"--root says where the images of a CSV lie; {path} is a {chosen}.")
     try:
@@ -125,7 +125,7 @@ def open_sources(
     return sources
 
 
-def recognise(path: Path) -> str:
+def recognize(path: Path) -> str:
     """Return the format of a source.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastmoco.classes import Known, few
+from fastmoco.dataset.classes import Known, few
 from fastmoco.errors import DataError
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.sources.tree import is_training

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import classes_of, several_labels
+from fastmoco.dataset.classes import classes_of, several_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import Inputs, Picked
+from fastmoco.pack.inputs import Inputs, InputSubset
 
 
 class Reject(NamedTuple):
@@ -112,7 +112,7 @@ class Source:
             self,
             names=self.names.pick(rows),
             labels=self.labels[rows],
-            inputs=Picked(self.inputs, rows),
+            inputs=InputSubset(self.inputs, rows),
             left_out=[*self.left_out, *left_out],
         )
 

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import Joined, PixelInputs
+from fastmoco.pack.inputs import Concat, PixelInputs
 from fastmoco.pack.sources.base import Names, Source
-from fastmoco.pack.sources.memory import first_folder_of, members
 from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, mapped, records, source_of
-from fastmoco.pack.sources.unpickle import bytes_of, load
+from fastmoco.pack.sources.safe_pickle import bytes_of, load
+from fastmoco.pack.sources.small_archive import first_folder_of, members
 
 PIXELS = 3 * 32 * 32
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
@@ -172,7 +172,7 @@ def _split(
         labels.append(as_labels(numbers, len(images), where))
     joined = None if unlabelled else np.concatenate(labels)
     where = f"{root}/{{{','.join(batches)}}}"
-    return source_of(Names(names), Joined(parts), joined, classes, where)
+    return source_of(Names(names), Concat(parts), joined, classes, where)
 
 
 def _split_records(layout: Layout, content: Bytes, where: str) -> tuple[Bytes, Any, None]:

@@ -35,7 +35,7 @@ from fastmoco.pack.sources.base import (
     numbered,
 )
 from fastmoco.pack.sources.matlab import load_mat
-from fastmoco.pack.sources.memory import members
+from fastmoco.pack.sources.small_archive import members
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"

@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import few
+from fastmoco.dataset.classes import few
 from fastmoco.errors import DataError
-from fastmoco.pack.inputs import Inputs, Picked
+from fastmoco.pack.inputs import Inputs, InputSubset
 from fastmoco.pack.kinds import ARCHIVES
 from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
@@ -115,7 +115,7 @@ def _source(
     labels = of_folder[codes]
     rows = np.flatnonzero(labels > -2)
     if len(rows) < len(names):  # else a copy of all that there is
-        names, inputs = names.pick(rows), Picked(inputs, rows)
+        names, inputs = names.pick(rows), InputSubset(inputs, rows)
     labelled = any(branch.classes.values())
     return Source(
         names=names,

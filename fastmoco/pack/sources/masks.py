@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.pack.check import FORMATS, without_warnings
+from fastmoco.pack.image import FORMATS, without_warnings
 from fastmoco.pack.inputs import Inputs, Pixels, Unreadable
 from fastmoco.pack.sources.base import Names
 from fastmoco.pack.sources.tree import Node, tokens

@@ -14,8 +14,8 @@ from fastmoco.errors import DataError
 from fastmoco.pack.listing import opened
 from fastmoco.pack.sources.agree import in_one_numbering
 from fastmoco.pack.sources.base import Reject, Source, by_name
+from fastmoco.pack.sources.csv_manifest import open_table
 from fastmoco.pack.sources.folder import listed
-from fastmoco.pack.sources.table import open_table
 from fastmoco.pack.sources.tree import agree_on_splits, says_split
 
 _FILES = ("metadata.csv", "metadata.jsonl")

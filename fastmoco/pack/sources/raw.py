@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import several_labels
+from fastmoco.dataset.classes import several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Inputs
 from fastmoco.pack.sources.base import Names, Source, check_labels, no_labels

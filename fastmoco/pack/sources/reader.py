@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastmoco.classes import Known, few
+from fastmoco.dataset.classes import Known, few
 from fastmoco.errors import DataError
 from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.found import Found
@@ -46,7 +46,7 @@ class How:
 
     Attributes:
         unlabelled: their names are no classes.
-        classes_at: one of `CLASSES_AT`; None: recognised.
+        classes_at: one of `CLASSES_AT`; None: recognized.
         known: the classes of the set to be like, of which images may be missing here.
         wrapped: one folder around all images is none of a class, as archives have it.
     """

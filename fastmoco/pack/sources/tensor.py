@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.classes import classes_of
+from fastmoco.core.files import load_array
+from fastmoco.dataset.classes import classes_of
 from fastmoco.errors import DataError
-from fastmoco.files import load_array
 from fastmoco.pack.inputs import FileInputs, PixelInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, no_labels
 from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, number_names, source_of

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.classes import Found
+from fastmoco.dataset.classes import Found
 from fastmoco.errors import DataError
 from fastmoco.pack.foreign import BESIDE, Adopted, Contents, label_of
-from fastmoco.pack.inputs import ArchiveInputs, Joined, Span
+from fastmoco.pack.inputs import ArchiveInputs, Concat, Span
 from fastmoco.pack.kinds import hidden_folder
 from fastmoco.pack.sources.agree import in_one_numbering
 from fastmoco.pack.sources.archive import refuse_compressed
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, check_labels
 from fastmoco.pack.sources.tree import agree_on_splits, says_split, split_word
-from fastmoco.pack.tarwalk import Damage, Member, walk
+from fastmoco.pack.tar import Damage, Member, walk
 
 _LOOKED_AT = 64  # members: enough to see whether anything stands beside the images
 
@@ -122,7 +122,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
         names=names,
         labels=labels,
         classes=classes,
-        inputs=Joined(parts),
+        inputs=Concat(parts),
         left_out=sorted(left_out, key=by_name),
         passed=passed,
         labels_from="the .cls members" if classes else "",

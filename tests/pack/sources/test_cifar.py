@@ -12,7 +12,7 @@ import pytest
 import torchvision
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources import open_sources, recognize
 from fastmoco.pack.sources.cifar import open_cifar
 
 N = 4  # images a batch
@@ -149,7 +149,7 @@ def test_every_version_in_every_form_gives_the_images_and_labels(tmp_path, pixel
         for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz"))
     ]
     for form in forms:
-        assert recognise(form) == "cifar"
+        assert recognize(form) == "cifar"
         check_opened(open_sources(form), folder, pixels_of)
 
 
@@ -284,7 +284,7 @@ def test_cut_and_doubled_archives_are_refused(tmp_path):
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tgz", "cifar-100-python", hundred_python(), "w:gz")
-    monkeypatch.setattr("fastmoco.pack.sources.memory.MAX_UNPACKED", 10000)
+    monkeypatch.setattr("fastmoco.pack.sources.small_archive.MAX_UNPACKED", 10000)
     with pytest.raises(DataError, match="unpacks to more than"):
         open_cifar(path)
 

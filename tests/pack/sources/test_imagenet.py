@@ -9,7 +9,7 @@ import pytest
 
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Span
-from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources import open_sources, recognize
 from fastmoco.pack.sources.base import Reject
 from fastmoco.pack.sources.imagenet import open_imagenet
 
@@ -106,7 +106,7 @@ def check_val(source, bytes_of, labels_of):
 @pytest.mark.parametrize("devkit", ["tar", "folder"])
 def test_images_and_labels_come_back(tmp_path, bytes_of, labels_of, devkit):
     write(tmp_path, devkit=devkit)
-    assert recognise(tmp_path) == "imagenet"
+    assert recognize(tmp_path) == "imagenet"
     before = sorted(path for path in tmp_path.rglob("*"))
     found = open_sources(tmp_path)
     assert list(found) == ["train", "val"]
@@ -128,7 +128,7 @@ def test_images_are_spans_of_the_outer_file(tmp_path):
 def test_one_tar_alone(tmp_path, bytes_of, labels_of, split):
     write(tmp_path)
     path = tmp_path / {"train": TRAIN, "val": VAL}[split]
-    assert recognise(path) == "imagenet"
+    assert recognize(path) == "imagenet"
     found = open_sources(path)
     assert list(found) == [split]
     {"train": check_train, "val": check_val}[split](found[split], bytes_of, labels_of)

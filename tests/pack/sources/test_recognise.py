@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from fastmoco.errors import DataError, FastmocoError, UsageError
-from fastmoco.pack.sources import FORMATS, open_sources, recognise
+from fastmoco.pack.sources import FORMATS, open_sources, recognize
 
 
-def test_general_formats_are_recognised_by_their_suffix(tmp_path, touch):
+def test_general_formats_are_recognized_by_their_suffix(tmp_path, touch):
     touch(tmp_path, "x.ZIP", "x.tar", "x.csv", "x.npy", "x.pt", "x.mat", "folder/1.png")
-    found = {path.name: recognise(path) for path in tmp_path.iterdir()}
+    found = {path.name: recognize(path) for path in tmp_path.iterdir()}
     assert found == {
         "x.ZIP": "zip",
         "x.tar": "tar",
@@ -27,7 +27,7 @@ def test_general_formats_are_recognised_by_their_suffix(tmp_path, touch):
 def test_a_folder_of_known_words_is_still_a_folder(tmp_path, touch):
     # CIFAR-100 has a file `train`, STL-10 a file `train_X.bin`: these are folders and images.
     touch(tmp_path, "train/meta/1.png", "train/b/1.png", "test/meta/1.png", "test/b/1.png")
-    assert recognise(tmp_path) == "folder"
+    assert recognize(tmp_path) == "folder"
 
 
 def test_what_is_not_known_is_refused_in_words(tmp_path, touch):

@@ -5,7 +5,7 @@ import pytest
 import torchvision
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources import open_sources, recognize
 from fastmoco.pack.sources.stl10 import open_stl10
 
 NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
@@ -36,7 +36,7 @@ def write(folder, noise):
 def test_images_and_labels_come_back(tmp_path, noise, pixels_of):
     images = write(tmp_path / "stl10_binary", noise)
     for path in (tmp_path, tmp_path / "stl10_binary"):
-        assert recognise(path) == "stl10"
+        assert recognize(path) == "stl10"
         found = open_sources(path)
         assert list(found) == ["train", "test", "unlabeled"]
         for split, source in found.items():

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.pack.options import PackOptions
+from fastmoco.pack.packer import pack
 from fastmoco.pack.sources import FORMATS
-from fastmoco.pack.writer import pack
-from fastmoco.shardset import ShardSet
 
 # By split: each image as (height, width, bytes of its RGB pixels), and its class or None.
 Truth = dict[str, list[tuple[Any, str | None]]]

@@ -7,7 +7,7 @@ import pytest
 import torchvision
 
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources import open_sources, recognize
 from fastmoco.pack.sources.svhn import open_svhn
 
 savemat = pytest.importorskip("scipy.io").savemat
@@ -32,7 +32,7 @@ def write(folder, noise, compress=True, kind=np.uint8):
 @pytest.mark.parametrize("kind", [np.uint8, np.float64])
 def test_images_and_labels_come_back(tmp_path, noise, pixels_of, compress, kind):
     images = write(tmp_path, noise, compress, kind)
-    assert recognise(tmp_path) == "svhn"
+    assert recognize(tmp_path) == "svhn"
     found = open_sources(tmp_path)
     assert list(found) == ["train", "test", "extra"]
     for split, source in found.items():
@@ -54,7 +54,7 @@ def test_torchvision_reads_the_same(tmp_path, noise, pixels_of, monkeypatch):
 def test_one_file_is_a_source_without_splits(tmp_path, noise, pixels_of):
     images = write(tmp_path, noise)
     path = tmp_path / "test_32x32.mat"
-    assert recognise(path) == "svhn"
+    assert recognize(path) == "svhn"
     found = open_sources(path)
     assert list(found) == [""]
     np.testing.assert_array_equal(pixels_of(found[""]), images["test"])

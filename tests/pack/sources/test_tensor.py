@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources import open_sources, recognise
+from fastmoco.pack.sources import open_sources, recognize
 from fastmoco.pack.sources.base import Reject
 from fastmoco.pack.sources.tensor import open_png_tensor, open_tensor
 
@@ -34,9 +34,9 @@ def png(array):
 LAYOUTS = {
     "rows": ((4, 5, 7, 3), lambda a: a),
     "planes": ((4, 3, 5, 7), lambda a: np.moveaxis(a, 1, 3)),
-    "grey": ((4, 5, 7), lambda a: a),
-    "grey plane": ((4, 1, 5, 7), lambda a: a[:, 0]),
-    "grey last": ((4, 5, 7, 1), lambda a: a[:, :, :, 0]),
+    "gray": ((4, 5, 7), lambda a: a),
+    "gray plane": ((4, 1, 5, 7), lambda a: a[:, 0]),
+    "gray last": ((4, 5, 7, 1), lambda a: a[:, :, :, 0]),
 }
 
 
@@ -48,7 +48,7 @@ def test_images_and_labels_come_back(tmp_path, noise, pixels_of, suffix, layout)
     path = save(tmp_path / f"X{suffix}", array)
     for labels in (".npy", ".pt"):
         beside = save(tmp_path / f"X_labels{labels}", np.array(LABELS))
-        assert recognise(path) == "tensor"
+        assert recognize(path) == "tensor"
         found = open_sources(path)[""]
         np.testing.assert_array_equal(pixels_of(found), upright(array))
         assert found.labels.tolist() == LABELS
@@ -238,7 +238,7 @@ def test_image_i_has_label_i(tmp_path, noise, bytes_of, monkeypatch, folder, bes
     images = write_pngs(tmp_path / folder, noise, 12)
     labels = [(5 * n) % 7 for n in range(12)]
     save(tmp_path / beside, np.array(labels))
-    assert recognise(tmp_path / folder) == "png-tensor"
+    assert recognize(tmp_path / folder) == "png-tensor"
     found = open_sources(tmp_path / folder)[""]
     assert bytes_of(found) == images
     assert list(found.names) == [f"{n}.png" for n in range(12)]
@@ -256,7 +256,7 @@ def test_the_folder_above_gives_the_splits(tmp_path, noise, bytes_of):
     write_pngs(tmp_path / "scratch", noise)
     save(tmp_path / "train_label_tensor.pt", np.array([0, 1, 2, 1]))
     save(tmp_path / "val_label_tensor.pt", np.array([3, 0, 1, 1]))
-    assert recognise(tmp_path) == "png-tensor"
+    assert recognize(tmp_path) == "png-tensor"
     found = open_sources(tmp_path)
     assert set(found) == {"train", "val", "unlabeled"}
     assert bytes_of(found["train"]) == images["train"]
@@ -270,7 +270,7 @@ def test_the_folder_above_gives_the_splits(tmp_path, noise, bytes_of):
 
 def test_a_folder_without_labels_is_an_ordinary_folder(tmp_path, noise):
     write_pngs(tmp_path / "X", noise)
-    assert recognise(tmp_path / "X") == "folder"
+    assert recognize(tmp_path / "X") == "folder"
     assert set(open_png_tensor(tmp_path / "X")[""].labels.tolist()) == {-1}
     save(tmp_path / "X_labels.pt", np.array([0, 1]))
     found = open_png_tensor(tmp_path / "X", unlabelled=True)[""]

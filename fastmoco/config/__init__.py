@@ -1,0 +1,1 @@
+"""The recipe: its schema, the shipped ones, and how one is read."""

@@ -1,0 +1,1 @@
+"""The shard set: what pack leaves behind and load reads."""

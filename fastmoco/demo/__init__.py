@@ -1,0 +1,1 @@
+"""The whole road on images that packages carry."""

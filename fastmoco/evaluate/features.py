@@ -1,0 +1,162 @@
+"""Features of the samples of a set, in id order, on any number of ranks."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World
+from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.errors import DivergedError
+from fastmoco.load.executor import Settings
+from fastmoco.load.loader import Triple, evaluation_batches
+from fastmoco.load.order import Ids
+from fastmoco.models.encoder import Encoder
+
+Feature = Literal["head", "backbone"]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(n, width) fp32 features and (n,) int64 labels, on one device."""
+
+_BATCH = 128  # stays in the cache of a CPU core at 32 px; a GPU does not care
+
+
+class Stopped(Exception):
+    """Whoever asked for features or neighbors asked to stop before they were complete."""
+
+
+def never() -> bool:
+    """Return False: nobody asks to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are shown to a trained encoder: as in training, without augmentation.
+
+    Attributes:
+        size: side, pixels.
+        mean, std: of the channels, in 0..1 units.
+        precision: of the encoder's forward pass, "bf16", "fp32" (fp16 too) or "fp64".
+        settings: how batches are made.
+    """
+
+    size: int
+    mean: Triple
+    std: Triple
+    precision: str
+    settings: Settings
+
+    @property
+    def share(self) -> float:
+        """The central share of the short side: 224 / 256 from 160 px on, all of a small image."""
+        return 224 / 256 if self.size >= 160 else 1.0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that the encoder computes in."""
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.settings.device.type, torch.bfloat16, enabled=enabled)
+
+    def cast(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images in the dtype of the encoder's weights."""
+        return images.to(torch.float64 if self.precision == "fp64" else torch.float32)
+
+
+def embed(
+    encoder: Encoder,
+    data: ConcatShardSets,
+    feature: Feature,
+    sight: Preprocessing,
+    ranks: World = World(),
+    ids: Ids | None = None,
+    stop: Callable[[], bool] = never,
+) -> torch.Tensor:
+    """Return the (n, width) fp32 features of this rank's share of the samples, on the device.
+
+    Args:
+        encoder: in evaluation mode.
+        data: the sets.
+        feature: the head's output or the backbone's; neither is normalized.
+        sight: how images are shown.
+        ranks: each embeds its share, see `World.share`.
+        ids: int64, of the samples; None: all, in id order.
+        stop: whether to give up, the same on all ranks; asked before each batch, equally often
+            on every rank.
+
+    Raises:
+        Stopped: `stop` was true.
+        DivergedError: on all ranks alike, if a feature is not a finite number; names its sample.
+    """
+    count = len(data) if ids is None else len(ids)
+    own = ranks.share(count)
+    network = encoder if feature == "head" else encoder.backbone
+    width = encoder.dim if feature == "head" else encoder.features
+    rows = torch.empty(own.stop - own.start, width, device=sight.settings.device)
+    finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    batches = evaluation_batches(
+        data,
+        ids=own if ids is None else ids[own],
+        size=sight.size,
+        mean=sight.mean,
+        std=sight.std,
+        share=sight.share,
+        batch=_BATCH,
+        settings=sight.settings,
+    )
+    longest = -(-count // ranks.size)  # of the shares: all ranks ask equally often
+    for first in range(0, longest, _BATCH):
+        if stop():
+            raise Stopped
+        batch = next(batches, None)
+        if batch is None:
+            continue
+        with torch.inference_mode(), sight.autocast():
+            features = network(sight.cast(batch.views[0]))
+        here = slice(first, first + len(batch.ids))
+        rows[here] = features
+        finite[here] = rows[here].isfinite().all(dim=1)  # not waited for
+    _check(finite, own.start, data, ids, ranks)
+    return rows
+
+
+def _check(
+    finite: torch.Tensor, start: int, data: ConcatShardSets, ids: Ids | None, ranks: World
+) -> None:
+    """Refuse features that are no numbers, whichever rank has them."""
+    places = (~finite).nonzero()[:, 0].tolist()
+    bad = sorted(ranks.union({start + place for place in places}))
+    if bad:
+        sample = int(bad[0] if ids is None else ids[bad[0]])
+        raise DivergedError(
+            f"The network's output is not a finite number for {len(bad)} images, such as "
+            f"{data.describe(sample)}: its weights or the image's normalization are too large."
+        )
+
+
+def embed_labelled(
+    encoder: Encoder,
+    one: Labelled,
+    feature: Feature,
+    sight: Preprocessing,
+    ranks: World = World(),
+    stop: Callable[[], bool] = never,
+) -> Pair:
+    """Return features and labels of this rank's share of labelled samples; see `embed`."""
+    features = embed(encoder, ConcatShardSets([one.set]), feature, sight, ranks, one.ids, stop)
+    labels = torch.from_numpy(one.labels[ranks.share(len(one.labels))])
+    return features, labels.to(features.device)
+
+
+def sight_of(recipe: Recipe, settings: Settings) -> Preprocessing:
+    """Return how the run of a resolved recipe shows images."""
+    assert recipe.mean and recipe.std, "the recipe is not resolved"
+    return Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.precision, settings)
+
+
+def frozen_sight(recipe: Recipe, settings: Settings) -> Preprocessing:
+    """Return the same for frozen fp32 weights: bf16 stays, all else is fp32."""
+    name = "bf16" if recipe.precision == "bf16" else "fp32"
+    return replace(sight_of(recipe, settings), precision=name)

@@ -1,0 +1,79 @@
+"""What classifiers are trained on: labelled images, cropped and flipped anew each time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fastmoco.config.recipe import View
+from fastmoco.core.distributed import World
+from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.errors import UsageError
+from fastmoco.evaluate.features import Preprocessing
+from fastmoco.load.loader import Loader
+from fastmoco.load.order import Ids, Shuffled, SubsetOrder
+from fastmoco.load.sampler import Plan
+
+# As in the paper's probe: RandomResizedCrop and flip, no color change.
+VIEW = View(scale=(0.08, 1.0), flip=0.5)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """An endless stream of a labelled set's images.
+
+    Attributes:
+        labelled: where they come from.
+        ids: (n,) int64, ascending: which of the labelled samples.
+        batch: images a step over all ranks; all of them where there are fewer.
+        seed: of order and crops.
+        sight: size and normalization.
+        ranks: each draws its contiguous slice of every batch.
+
+    Raises:
+        UsageError: the ranks cannot share a batch evenly.
+    """
+
+    labelled: Labelled
+    ids: Ids
+    batch: int
+    seed: int
+    sight: Preprocessing
+    ranks: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        if self.plan.batch % self.ranks.size:
+            raise UsageError(
+                f"{self.ranks.size} processes cannot share a batch of {self.plan.batch} evenly: "
+                "choose another --batch, or start one process."
+            )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Order and batch size."""
+        order = SubsetOrder(self.ids, Shuffled(len(self.ids), self.seed))
+        return Plan(len(order), min(self.batch, len(order)), self.seed, order)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield this rank's (n, 3, size, size) images and (n,) int64 labels, on the device."""
+        sight = self.sight
+        loader = Loader(
+            ConcatShardSets([self.labelled.set]),
+            self.plan,
+            [VIEW],
+            size=sight.size,
+            mean=sight.mean,
+            std=sight.std,
+            settings=sight.settings,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+        )
+        for batch in loader.batches():
+            labels = self._labels_of(batch.ids).to(sight.settings.device)
+            yield sight.cast(batch.views[0]), labels
+
+    def _labels_of(self, ids: Ids) -> torch.Tensor:
+        return torch.from_numpy(self.labelled.labels[np.searchsorted(self.labelled.ids, ids)])

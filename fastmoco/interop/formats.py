@@ -1,0 +1,372 @@
+"""What other programs load: how each is written, and how it is loaded again to be compared."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors.torch import save
+from torch import nn
+
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.files import write_json
+from fastmoco.interop.detect import match
+from fastmoco.interop.key_maps import DETECTRON2, HUGGINGFACE, Table, renamed
+from fastmoco.interop.read_checkpoint import About, read_weights
+from fastmoco.models.encoder import METADATA, Encoder, saved
+
+Tensors = dict[str, torch.Tensor]
+OPSET = 18
+
+
+class Target:
+    """A program that our weights go to.
+
+    Attributes:
+        library: the package that loads the result; None: no package of the index does.
+        needs: the packages that write it.
+        folder: the result is a folder.
+        suffix: that the result must have; None: any.
+    """
+
+    library: str | None = None
+    needs: tuple[str, ...] = ()
+    folder = False
+    suffix: str | None = None
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Return why the program cannot hold such a network; None: it can."""
+        return None
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write the file, or fill the folder, that does not exist or is empty."""
+        raise NotImplementedError
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Load the result in its library; return the (n, features) of (n, 3, H, W) images."""
+        raise NotImplementedError
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return the code or the settings that load the result."""
+        raise NotImplementedError
+
+
+def _backbone(encoder: Encoder, table: Table | None = None) -> Tensors:
+    state = encoder.backbone.state_dict()
+    return {renamed(name, table or {}): tensor.contiguous() for name, tensor in state.items()}
+
+
+def _about(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=set(About.model_fields))
+
+
+def _safely(tensors: Tensors, recipe: Recipe) -> bytes:
+    about = json.dumps(_about(recipe), sort_keys=True)
+    return save(tensors, {"format": "pt", METADATA: about})
+
+
+def _save(encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    """Write the backbone as the name's ending asks: safetensors, or a checkpoint of torch."""
+    if out.suffix == ".safetensors":
+        out.write_bytes(_safely(_backbone(encoder), recipe))
+    else:
+        out.write_bytes(saved(_backbone(encoder), _about(recipe)))
+
+
+def _only_imagenet_stem(recipe: Recipe, program: str) -> str | None:
+    if recipe.stem == "imagenet":
+        return None
+    return f"{program} has no ResNet with a 3x3 stem for small images (stem: {recipe.stem})"
+
+
+def _depths(recipe: Recipe) -> tuple[str, list[int]]:
+    """Return the kind of block of a plain ResNet and its blocks a stage."""
+    with torch.device("meta"):
+        net = Encoder(recipe.arch, recipe.stem, "linear", 1).backbone
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+    kind = "bottleneck" if hasattr(net.layer1[0], "conv3") else "basic"
+    return kind, [len(stage) for stage in stages]
+
+
+class Torchvision(Target):
+    """A state dict of `torchvision.models`, without `fc`."""
+
+    library = "torchvision"
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write the state dict."""
+        _save(encoder, recipe, out)
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Load it as the note says."""
+        models: Any = torchvision.models
+        if recipe.arch == "resnet10":
+            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        else:
+            net = models.get_model(recipe.arch, weights=None)
+        if recipe.stem != "imagenet":
+            net.conv1 = nn.Conv2d(3, 64, 3, self._stride(recipe), 1, bias=False)
+            net.maxpool = nn.Identity()
+        net.fc = nn.Identity()
+        net.load_state_dict(read_weights(out).tensors)
+        found: torch.Tensor = net.eval()(images)
+        return found
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return code."""
+        build = f"torchvision.models.{recipe.arch}()"
+        if recipe.arch == "resnet10":
+            blocks = "torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]"
+            build = f"torchvision.models.ResNet({blocks})"
+        lines = [f"model = {build}"]
+        if recipe.stem != "imagenet":
+            stride = self._stride(recipe)
+            lines += [
+                f"model.conv1 = torch.nn.Conv2d(3, 64, 3, {stride}, 1, bias=False)",
+                "model.maxpool = torch.nn.Identity()",
+            ]
+        lines.append(f"model.load_state_dict({_loaded(out)}, strict=False)  # only fc is missing")
+        return "\n".join(lines)
+
+    def _stride(self, recipe: Recipe) -> int:
+        return 2 if recipe.stem == "small-stride2" else 1
+
+
+def _loaded(out: Path) -> str:
+    if out.suffix == ".safetensors":
+        return f"safetensors.torch.load_file({out.name!r})"
+    return f"torch.load({out.name!r})"
+
+
+class Timm(Target):
+    """A state dict of `timm.create_model(arch, num_classes=0)`."""
+
+    library = "timm"
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Refuse what timm has not: small stems and our resnet10."""
+        if recipe.arch == "resnet10":
+            return "timm has no resnet10 of this kind"
+        return _only_imagenet_stem(recipe, "timm")
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write the state dict: timm's names are torchvision's."""
+        _save(encoder, recipe, out)
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Load it strictly."""
+        import timm
+
+        net = timm.create_model(recipe.arch, pretrained=False, num_classes=0)
+        net.load_state_dict(read_weights(out).tensors)
+        found: torch.Tensor = net.eval()(images)
+        return found
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return code."""
+        return (
+            f"model = timm.create_model({recipe.arch!r}, num_classes=0)\n"
+            f"model.load_state_dict({_loaded(out)})"
+        )
+
+
+class Safetensors(Target):
+    """Backbone and head by our names; `fastmoco import` reads it back to the same bits."""
+
+    library = "safetensors"
+    suffix = ".safetensors"
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write both, and in the metadata what network they are of."""
+        tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+        out.write_bytes(_safely(tensors, recipe))
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Load it as an import does."""
+        weights = read_weights(out)
+        found = match(weights.tensors, "backbone", weights.about.stem)
+        encoder = Encoder(found.arch, found.stem, found.head, found.dim)
+        encoder.load_state_dict(found.weights)
+        features: torch.Tensor = encoder.eval().backbone(images)
+        return features
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return the command."""
+        return f"fastmoco import {out.name} OUT"
+
+
+class HuggingFace(Target):
+    """A folder for `transformers.ResNetModel.from_pretrained`."""
+
+    library = "transformers"
+    folder = True
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Refuse small stems, and the wide and grouped blocks that its ResNet cannot express."""
+        if not recipe.arch.startswith("resnet"):
+            return f"transformers' ResNet has no {recipe.arch}"
+        return _only_imagenet_stem(recipe, "transformers")
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write weights, network and how images are shown to it."""
+        content = save(_backbone(encoder, HUGGINGFACE), {"format": "pt"})
+        (out / "model.safetensors").write_bytes(content)
+        write_json(out / "config.json", _huggingface_config(recipe))
+        write_json(out / "preprocessor_config.json", _huggingface_images(recipe))
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Load the folder."""
+        import transformers
+
+        logging: Any = transformers.utils.logging
+        logging.disable_progress_bar()
+        net: Any = transformers.ResNetModel.from_pretrained(str(out), local_files_only=True)
+        found: torch.Tensor = net.eval()(images).pooler_output.flatten(1)
+        return found
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return code."""
+        return f"model = transformers.ResNetModel.from_pretrained({str(out)!r})"
+
+
+def _huggingface_config(recipe: Recipe) -> dict[str, Any]:
+    kind, depths = _depths(recipe)
+    expansion = 4 if kind == "bottleneck" else 1
+    return {
+        "architectures": ["ResNetModel"],
+        "model_type": "resnet",
+        "num_channels": 3,
+        "embedding_size": 64,
+        "hidden_sizes": [width * expansion for width in (64, 128, 256, 512)],
+        "depths": depths,
+        "layer_type": kind,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,  # torchvision strides in the 3x3 convolution
+        "torch_dtype": "float32",
+    }
+
+
+def _huggingface_images(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "image_processor_type": "ConvNextImageProcessor",  # ResNet has none of its own
+        "do_resize": True,
+        # Below 384 px it resizes the short side to size / crop_pct, then cuts the center.
+        "size": {"shortest_edge": recipe.image_size},
+        "crop_pct": 224 / 256 if recipe.image_size >= 160 else 1.0,
+        "resample": 2,  # bilinear, antialiased
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": recipe.mean,
+        "image_std": recipe.std,
+    }
+
+
+# Depth, groups and width a group of Detectron2's ResNets that are torchvision's.
+_DETECTRON2_NETS = {
+    "resnet18": (18, 1, 64),
+    "resnet34": (34, 1, 64),
+    "resnet50": (50, 1, 64),
+    "resnet101": (101, 1, 64),
+    "resnet152": (152, 1, 64),
+    "resnext50_32x4d": (50, 32, 4),
+    "resnext101_32x8d": (101, 32, 8),
+    "resnext101_64x4d": (101, 64, 4),
+    "wide_resnet50_2": (50, 1, 128),
+    "wide_resnet101_2": (101, 1, 128),
+}
+
+
+class Detectron2(Target):
+    """A pickle of numpy arrays, in the form that the MoCo repository converts its weights to."""
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Refuse small stems and our resnet10."""
+        if recipe.arch not in _DETECTRON2_NETS:
+            return f"Detectron2 has no {recipe.arch}"
+        return _only_imagenet_stem(recipe, "Detectron2")
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write the pickle."""
+        arrays = {
+            name: tensor.numpy()
+            for name, tensor in _backbone(encoder, DETECTRON2).items()
+            if not name.endswith("num_batches_tracked")  # FrozenBatchNorm2d has none
+        }
+        content = {"model": arrays, "__author__": "fastmoco", "matching_heuristics": True}
+        out.write_bytes(pickle.dumps(content, protocol=4))
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return the settings under which its ResNet is this one."""
+        depth, groups, width = _DETECTRON2_NETS[recipe.arch]
+        mean, std = ([round(255 * v, 3) for v in vs or ()] for vs in (recipe.mean, recipe.std))
+        last = "  RES2_OUT_CHANNELS: 64" if depth < 50 else ""
+        return (
+            f"MODEL.WEIGHTS: {out.name}\n"
+            f"MODEL.RESNETS: DEPTH: {depth}  NUM_GROUPS: {groups}  WIDTH_PER_GROUP: {width}"
+            f"  STRIDE_IN_1X1: False{last}\n"
+            f"INPUT.FORMAT: RGB  MODEL.PIXEL_MEAN: {mean}  MODEL.PIXEL_STD: {std}"
+        )
+
+
+class Onnx(Target):
+    """An ONNX graph: `images` (n, 3, H, W) to `features` and, if there is a head, `projection`."""
+
+    library = "onnxruntime"
+    needs = ("onnx", "onnxscript")
+
+    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+        """Write one file, for any number of images of the run's size."""
+        outputs = ["features"] if recipe.head == "none" else ["features", "projection"]
+        torch.onnx.export(
+            _Outputs(encoder, len(outputs)).eval(),
+            (torch.zeros(2, 3, recipe.image_size, recipe.image_size),),
+            out,
+            input_names=["images"],
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            external_data=False,
+            verbose=False,
+        )
+
+    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+        """Run it on the CPU."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+
+    def note(self, recipe: Recipe, out: Path) -> str:
+        """Return inputs and outputs."""
+        outputs = "features" if recipe.head == "none" else "features, projection (not normalized)"
+        return (
+            f"opset {OPSET}: images (n, 3, {recipe.image_size}, {recipe.image_size}) -> {outputs}"
+        )
+
+
+class _Outputs(nn.Module):
+    """An encoder that gives its features first, then its projection."""
+
+    def __init__(self, encoder: Encoder, count: int) -> None:
+        super().__init__()
+        self.encoder, self.count = encoder, count
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return (n, features) and, if asked for, (n, dim)."""
+        features = self.encoder.backbone(images)
+        return (features, self.encoder.head(features))[: self.count]
+
+
+TARGETS: dict[str, Target] = {
+    "torchvision": Torchvision(),
+    "timm": Timm(),
+    "safetensors": Safetensors(),
+    "huggingface": HuggingFace(),
+    "detectron2": Detectron2(),
+    "onnx": Onnx(),
+}

@@ -1,0 +1,110 @@
+"""From somebody's checkpoint to a run folder that `fastmoco probe` and `fastmoco knn` read."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fastmoco.config.recipe import Recipe, Stem, validate
+from fastmoco.core.files import new_folder, sha256_of, write_json
+from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.interop.detect import Match, match
+from fastmoco.interop.read_checkpoint import About, read_weights
+from fastmoco.runs.run_folder import ORIGIN, RunFolder
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of a file.
+
+    Attributes:
+        recipe: of the run folder.
+        source: where in the file the backbone was, and by whose names.
+        notes: sentences that its user must know.
+    """
+
+    recipe: Recipe
+    source: str
+    notes: tuple[str, ...]
+
+
+def import_weights(
+    file: Path,
+    out: Path,
+    prefix: str | None = None,
+    stem: Stem | None = None,
+    image_size: int | None = None,
+) -> Imported:
+    """Make a run folder, at step 0, of the weights of another program.
+
+    Args:
+        file: safetensors, or a checkpoint of torch that holds tensors and plain values only.
+        out: the run folder; must not exist.
+        prefix: before the names of the backbone's tensors; None: that of the network that they
+            fill, and of the trained one where its moving average is there too.
+        stem: of the network; None: what our own export says, else by the first convolution.
+        image_size: that the network is shown, pixels; None: what our own export says, else 224,
+            or 32 after a 3x3 stem.
+
+    Raises:
+        UsageError: no such file, or `out` exists.
+        CheckpointError: the file is damaged, unsafe, or does not fill a network in full with
+            finite numbers.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another folder.")
+    weights = read_weights(file)
+    try:
+        found = match(weights.tensors, prefix, stem or weights.about.stem)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    recipe = _recipe(found, out, weights.about, image_size)
+    notes = _notes(found, recipe, known_stem=bool(stem or weights.about.stem))
+    origin = {
+        "file": file.name,
+        "sha256": sha256_of(file),
+        "prefix": found.prefix,
+        "names": found.naming.name,
+        "notes": notes,
+    }
+    with new_folder(out) as folder:
+        run = RunFolder(folder)
+        run.describe(recipe, {name: version(name) for name in ("fastmoco", "torch")})
+        run.save({"encoder_q": found.weights}, step=0, marks={}, keep=1)
+        write_json(folder / ORIGIN, origin)
+    behind = f"behind {found.prefix}, " if found.prefix else ""
+    return Imported(recipe, f"{behind}by the names of {found.naming.name}", notes)
+
+
+def _recipe(found: Match, out: Path, about: About, image_size: int | None) -> Recipe:
+    """Return a recipe that says what an evaluation asks; how it was trained is not in the file."""
+    values = {
+        "name": out.name,
+        "data": ["unknown"],
+        "out": str(out),
+        "arch": found.arch,
+        "stem": found.stem,
+        "head": found.head,
+        "dim": found.dim,
+        "image_size": image_size or about.image_size or (224 if found.stem == "imagenet" else 32),
+        "views": [{}, {}],
+        "optimizer": {"lr": 1.0},
+        "schedule": {"epochs": 1},
+        "precision": "fp32",  # the numbers of the weights as they came
+    }
+    statistics = about.model_dump(include={"mean", "std"}, exclude_none=True)
+    return validate(values | statistics, str(out))
+
+
+def _notes(found: Match, recipe: Recipe, known_stem: bool) -> tuple[str, ...]:
+    notes = [
+        f"Images are shown at {recipe.image_size} px, mean {recipe.mean}, std {recipe.std}: "
+        "if the weights were trained with others, put those into config.yaml.",
+        *found.notes,
+    ]
+    if found.stem == "small" and not known_stem:
+        notes.append(
+            "A 3x3 stem was taken to have stride 1, padding 1 and no max-pool, which no file "
+            "says: --stem small-stride2 is for stride 2. solo-learn pads by 2: features differ at "
+            "the borders, and a number from here is not quite theirs."
+        )
+    return tuple(notes)

@@ -1,0 +1,1 @@
+"""From tables of people to labels of a set."""

@@ -1,0 +1,100 @@
+"""What the loader asks of an executor, whichever of the two it is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.cores import cores_of
+from fastmoco.core.distributed import World
+from fastmoco.errors import UsageError
+from fastmoco.load.view_params import ViewParams
+
+_MOST_THREADS = 16  # more wait for each other: MLPerf feeds an H100 by 6
+
+
+@dataclass(frozen=True)
+class EnabledOps:
+    """Which operators a view needs beside crop, flip and normalization."""
+
+    color: bool = False
+    blur: bool = False
+    solarize: bool = False
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """What all batches have in common.
+
+    Attributes:
+        size: side of the square views, pixels.
+        mean, std: of the channels, in 0..1 units.
+        views: the operators that each view needs.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: tuple[EnabledOps, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How batches are made; none of it changes what they hold, but for a decoder's rounding.
+
+    Attributes:
+        executor: "dali", or "torchvision" where DALI does not exist.
+        device: where the views end up.
+        threads: decoding threads.
+        prefetch: batches made ahead.
+        decode, hw_decoder_load: see `config.Recipe`; without a GPU neither counts.
+    """
+
+    executor: Literal["dali", "torchvision"] = "dali"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int = 2
+    prefetch: int = 3
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    hw_decoder_load: float = 0.65
+
+
+def settings_of(recipe: Recipe, ranks: World, device: torch.device) -> Settings:
+    """Return how a recipe's batches are made here.
+
+    Raises:
+        UsageError: what it asks for needs a GPU and DALI.
+    """
+    if recipe.decode == "mixed" and (device.type == "cpu" or recipe.executor != "dali"):
+        raise UsageError("decode: mixed needs a GPU and executor: dali. Set decode=auto.")
+    threads = recipe.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
+    return Settings(
+        recipe.executor, device, threads, recipe.prefetch, recipe.decode, recipe.hw_decoder_load
+    )
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """One batch to render: encoded images and, for each view, the numbers that draw it."""
+
+    ids: npt.NDArray[np.int64]
+    encoded: list[npt.NDArray[np.uint8]]
+    numbers: list[ViewParams]
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """A batch that has been drawn: for each view an (n, 3, size, size) channels-last tensor."""
+
+    work: EncodedBatch
+    views: tuple[torch.Tensor, ...]
+
+
+Source = Callable[[int], EncodedBatch | None]
+"""Gives the work of batch 0, 1, ...; None ends the stream."""
+
+Executor = Callable[[Source, PipelineSpec, int, Settings], Iterator[DecodedBatch]]
+"""Draws what a source asks for: (source, look, samples a batch at the most, settings)."""

@@ -1,0 +1,107 @@
+"""What a person sees of a run: a live line on a terminal, plain lines in a log."""
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.terminal import printable
+
+WIDE = 110  # columns
+
+
+class LiveDisplay:
+    """Shows the rows of a run; on rank 0 alone.
+
+    Args:
+        recipe: of the run.
+        start: steps done before.
+        steps_per_epoch: of its data.
+    """
+
+    def __init__(self, recipe: Recipe, start: int, steps_per_epoch: int) -> None:
+        self._console = Console()
+        self._console.soft_wrap = not self._console.is_terminal  # a log has no width
+        last_step = recipe.last_step(steps_per_epoch)
+        self._epochs = math.ceil(last_step / steps_per_epoch)
+        # On 80 columns the time left matters more than a bar.
+        bar = [BarColumn(bar_width=20)] if self._console.width >= WIDE else []
+        self._progress = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            *bar,
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=600,
+        )
+        self._task = self._progress.add_task(
+            "", total=last_step, completed=start, epoch="-", numbers="first step ..."
+        )
+        chance, full = math.log(recipe.queue + 1), math.ceil(recipe.queue / recipe.keys_per_step)
+        self._console.print(
+            f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
+            f"queue is full ({full} steps): that is expected.",
+            highlight=False,
+        )
+        for warning in _for_ablations_only(recipe):
+            self._console.print(f"{warning} Meant for ablations only.", highlight=False)
+
+    def __enter__(self) -> "LiveDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show a logged step."""
+        numbers = (
+            f"loss {row['loss']:.3f}  lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s  "
+            f"data wait {row['data_wait_percent']:.0f} %"
+        )
+        if row["skipped"]:
+            numbers += f"  [red]skipped {row['skipped']}[/red]"
+        epoch = f"{min(math.floor(row['epoch']) + 1, self._epochs)}/{self._epochs}"
+        self._progress.update(self._task, completed=row["step"], epoch=epoch, numbers=numbers)
+        if not self._console.is_terminal:
+            self._console.print(f"step {row['step']}  epoch {epoch}  {numbers}", highlight=False)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show the end of an epoch, and what the monitor found."""
+        parts = [f"epoch {row['epoch']:g}/{self._epochs}" if row["epoch"] else "untrained"]
+        if row["loss"] is not None:
+            parts.append(f"mean loss {row['loss']:.3f}")
+        if "knn_top1" in row:
+            parts.append(f"kNN {row['knn_top1']:.2f} %")
+        self._console.print("  ".join(parts), highlight=False)
+
+    def bad(self, row: dict[str, Any]) -> None:
+        """Show damaged samples that the run goes on without."""
+        for sample in row["samples"]:
+            words = printable(f"goes on without {sample}: damaged")
+            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def unsaved(self, row: dict[str, Any]) -> None:
+        """Show that a checkpoint could not be written."""
+        words = escape(printable(row["message"]))
+        self._console.print(f"[bold red]{words}[/bold red]", soft_wrap=True)
+
+
+def _for_ablations_only(recipe: Recipe) -> list[str]:
+    """Return in words what a recipe asks for that is known to spoil the features."""
+    found = []
+    if any(view.crop != "random" for view in recipe.views):
+        found.append(
+            "A view has no random crop: the pretext task becomes trivial, and the features with it."
+        )
+    if recipe.bn == "whole" or recipe.shuffle == "off":
+        found.append(
+            "Query and key share their BatchNorm statistics (bn: whole or shuffle: off): the "
+            "network can tell by them which belong together."
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The run folder: what train leaves behind and evaluate reads."""

@@ -1,0 +1,414 @@
+"""The contract between training and evaluation: the run folder and its verified checkpoints.
+
+config.yaml                      the resolved recipe of the last start
+configs/step-000000024.yaml      where it changed on the way: each, by the step that it held from
+versions.json                    what it ran on
+metrics.jsonl                    one row a logged step, epoch and monitor
+evaluations.jsonl, evaluations/  numbers of its encoder, and what was said of each image
+status.json                      how the last start ended: exit code and message; code null: it
+                                 runs, or was killed
+stopped                          there if a signal stopped it before its end: to be started again
+checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from fastmoco.config.recipe import Recipe, load_recipe, to_yaml
+from fastmoco.core.files import new_folder, sha256_of, sync, write_bytes, write_json
+from fastmoco.errors import CheckpointError, UsageError
+
+CHECKPOINT_VERSION = 1
+ORIGIN = "origin.json"  # in the folder of a run whose weights another program trained
+
+# What a checkpoint older than these keys of the fingerprint was made with.
+_BEFORE = {"bn": "groups", "shuffle": "global", "symmetric": False, "optimizer": "sgd"}
+
+Fingerprint = dict[str, Any]
+State = dict[str, Any]
+
+
+def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
+    """Return what must not change under a run: it decides what every later step means.
+
+    Args:
+        recipe: of the run.
+        set_ids: of its sets.
+        samples: of an epoch.
+        order: digest of their order.
+    """
+    return {
+        "sets": set_ids,
+        "samples": samples,
+        "order": order,
+        "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
+        **recipe.model_dump(
+            mode="json",
+            include={
+                "arch",
+                "stem",
+                "head",
+                "dim",
+                "image_size",
+                "views",
+                "batch",
+                "bn",
+                "bn_group",
+                "shuffle",
+                "symmetric",
+                "queue",
+                "seed",
+            },
+        ),
+    }
+
+
+class RunFolder:
+    """A run on disk.
+
+    Args:
+        root: the folder; made when it is first written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.checkpoints = self.root / "checkpoints"
+        self.configs = self.root / "configs"
+        self.metrics = self.root / "metrics.jsonl"
+        self.damaged: list[str] = []  # names of checkpoints that `latest` had to pass over
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for writing; the lock dies with its process.
+
+        Raises:
+            UsageError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"The run folder {self.root} is in use by another process ({self._holder()}): "
+                "wait for it, stop it, or choose another folder by out=DIR."
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            for leftover in self.checkpoints.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"Cannot write to the run folder {self.root} ({error.strerror}): "
+            "make room, or choose another by out=DIR."
+        )
+
+    def begin(self, recipe: Recipe, versions: dict[str, Any], step: int) -> list[str]:
+        """Take over the folder for a start from `step`, which nothing speaks against any more.
+
+        Returns:
+            Sentences: what changed in the recipe, and where the metrics of a run whose checkpoints
+            are gone were put.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        try:
+            (self.root / "stopped").unlink(missing_ok=True)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            write_json(self.root / "status.json", {"code": None, "message": f"running: {holder}"})
+            aside = None if step else self._put_metrics_aside()
+            self.rewind(step if step else -1)
+            changes = self.describe(recipe, versions, step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        told = [f"from step {step} on {change}" for change in changes]
+        return told + ([f"no checkpoint goes on from metrics.jsonl: now {aside}"] if aside else [])
+
+    def _put_metrics_aside(self) -> str | None:
+        """Rename the metrics of steps that no checkpoint goes on from; return their new name."""
+        if not any(row["step"] for row in self.rows()):
+            return None
+        names = (f"metrics-{number}.jsonl" for number in itertools.count(1))
+        name = next(name for name in names if not (self.root / name).exists())
+        self.metrics.rename(self.root / name)
+        return name
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.root / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _holder(self) -> str:
+        status = self._status()
+        return "not known" if self.ended() else str(status.get("message", "not known"))
+
+    @property
+    def imported(self) -> bool:
+        """Whether the weights came from another program."""
+        return (self.root / ORIGIN).is_file()
+
+    def recipe(self) -> Recipe:
+        """Return the resolved recipe of the run.
+
+        Raises:
+            UsageError: there is no run here.
+        """
+        path = self.root / "config.yaml"
+        if not path.is_file():
+            raise UsageError(f"{self.root} is not a run folder (no config.yaml).")
+        return load_recipe(str(path))
+
+    def describe(self, recipe: Recipe, versions: dict[str, Any], step: int = 0) -> list[str]:
+        """Write down what is run from `step` on, and on what.
+
+        A recipe that differs from that of the steps before is kept beside theirs.
+
+        Returns:
+            The keys that differ, as "key: old -> new".
+        """
+        config, text = self.root / "config.yaml", to_yaml(recipe)
+        kept = sorted(self.configs.glob("step-*.yaml"))
+        now = self.configs / f"step-{step:09d}.yaml"
+        for undone in [path for path in kept if path >= now]:  # of steps that are taken again
+            undone.unlink()
+        changes = []
+        if step and config.is_file():
+            before = ([config] + [path for path in kept if path < now])[-1].read_text()
+            changes = _differences(yaml.safe_load(before), yaml.safe_load(text))
+        if changes:
+            self.configs.mkdir(exist_ok=True)
+            if not kept:
+                write_bytes(self.configs / f"step-{0:09d}.yaml", before.encode())
+            write_bytes(now, text.encode())
+        write_bytes(config, text.encode())
+        write_json(self.root / "versions.json", versions)
+        return changes
+
+    def finish(self, code: int, message: str) -> None:
+        """Write down how the run ended: torchrun hides its workers' exit codes."""
+        write_json(self.root / "status.json", {"code": code, "message": message})
+
+    def ended(self) -> bool:
+        """Return whether status.json says already how the run ended."""
+        return self._status().get("code") is not None
+
+    def ended_well(self) -> bool:
+        """Return whether a run went to its end here, or to a signal: it has left a checkpoint."""
+        return self._status().get("code") == 0
+
+    def stop(self, message: str) -> None:
+        """Write down that a signal stopped the run: job scripts start it again by the marker."""
+        write_bytes(self.root / "stopped", f"{message}\n".encode())
+        self.finish(0, message)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to the metrics; a number that is not finite becomes null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps(finite) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the metrics; a row cut short by a kill or a full disk is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [row for line in lines if (row := row_of(line)) is not None]
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: a resumed run writes them again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        write_bytes(self.metrics, "".join(kept).encode())
+
+    def save(self, state: State, step: int, marks: Fingerprint, keep: int) -> Path:
+        """Write a checkpoint, whole or not at all, then drop all but the newest `keep`.
+
+        Older ones go only once the new one has been read back.
+
+        Raises:
+            OSError: it cannot be written; the older ones are as before.
+        """
+        final = self.checkpoints / f"step-{step:09d}"
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
+        with new_folder(final) as folder:
+            with (folder / "state.pt").open("wb") as file:
+                digest = _save_hashed(state, file)
+            sync(folder / "state.pt")
+            if sha256_of(folder / "state.pt") != digest:
+                raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+            manifest = {
+                "format_version": CHECKPOINT_VERSION,
+                "step": step,
+                "sha256": digest,
+                "fingerprint": marks,
+            }
+            manifest["own"] = _digest(manifest)
+            write_json(folder / "manifest.json", manifest)
+        # Newer ones are damaged, else the run had gone on from them: they do not count.
+        for old in [folder for folder in self._folders() if folder <= final][:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def last_good(self) -> str:
+        """Say which checkpoint a run would go on from."""
+        for folder in reversed(self._folders()):
+            if _verified(folder):
+                return f"The last good checkpoint is {folder}."
+        return "There is no checkpoint yet."
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*"))
+
+    def latest(self, marks: Fingerprint | None = None) -> tuple[State, int] | None:
+        """Return the newest checkpoint that its hash vouches for, and its step; None: none yet.
+
+        Those that had to be passed over are named in `damaged`.
+
+        Args:
+            marks: the fingerprint that it must have.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or one is of another run or format.
+        """
+        damaged = self.damaged = []
+        for folder in reversed(self._folders()):
+            manifest = _verified(folder)
+            if manifest is None:
+                damaged.append(folder.name)
+                continue
+            if marks is not None:
+                _compare(folder, manifest["fingerprint"], marks)
+            # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            return state, int(manifest["step"])
+        if damaged:
+            raise CheckpointError(
+                f"Every checkpoint of {self.root} is damaged ({', '.join(damaged)}): "
+                "restore one, or start anew with another out=DIR."
+            )
+        return None
+
+
+def _save_hashed(state: State, file: BinaryIO) -> str:
+    """Write a state by torch.save and return the hex SHA-256 of what the file was given.
+
+    Raises:
+        OSError: the file does not take it.
+    """
+    sink = _Sink(file)
+    torch.save(state, cast(BinaryIO, sink))
+    if sink.error:
+        raise sink.error
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """Hashes bytes before the disk has touched them, and keeps an error for later.
+
+    torch calls it from C++, which would make a RuntimeError of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        if self.error is None:
+            try:
+                self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: whoever opened the file flushes it."""
+
+
+def _verified(folder: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest if its content is what was written, else None.
+
+    Raises:
+        CheckpointError: it was written by a newer version.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        if (version := int(manifest["format_version"])) > CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{folder} has checkpoint version {version}, this fastmoco reads up to "
+                f"{CHECKPOINT_VERSION}: upgrade fastmoco."
+            )
+        own = manifest.pop("own", None)  # checkpoints older than this key have none
+        whole = own in (None, _digest(manifest)) and "fingerprint" in manifest
+        whole = whole and sha256_of(folder / "state.pt") == manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the hash of what a manifest says, as it will be read back."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return the dotted keys in which two nested values differ, with both values."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """Return a line of a .jsonl; None: it was cut short by a kill or a full disk."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith("\n") else None
+
+
+def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    found = _BEFORE | found
+    for field in wanted:
+        if found.get(field) != wanted[field]:
+            raise CheckpointError(
+                f"{folder} is of another run: {field} was {_short(found.get(field))}, "
+                f"now it is {_short(wanted[field])}. Restore it, or choose another out=DIR."
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

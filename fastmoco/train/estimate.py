@@ -1,0 +1,108 @@
+"""What a run would do and need, said before it starts."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.config.recipe import Optimizer, Recipe
+from fastmoco.core.distributed import World
+from fastmoco.core.precision import Precision
+from fastmoco.load.sampler import Plan
+from fastmoco.models.encoder import Encoder
+
+
+def outlook(recipe: Recipe, plan: Plan, ranks: World, device: torch.device) -> dict[str, str]:
+    """Return the resolved plan of a run by name, in words.
+
+    Args:
+        recipe: resolved.
+        plan: of its data.
+        ranks: that would run it.
+        device: of this one.
+    """
+    last_step = recipe.last_step(plan.steps_per_epoch)
+    rows = recipe.keys_per_step // ranks.size // recipe.accumulate
+    encoder, activations = footprint(recipe, rows)
+    among = ranks.size if ranks.size > 1 else 8  # alone nothing travels: say what would
+    sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
+    return {
+        "run folder": str(recipe.out),
+        "samples an epoch": f"{plan.samples:,}",
+        "steps": f"{last_step:,} ({plan.steps_per_epoch:,} an epoch)",
+        "images seen": f"{last_step * recipe.batch:,}",
+        "ranks": f"{ranks.size} on {device.type}, {recipe.batch // ranks.size} images each a step",
+        "BatchNorm": _batch_norm(recipe, ranks),
+        "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
+        "precision": recipe.precision,
+        "queue": f"{recipe.queue:,} x {recipe.dim}, {_mb(recipe.queue * recipe.dim * 4)}, "
+        f"{recipe.queue / recipe.keys_per_step:g} steps",
+        "encoders and gradients": _mb(3 * encoder),
+        "state of the optimizer": _mb(state_copies(recipe.optimizer) * encoder),
+        "activations (estimate)": f"{_mb(activations)} a rank",
+        "logits": _mb(2 * 4 * rows * recipe.queue),
+        f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
+        + " received by a rank each step",
+    }
+
+
+def _batch_norm(recipe: Recipe, ranks: World) -> str:
+    if recipe.bn == "whole":
+        return "over the whole batch (for ablations)"
+    groups = recipe.batch // ranks.size // recipe.bn_group
+    return f"groups of {recipe.bn_group}, {groups} a rank; shuffle {recipe.shuffle}"
+
+
+def state_copies(optimizer: Optimizer) -> int:
+    """Return how many numbers the optimizer keeps for each weight."""
+    averages = {"adam": 2, "adamw": 2, "apex_adam": 2, "apex_lamb": 2, "adagrad": 1, "rmsprop": 1}
+    return averages.get(optimizer.name, 0) + bool(optimizer.options().get("momentum"))
+
+
+def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
+    """Return the bytes that a rank receives for the shuffle of a step, about.
+
+    Args:
+        recipe: of the run.
+        ranks: that share the batch and shuffle among themselves.
+        exchange: "all_gather": the images of all other ranks; "all_to_all": those of its own
+            places that they hold.
+    """
+    value = Precision(recipe.precision, "cpu").wire.itemsize
+    if recipe.shuffle == "off":
+        return 0
+    views = 2 if recipe.symmetric else 1
+    image = 3 * recipe.image_size**2 * value * views
+    elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
+    return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
+
+
+def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """Return the bytes of one encoder's weights, and of what a pass of `rows` images keeps.
+
+    The network is run on tensors without content: nothing is computed or allocated.
+    """
+    precision = Precision(recipe.precision, "cpu")
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim).to(precision.weights)
+    with FakeTensorMode() as fake:
+        state: dict[str, Any] = {
+            n: fake.from_tensor(t) for n, t in encoder.state_dict(keep_vars=True).items()
+        }
+        images = torch.empty(rows, 3, recipe.image_size, recipe.image_size, dtype=precision.weights)
+        hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, precision.autocast():
+            torch.func.functional_call(encoder, state, (images,))
+        for tensor in state.values():
+            kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(p.nbytes for p in encoder.parameters()), sum(kept.values())
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,1 @@
+"""What a method adds to the step: keys, loss, and what follows the optimizer."""

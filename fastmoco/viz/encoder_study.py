@@ -1,0 +1,199 @@
+"""What a frozen encoder makes of labelled images: neighbors, predictions, maps, a projection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.evaluate.features import Pair, Preprocessing
+from fastmoco.evaluate.knn import KNNClassifier
+from fastmoco.evaluate.predictions import Predictions
+from fastmoco.load.loader import evaluation_batches
+from fastmoco.load.order import Ids, Permutation
+from fastmoco.models.encoder import Encoder
+from fastmoco.plots import Images
+from fastmoco.viz.views import pixels_of
+
+_STREAM = 1 << 34  # keeps these permutations apart from those of the training under one seed
+_LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}
+_SHOWN_SIDE = 96  # pixels of an image on the page, at the most
+_PROJECTED = 2000  # points: more of them hide each other
+
+
+@dataclass(frozen=True)
+class Study:
+    """Labelled samples and the backbone's features of them.
+
+    Attributes:
+        evaluation: encoder, sight and the samples that are looked at.
+        bank: the features of the training samples.
+        queries: those of the test samples, with their labels.
+    """
+
+    evaluation: Evaluation
+    bank: KNNClassifier
+    queries: Pair
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, samples: int) -> "Study":
+        """Embed at most `samples` training and test samples each, chosen by the run's seed.
+
+        Raises:
+            DataError: an image cannot be read or decoded.
+        """
+        seed = evaluation.recipe.seed
+        train, test = (thinned(one, samples, seed) for one in (evaluation.train, evaluation.test))
+        evaluation = replace(evaluation, train=train, test=test)
+        bank = KNNClassifier(*evaluation.features(train, "backbone"), evaluation.classes)
+        return cls(evaluation, bank, evaluation.features(test, "backbone"))
+
+    def predictions(self) -> Predictions:
+        """Return what the neighbors of each test sample vote for."""
+        return self.bank.predict(*self.queries)
+
+    @property
+    def classifier(self) -> str:
+        """Who predicts, in words."""
+        return (
+            f"votes of the {self.bank.k} nearest neighbors (backbone features, "
+            f"T {self.bank.t:g}) among {len(self.evaluation.train.ids):,} training images"
+        )
+
+    def nearest(self, places: Ids, count: int) -> tuple[npt.NDArray[np.float32], Ids]:
+        """Return (n, count) similarities to the test samples at `places`, and places in train."""
+        similarity, rows = self.bank.nearest(self.queries[0][torch.from_numpy(places)], count)
+        return similarity.cpu().numpy(), rows.cpu().numpy()
+
+    def some(self, count: int) -> Ids:
+        """Return the places of `count` test samples, drawn by the run's seed."""
+        size = len(self.evaluation.test.ids)
+        draw = Permutation(size, (self.evaluation.recipe.seed, _STREAM + 1))
+        return draw(np.arange(min(count, size)))
+
+    def pixels(self, one: Labelled, places: Ids) -> Images:
+        """Return the samples at `places` as the encoder sees them, at most 96 pixels wide."""
+        return shown(self.evaluation.sight, ConcatShardSets([one.set]), one.ids[places])
+
+
+def surest(found: Predictions, right: bool, count: int) -> Ids:
+    """Return the places of the surest right (or wrong) predictions, the surest first."""
+    order = found.confidence.argsort(descending=True, stable=True)
+    places: Ids = order[(found.place == 0)[order] == right][:count].numpy()
+    return places
+
+
+def thinned(one: Labelled, samples: int, seed: int) -> Labelled:
+    """Return at most `samples` of the labelled samples, drawn by the seed, in id order."""
+    if len(one.ids) <= samples:
+        return one
+    kept = np.sort(Permutation(len(one.ids), (seed, _STREAM))(np.arange(samples)))
+    return replace(one, ids=one.ids[kept], labels=one.labels[kept])
+
+
+def shown(sight: Preprocessing, data: ConcatShardSets, ids: Ids) -> Images:
+    """Return (n, side, side, 3) pixels of samples as an encoder sees them, side 96 at the most."""
+    small = replace(sight, size=min(sight.size, _SHOWN_SIDE))
+    return pixels_of(_views(small, data, ids, sight.share), sight.mean, sight.std)
+
+
+def _views(sight: Preprocessing, data: ConcatShardSets, ids: Ids, share: float) -> torch.Tensor:
+    """Return (n, 3, size, size) normalized views."""
+    batches = evaluation_batches(
+        data,
+        ids=ids,
+        size=sight.size,
+        mean=sight.mean,
+        std=sight.std,
+        share=share,
+        batch=min(len(ids), 128),
+        settings=sight.settings,
+    )
+    return torch.cat([batch.views[0].float() for batch in batches])
+
+
+@torch.no_grad()
+def feature_maps(
+    encoder: Encoder, sight: Preprocessing, data: ConcatShardSets, sample: int
+) -> dict[str, torch.Tensor]:
+    """Return the (C, h, w) fp32 outputs of the first convolution and of each stage, by name.
+
+    Raises:
+        DataError: the image cannot be read or decoded.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        found[name] = output[0].float().cpu()
+
+    hooks = [
+        getattr(encoder.backbone, layer).register_forward_hook(
+            lambda module, given, output, name=name: keep(name, output)
+        )
+        for layer, name in _LAYERS.items()
+    ]
+    with sight.autocast():
+        encoder.backbone(sight.cast(_views(sight, data, np.array([sample]), sight.share)))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def projected(
+    features: torch.Tensor, labels: Ids, seed: int
+) -> tuple[npt.NDArray[np.float64], Ids, str]:
+    """Return (n, 2) places for features on a plane, their labels, and the method in words.
+
+    t-SNE where scikit-learn is installed, else the two principal components.
+
+    Args:
+        features: (N, width) fp32; normalized here.
+        labels: (N,) int64.
+        seed: of the choice of samples and of t-SNE.
+    """
+    chosen = Permutation(len(features), (seed, _STREAM + 2))(
+        np.arange(min(len(features), _PROJECTED))
+    )
+    some = features[torch.from_numpy(chosen)].cpu()
+    rows = torch.nn.functional.normalize(some, dim=1).double().numpy()
+    if find_spec("sklearn") and len(rows) > 10:
+        return _tsne(rows, seed), labels[chosen], f"t-SNE of {len(rows):,} test images"
+    return _principal(rows), labels[chosen], f"principal components of {len(rows):,} test images"
+
+
+def _tsne(rows: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    # Threads would add up in another order each time, and t-SNE makes much of a rounding error.
+    with threadpool_limits(1):
+        plane = TSNE(perplexity=perplexity, random_state=seed % 2**32).fit_transform(rows)
+    found: npt.NDArray[np.float64] = plane.astype(np.float64)
+    return found
+
+
+def _principal(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    centerd = rows - rows.mean(axis=0)
+    _, _, axes = np.linalg.svd(centerd, full_matrices=False)
+    plane = np.zeros((len(rows), 2))
+    plane[:, : min(2, len(axes))] = centerd @ axes[:2].T
+    return plane
+
+
+def most_confused(confused: Ids, names: Sequence[str], count: int) -> list[tuple[str, str, int]]:
+    """Return the most frequent errors: true class, predicted class, how often.
+
+    Args:
+        confused: see `Predictions.confused`.
+        names: of the classes.
+        count: of errors.
+    """
+    errors = confused[confused[:, 0] != confused[:, 1]]
+    order = np.argsort(-errors[:, 2], kind="stable")[:count]
+    return [(names[a], names[b], times) for a, b, times in errors[order].tolist()]

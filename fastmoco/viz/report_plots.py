@@ -1,0 +1,123 @@
+"""The drawings of the report."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from fastmoco.load.order import Ids
+from fastmoco.plots import INK, Images, draw_views, figure_of, grid_of
+
+_DPI = 150
+_CHANNELS = 8
+_NAMED = 30  # classes whose names fit beside a matrix
+_COUNTED = 20  # classes whose counts fit into its cells
+_COLOURED = 20  # classes that colors can tell apart
+_LONGEST = 16  # letters of a name
+
+
+def save_tile(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """Write a (side, side, 3) image as it is."""
+    Image.fromarray(pixels).save(path)
+
+
+def draw_filters(path: Path, weight: torch.Tensor) -> None:
+    """Draw the (n, 3, k, k) filters of a first convolution in color, each over its own range."""
+    filters = weight.float().cpu().permute(0, 2, 3, 1).numpy()
+    low, high = (bound(filters, axis=(1, 2, 3), keepdims=True) for bound in (np.min, np.max))
+    levels = (255 * (filters - low) / np.maximum(high - low, 1e-12)).round().astype(np.uint8)
+    columns = math.gcd(len(levels), 8)
+    Image.fromarray(grid_of(list(levels.reshape(-1, columns, *levels.shape[1:])))).save(path)
+
+
+def draw_maps(path: Path, maps: Mapping[str, torch.Tensor]) -> None:
+    """Draw the channels that vary most over the image, a row for each of the (C, h, w) maps."""
+    side = max(found.shape[-1] for found in maps.values())
+    rows = {f"{name}\n{_size(found)}": _colored(found, side) for name, found in maps.items()}
+    draw_views(path, rows, f"The {_CHANNELS} channels that vary most, each over its own range")
+
+
+def _size(found: torch.Tensor) -> str:
+    return "×".join(map(str, found.shape))  # without spaces: there is room for ten letters
+
+
+def _colored(found: torch.Tensor, side: int) -> Images:
+    from matplotlib import colormaps
+
+    order = found.flatten(1).std(dim=1, correction=0).argsort(descending=True, stable=True)
+    chosen = torch.nn.functional.interpolate(found[order[:_CHANNELS], None], size=side)[:, 0]
+    low, high = chosen.amin(dim=(1, 2), keepdim=True), chosen.amax(dim=(1, 2), keepdim=True)
+    shares = ((chosen - low) / (high - low).clamp_min(1e-12)).numpy()
+    colored: Images = colormaps["viridis"](shares, bytes=True)[..., :3]
+    return colored
+
+
+def draw_confusion(path: Path, confusion: Ids, names: Sequence[str]) -> None:
+    """Draw the (n, n) counts of true and predicted classes as shares of each true class."""
+    count = len(names)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + (0.44 * count if count <= _NAMED else 5)
+    figure = figure_of(side, side)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted", color=INK)
+    axes.set_ylabel("true", color=INK)
+    if count <= _NAMED:
+        _name_both(axes, [_shortened(name) for name in names])
+    if count <= _COUNTED:
+        _count_cells(axes, confusion, shares)
+    with warnings.catch_warnings():
+        # A script that the font lacks is drawn as boxes; the table on the page has its letters.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.tight_layout()
+        figure.savefig(path, dpi=_DPI)
+
+
+def _name_both(axes: Any, names: Sequence[str]) -> None:
+    # A dollar sign in a name is no formula.
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def _count_cells(axes: Any, confusion: Ids, shares: npt.NDArray[np.float64]) -> None:
+    for (row, column), number in np.ndenumerate(confusion):
+        color = "white" if shares[row, column] > 0.5 else INK
+        style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+        axes.text(column, row, str(number), **style)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
+def draw_plane(path: Path, places: npt.NDArray[np.float64], labels: Ids, classes: int) -> None:
+    """Draw (n, 2) places as points in the colors of their classes."""
+    figure = figure_of(6.4, 6.4)
+    axes = figure.add_axes((0, 0, 1, 1))
+    colors = np.array(colors_of(classes))[labels]
+    axes.scatter(places[:, 0], places[:, 1], c=colors, s=18, alpha=0.75, linewidths=0)
+    axes.set_axis_off()
+    axes.margins(0.03)
+    figure.savefig(path, dpi=_DPI)
+
+
+def colors_of(classes: int) -> list[str]:
+    """Return a color `#rrggbb` a class; they differ clearly up to 20."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if classes > _COLOURED:
+        return [to_hex(colormaps["turbo"](number / classes)) for number in range(classes)]
+    return [to_hex(colormaps["tab10" if classes <= 10 else "tab20"](n)) for n in range(classes)]
+
+
+def has_legend(classes: int) -> bool:
+    """Return whether a legend would help."""
+    return classes <= _COLOURED

@@ -1,0 +1,95 @@
+"""What the network will see: a few samples and their views, to look at before training on them."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.distributed import World, device_of
+from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.load.executor import settings_of
+from fastmoco.load.loader import Loader, Triple
+from fastmoco.load.view_params import ViewParams
+from fastmoco.plots import draw_views
+from fastmoco.pretrain import resolve
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample in the plot.
+
+    Attributes:
+        described: its id, original name and shard, in words.
+        views: what was done for each view, in words.
+    """
+
+    described: str
+    views: list[str]
+
+
+def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
+    """Draw the first samples of a run as a grid: original and each view.
+
+    Args:
+        recipe: of the run.
+        path: of the PNG.
+        count: number of samples, at most those of the data.
+        title: above the grid.
+
+    Raises:
+        DataError: a set is missing or an image cannot be decoded.
+    """
+    data = ConcatShardSets.open(recipe.data)
+    # Order and numbers depend on the position alone: a smaller batch begins as the real one does.
+    recipe = resolve(recipe, data.sets[0]).model_copy(update={"batch": min(count, len(data))})
+    assert recipe.mean and recipe.std
+    device = device_of(recipe.device, 0)
+    loader = Loader.of(recipe, data, settings_of(recipe, World(), device))
+    # The batch first: it meets what is damaged, and says so in words.
+    batch, work = next(loader.batches()), loader.work(0)
+    originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in work.encoded]
+    rows = {"original": np.stack([_fitted(image, recipe.image_size) for image in originals])}
+    for number, view in enumerate(batch.views, 1):
+        rows[f"view {number}"] = pixels_of(view, recipe.mean, recipe.std)
+    draw_views(path, rows, title)
+    return [
+        Shown(data.describe(sample), [in_words(numbers, row) for numbers in work.numbers])
+        for row, sample in enumerate(batch.ids.tolist())
+    ]
+
+
+def pixels_of(views: torch.Tensor, mean: Triple, std: Triple) -> npt.NDArray[np.uint8]:
+    """Return the (n, side, side, 3) pixels behind (n, 3, side, side) normalized views."""
+    scale, shift = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
+    levels = (views.float().cpu() * scale + shift).mul(255).round().clamp(0, 255).byte()
+    return levels.permute(0, 2, 3, 1).numpy()
+
+
+def in_words(numbers: ViewParams, row: int) -> str:
+    """Return the numbers that drew one view: `crop 93x120 at (4, 31), flipped, ...`."""
+    top, left, height, width = numbers.crop[row].tolist()
+    parts = [f"crop {height}x{width} at ({top}, {left})"]
+    if numbers.flip[row]:
+        parts.append("flipped")
+    if numbers.jitter[row]:
+        factors = (numbers.brightness, numbers.contrast, numbers.saturation)
+        brightness, contrast, saturation = (float(factor[row]) for factor in factors)
+        parts.append(f"brightness {brightness:.2f} contrast {contrast:.2f}")
+        parts.append(f"saturation {saturation:.2f} hue {360 * float(numbers.hue[row]):+.0f} deg")
+    if numbers.grayscale[row]:
+        parts.append("grayscale")
+    if numbers.blur[row]:
+        parts.append(f"blur {float(numbers.sigma[row]):.2f} px")
+    if numbers.solarize[row]:
+        parts.append("solarized")
+    return ", ".join(parts)
+
+
+def _fitted(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
+    """Return an image whole, on white where it is not square."""
+    return np.asarray(ImageOps.pad(image, (side, side), color="white"))
