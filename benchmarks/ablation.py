@@ -26,8 +26,8 @@ from fastmoco.runs.run_folder import RunFolder
 
 ARMS = {
     "shuffling BN": [],
-    "one BN group, no shuffle": ["bn=whole", "shuffle=off"],
-    "m = 0": ["momentum=0"],
+    "one BN group, no shuffle": ["objective.bn=whole", "objective.shuffle=off"],
+    "m = 0": ["objective.momentum=0"],
 }
 COLOURS = ["#1f5fa8", "#b5452c", "#6b7a2a"]
 PATCHES = {"train": 200, "test": 50}
@@ -60,9 +60,26 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
 
 def train(out: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
     """Train one run in a process of its own, on one core; a finished one ends at once."""
-    sets = [f"data=['{out}/train']", f"monitor.bank={out}/train", f"monitor.queries={out}/test"]
-    options = [f"out={folder_of(out, arm, seed)}", f"seed={seed}", "monitor.every=1", "threads=1"]
-    command = [sys.executable, "-m", "fastmoco.pretrain", "demo", *sets, *options, "log_every=5"]
+    sets = [
+        f"data.sets=['{out}/train']",
+        f"monitor.bank={out}/train",
+        f"monitor.queries={out}/test",
+    ]
+    options = [
+        f"out={folder_of(out, arm, seed)}",
+        f"seed={seed}",
+        "monitor.every=1",
+        "runtime.threads=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "fastmoco.pretrain",
+        "demo",
+        *sets,
+        *options,
+        "runtime.log_every=5",
+    ]
     quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     subprocess.run([*command, *ARMS[arm], *overrides], check=True, **quiet)
 

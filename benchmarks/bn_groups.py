@@ -18,13 +18,19 @@ import torch.nn.functional as F
 
 from fastmoco.bench.interval import interval_of
 from fastmoco.bench.step import synthetic
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
 from fastmoco.models.encoder import GroupBatchNorm2d
 from fastmoco.train.engine import MoCo
 
-RECIPE = ["arch=resnet18", "image_size=64", "batch=128", "queue=4096", "device=cpu"]
+RECIPE = [
+    "encoder.arch=resnet18",
+    "encoder.image_size=64",
+    "batch=128",
+    "objective.queue=4096",
+    "runtime.device=cpu",
+]
 
 
 def main() -> int:
@@ -36,7 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     print(json.dumps({"kind": "environment", **environment()}))
     for group in options.groups:
-        overrides = [*RECIPE, *options.overrides, f"bn_group={group}"]
+        overrides = [*RECIPE, *options.overrides, f"objective.bn_group={group}"]
         print(json.dumps(measure(overrides, options.pairs) | {"bn_group": group}), flush=True)
     return 0
 
@@ -48,7 +54,7 @@ def measure(overrides: list[str], pairs: int) -> dict[str, object]:
     for module in (*engines["split"].encoder_q.modules(), *engines["split"].encoder_k.modules()):
         if isinstance(module, GroupBatchNorm2d):
             module.__class__ = SplitBatchNorm2d
-    ((q, k),) = synthetic(recipe.batch, recipe.image_size, 1)
+    ((q, k),) = synthetic(recipe.batch, recipe.encoder.image_size, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]
     times: dict[str, list[float]] = {way: [] for way in engines}
     for step in range(pairs + 2):

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
 from fastmoco.runs.run_folder import RunFolder
@@ -81,7 +81,7 @@ def main() -> int:
 
 def engine() -> MoCo:
     """Return an engine whose optimizer has its state."""
-    moco = MoCo(load_recipe("moco_v2_imagenet_r50", ["device=cpu"]), World(), CPU)
+    moco = MoCo(load_recipe("moco_v2_imagenet_r50", ["runtime.device=cpu"]), World(), CPU)
     for parameter in moco.encoder_q.parameters():
         parameter.grad = torch.zeros_like(parameter)
     moco.optimizer.step()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmoco.bench.step import synthetic
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
 from fastmoco.train.engine import MoCo
@@ -28,7 +28,14 @@ from fastmoco.train.objectives.queue import KeyQueue
 
 LENGTHS = (4096, 16384, 65536)
 DIM, TEMPERATURE = 128, 0.2
-SMALL = ["arch=resnet18", "image_size=32", "batch=32", "bn_group=16", "queue=256", "device=cpu"]
+SMALL = [
+    "encoder.arch=resnet18",
+    "encoder.image_size=32",
+    "batch=32",
+    "objective.bn_group=16",
+    "objective.queue=256",
+    "runtime.device=cpu",
+]
 WRAPS = 5  # of the old queue before it is measured
 
 EncodedBatch = Callable[[], object]
@@ -97,7 +104,7 @@ def engine() -> MoCo:
 
 def stepper(moco: MoCo) -> EncodedBatch:
     """Return a function that takes the engine's next step, always on one batch."""
-    ((q, k),) = synthetic(moco.recipe.batch, moco.recipe.image_size, 1)
+    ((q, k),) = synthetic(moco.recipe.batch, moco.recipe.encoder.image_size, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]
     numbers = iter(range(10**9))
     return lambda: moco.step(*views, next(numbers))

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from fastmoco.bench.step import synthetic
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
@@ -36,8 +37,20 @@ from fastmoco.train.loop import Trainer
 
 BATCH, SIZE, IMAGES = 8, 32, 64
 TINY = [
-    *("arch=resnet10", "stem=small-stride2", f"image_size={SIZE}", f"batch={BATCH}"),
-    *("bn_group=4", "queue=64", "dim=32", "monitor=null", "device=cpu", "optimizer.lr=0.001"),
+    *(
+        "encoder.arch=resnet10",
+        "encoder.stem=small-stride2",
+        f"encoder.image_size={SIZE}",
+        f"batch={BATCH}",
+    ),
+    *(
+        "objective.bn_group=4",
+        "objective.queue=64",
+        "encoder.dim=32",
+        "monitor=null",
+        "runtime.device=cpu",
+        "optimizer.lr=0.001",
+    ),
 ]
 ALLOWED = 0.02  # growth of the memory, of its size: an allocator's noise
 
@@ -144,9 +157,9 @@ def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
 def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     """Return the loop of a run, as `fastmoco.pretrain` assembles it, that shows itself to us."""
     ranks, device = World(), torch.device("cpu")
-    data = ConcatShardSets.open(recipe.data)
+    data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    loader = Loader.of(recipe, data, settings_of(recipe, ranks, device))
+    loader = Loader.of(recipe, data, settings_of(recipe.runtime, ranks, device))
     marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
     moco = MoCo(recipe, ranks, device)
     return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, [Watcher(sample)])

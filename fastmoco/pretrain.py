@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastmoco.config.recipe import Monitor, Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Monitor, Recipe
 from fastmoco.core.distributed import World, joined
 from fastmoco.core.streams import Spared, lasting_output
 from fastmoco.core.terminal import echo, speaks, told
@@ -75,7 +76,7 @@ def dry_run(recipe: Recipe) -> None:
     Raises:
         FastmocoError: why it would not start.
     """
-    with joined(recipe.device) as (ranks, device):
+    with joined(recipe.runtime.device) as (ranks, device):
         recipe, loader = _prepared(recipe, ranks, device)
         if ranks.leads:
             for name, value in outlook(recipe, loader.plan, ranks, device).items():
@@ -91,7 +92,7 @@ def pretrain(recipe: Recipe) -> RunFolder:
     Raises:
         FastmocoError: what went wrong, in words; it is in the folder's status.json too.
     """
-    with joined(recipe.device, recipe.stall_s) as (ranks, device):
+    with joined(recipe.runtime.device, recipe.runtime.stall_s) as (ranks, device):
         # Refuses what does not fit, before the run folder is made.
         recipe, loader = _prepared(recipe, ranks, device)
         run = RunFolder(recipe.out)
@@ -134,9 +135,9 @@ def _interrupted(error: KeyboardInterrupt) -> str:
 
 def _prepared(recipe: Recipe, ranks: World, device: torch.device) -> tuple[Recipe, Loader]:
     check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
-    data = ConcatShardSets.open(recipe.data)
+    data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    return recipe, Loader.of(recipe, data, settings_of(recipe, ranks, device), ranks)
+    return recipe, Loader.of(recipe, data, settings_of(recipe.runtime, ranks, device), ranks)
 
 
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
@@ -157,7 +158,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
         with Spared("curves.png"):
-            draw_curves(run.root / "curves.png", run.rows(), recipe.queue, recipe.name)
+            draw_curves(run.root / "curves.png", run.rows(), recipe.objective.queue, recipe.name)
     except ImportError:
         echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
@@ -166,10 +167,12 @@ def _train(
     recipe: Recipe, loader: Loader, run: RunFolder, ranks: World, device: torch.device
 ) -> int:
     """Return the steps done at the end."""
-    if recipe.deterministic:
+    if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
-    torch.use_deterministic_algorithms(recipe.deterministic)
-    sight = sight_of(recipe, settings_of(recipe, ranks, device))
+    torch.use_deterministic_algorithms(recipe.runtime.deterministic)
+    sight = sight_of(
+        recipe.encoder, recipe.runtime.precision, settings_of(recipe.runtime, ranks, device)
+    )
     marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
     state, start = _begin(run, marks, ranks)
     if ranks.leads:
@@ -211,9 +214,10 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: World) -> tuple[State | No
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
     """Return the recipe with the channel statistics of its first set where it names none."""
-    mean = recipe.mean or tuple(first.manifest.mean)
-    std = recipe.std or tuple(first.manifest.std)
-    return recipe.model_copy(update={"mean": mean, "std": std})
+    mean = recipe.encoder.mean or tuple(first.manifest.mean)
+    std = recipe.encoder.std or tuple(first.manifest.std)
+    encoder = recipe.encoder.model_copy(update={"mean": mean, "std": std})
+    return recipe.model_copy(update={"encoder": encoder})
 
 
 def _monitor(monitor: Monitor, sight: Preprocessing, ranks: World) -> loop.Monitor:

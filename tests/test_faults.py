@@ -73,7 +73,7 @@ def test_a_kill_while_saving_costs_that_checkpoint_alone(recipe, tmp_path, log, 
 )
 def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, number, codes):
     out = tmp_path / "run"
-    command = (str(recipe), f"out={out}", "checkpoint_every=1000")
+    command = (str(recipe), f"out={out}", "checkpoints.every=1000")
     ranks = ranked.start(log, *command, ranks=2, fault="slow:0.5")
     wait_for(out / "metrics.jsonl")
     time.sleep(2)  # past the untrained kNN, into the steps
@@ -95,7 +95,12 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(recipe, tmp_path, log, numb
 @pytest.mark.dist
 def test_checkpoints_by_the_clock_are_those_of_rank_0s_clock(recipe, tmp_path, log):
     out = tmp_path / "run"
-    clock = ("checkpoint_every=null", "checkpoint_minutes=1", "keep=9", "monitor=null")
+    clock = (
+        "checkpoints.every=null",
+        "checkpoints.minutes=1",
+        "checkpoints.keep=9",
+        "monitor=null",
+    )
     command = (str(recipe), f"out={out}", *clock)
     ranks = ranked.start(log, *command, ranks=2, fault="skewed_clock:20")
     assert ranked.finish(ranks) == [0, 0], ranked.words(log)
@@ -187,7 +192,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(recipe, tmp_path, log, wh
 @pytest.mark.dist
 def test_a_dead_rank_ends_the_others(recipe, tmp_path, log):
     out = tmp_path / "run"
-    command = (str(recipe), f"out={out}", "stall_s=30")
+    command = (str(recipe), f"out={out}", "runtime.stall_s=30")
     began = time.monotonic()
     codes = ranked.finish(ranked.start(log, *command, ranks=2, fault="die:1,5"), 60)
     assert codes[1] == 9 and codes[0] not in (0, -signal.SIGKILL)
@@ -198,7 +203,7 @@ def test_a_dead_rank_ends_the_others(recipe, tmp_path, log):
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_stalled_rank_ends_the_run_and_shows_where_it_stood(recipe, tmp_path, log, ranks):
-    command = (str(recipe), f"out={tmp_path / 'run'}", "monitor=null", "stall_s=6")
+    command = (str(recipe), f"out={tmp_path / 'run'}", "monitor=null", "runtime.stall_s=6")
     stalled = ranks - 1
     started = ranked.start(log, *command, ranks=ranks, fault=f"stall:{stalled},5")
     codes = ranked.finish(started, 90)
@@ -211,7 +216,13 @@ def test_a_stalled_rank_ends_the_run_and_shows_where_it_stood(recipe, tmp_path, 
 def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
     """Stopped after six steps, then on one, two and four ranks: the same losses to 1e-9."""
     begun = tmp_path / "begun"
-    options = ("precision=fp64", "batch=16", "log_every=1", "schedule.epochs=26", "monitor=null")
+    options = (
+        "runtime.precision=fp64",
+        "batch=16",
+        "runtime.log_every=1",
+        "schedule.epochs=26",
+        "monitor=null",
+    )
     first = (*options, "stop_epoch=6")
     ranked.finish(ranked.start(log, str(recipe), f"out={begun}", *first, ranks=2))
     assert RunFolder(begun).latest()[1] == 6
@@ -232,7 +243,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
 @pytest.mark.timeout(600)
 def test_thirty_kills_leave_one_lineage(recipe, tmp_path, log):
     """Two ranks, SIGKILLed at random moments: the end is that of the run in one go, bit by bit."""
-    options = ("schedule.epochs=80", "monitor=null", "checkpoint_every=3", "log_every=3")
+    options = ("schedule.epochs=80", "monitor=null", "checkpoints.every=3", "runtime.log_every=3")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     ranks = ranked.start(log, str(recipe), f"out={calm}", *options, ranks=2)
     assert ranked.finish(ranks, 240) == [0, 0], ranked.words(log)

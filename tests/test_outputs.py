@@ -16,7 +16,7 @@ from fastmoco.loggers import trackers
 from fastmoco.pretrain import main
 from fastmoco.runs.run_folder import RunFolder
 
-SHORT = ("schedule.epochs=1", "monitor=null", "executor=torchvision", "log_every=1")
+SHORT = ("schedule.epochs=1", "monitor=null", "runtime.executor=torchvision", "runtime.log_every=1")
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])
@@ -72,7 +72,7 @@ def test_metrics_curves_and_trackers_warn_once_and_the_run_goes_on(
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(RunFolder, "log", full)
     (tmp_path / "run" / "curves.png").mkdir(parents=True)
-    assert main([str(recipe), *SHORT, "trackers=[tensorboard,wandb]"]) == 0
+    assert main([str(recipe), *SHORT, "runtime.trackers=[tensorboard,wandb]"]) == 0
     err = capsys.readouterr().err
     for what in ("rows of metrics.jsonl (No space", "curves.png (Is a", "some numbers in tensor"):
         assert err.count(f"warning: goes on without {what}") == 1, err
@@ -102,7 +102,7 @@ def test_a_refused_start_leaves_a_run_as_it_was(recipe, tmp_path, capsys):
     assert main([str(recipe), *SHORT]) == 0
     (root / "stopped").write_text("x")
     before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
-    assert main([str(recipe), *SHORT, "dim=24"]) == 4
+    assert main([str(recipe), *SHORT, "encoder.dim=24"]) == 4
     assert before == {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
     (root / "checkpoints").rename(tmp_path / "elsewhere")
     assert main([str(recipe), *SHORT]) == 2
@@ -144,7 +144,7 @@ def test_plots_replace_plots_of_ours_alone(small_set, run, tmp_path, monkeypatch
         small_set.root,
         "--recipe",
         "cifar10_r18",
-        "executor=torchvision",
+        "runtime.executor=torchvision",
         "--count",
         1,
     )

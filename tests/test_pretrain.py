@@ -15,7 +15,7 @@ import torch
 import yaml
 from states import numbers, status, tensors
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import UsageError
 from fastmoco.load.sampler import Plan
@@ -69,8 +69,8 @@ def test_sigkill_and_resume_end_bit_equal_to_a_run_in_one_go(recipe, tmp_path):
 @pytest.mark.dist
 def test_two_ranks_train_as_one_does(recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(recipe, f"out={one}", "precision=fp64").returncode == 0
-    done = run(recipe, f"out={two}", "precision=fp64", ranks=2)
+    assert run(recipe, f"out={one}", "runtime.precision=fp64").returncode == 0
+    done = run(recipe, f"out={two}", "runtime.precision=fp64", ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("untrained") == 1  # rank 0 alone talks
     ours, theirs = final_state(two), final_state(one)
@@ -100,7 +100,7 @@ def test_a_run_leaves_what_its_number_depends_on(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_architecture_is_exit_4(recipe, tmp_path):
     assert run(recipe, "schedule.epochs=1").returncode == 0
-    done = run(recipe, "arch=resnet18")
+    done = run(recipe, "encoder.arch=resnet18")
     assert done.returncode == 4
     assert "arch was resnet10, now it is resnet18" in done.stderr
     assert "Traceback" not in done.stderr
@@ -110,7 +110,10 @@ def test_a_checkpoint_of_another_architecture_is_exit_4(recipe, tmp_path):
 def test_what_changes_on_the_way_is_told_and_kept(recipe, capsys, tmp_path):
     out = tmp_path / "run"
     assert main([str(recipe), "monitor=null", "stop_epoch=2"]) == 0
-    assert main([str(recipe), "monitor=null", "temperature=0.2", "momentum=0.5"]) == 0
+    assert (
+        main([str(recipe), "monitor=null", "objective.temperature=0.2", "objective.momentum=0.5"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "from step 6 on temperature: 0.07 -> 0.2\n" in said
     assert "from step 6 on momentum: 0.9 -> 0.5\n" in said and "stop_epoch: 2 -> None" in said
@@ -142,7 +145,7 @@ def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeyp
 
     monkeypatch.setattr(MoCo, "step", step)
     monkeypatch.setattr(RunFolder, "save", held)
-    assert main([str(recipe), "monitor=null", "keep=9"]) == 0
+    assert main([str(recipe), "monitor=null", "checkpoints.keep=9"]) == 0
     at = events.index
     assert at("step 4") < at("saved 2") < at("step 5")
     assert events[-1] == "saved 12"  # before the run let go of its folder
@@ -161,21 +164,21 @@ def test_usage_errors_are_exit_2_in_words(recipe, capsys):
     )
     code, words = fails(capsys, str(recipe), "bacth=8")
     assert code == 2 and "did you mean 'batch'" in words
-    code, words = fails(capsys, str(recipe), "arch=resnet19")
+    code, words = fails(capsys, str(recipe), "encoder.arch=resnet19")
     assert code == 2 and "no ResNet 'resnet19'" in words
     code, words = fails(capsys)
     assert code == 2 and "RECIPE" in words
 
 
 def test_a_missing_set_is_exit_3_and_says_how_to_make_one(recipe, capsys):
-    code, words = fails(capsys, str(recipe), "data=[nowhere]")
+    code, words = fails(capsys, str(recipe), "data.sets=[nowhere]")
     assert code == 3 and "`fastmoco shard`" in words
 
 
 def test_cuda_without_a_gpu_is_exit_2(recipe, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    code, words = fails(capsys, str(recipe), "device=cuda")
+    code, words = fails(capsys, str(recipe), "runtime.device=cuda")
     assert code == 2 and "set device=cpu" in words
 
 
@@ -191,7 +194,7 @@ def test_a_driver_too_old_for_torch_is_exit_2_in_a_line(recipe, capsys, monkeypa
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "init", init)
-    code, words = fails(capsys, str(recipe), f"device={choice}")
+    code, words = fails(capsys, str(recipe), f"runtime.device={choice}")
     assert code == 2 and words.count("\n") == 1
     assert "too old (found version 12020); this torch is built for CUDA" in words
     assert "update the driver" in words and "set device=cpu" in words
@@ -220,7 +223,9 @@ def test_a_rank_holds_a_whole_number_of_bn_groups():
 
 
 def test_divergence_is_exit_5(recipe, capsys):
-    code, words = fails(capsys, str(recipe), "optimizer.lr=1e30", "max_skipped=2", "monitor=null")
+    code, words = fails(
+        capsys, str(recipe), "optimizer.lr=1e30", "runtime.max_skipped=2", "monitor=null"
+    )
     assert code == 5 and "steps in a row gave a non-finite gradient" in words
 
 
@@ -240,7 +245,7 @@ def damaged(recipe, small_set, tmp_path) -> int:
 def test_a_damaged_image_ends_the_run_unless_told_otherwise(recipe, damaged, capsys, tmp_path):
     assert main([str(recipe)]) == 3
     assert "sample 11 (cow/" in capsys.readouterr().err
-    assert main([str(recipe), "max_bad_images=1"]) == 0
+    assert main([str(recipe), "data.max_bad_images=1"]) == 0
     assert capsys.readouterr().out.count("goes on without sample 11 (cow/") == 1
     folder = RunFolder(tmp_path / "run")
     (told,) = [row for row in folder.rows() if row["kind"] == "bad"]
@@ -252,7 +257,7 @@ def test_a_damaged_image_ends_the_run_unless_told_otherwise(recipe, damaged, cap
 @pytest.mark.dist
 def test_two_ranks_know_of_the_same_damage(recipe, damaged, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    options = ("max_bad_images=1", "precision=fp64")
+    options = ("data.max_bad_images=1", "runtime.precision=fp64")
     assert run(recipe, f"out={one}", *options).returncode == 0
     done = run(recipe, f"out={two}", *options, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -274,7 +279,7 @@ def test_the_ranks_share_one_budget(recipe, damaged, tmp_path):
     with (root / "shard-000000.tar").open("r+b") as shard:
         shard.seek(int(entry["offset"]))
         shard.write(bytes(int(entry["size"])))
-    done = run(recipe, "max_bad_images=1", ranks=2)
+    done = run(recipe, "data.max_bad_images=1", ranks=2)
     assert done.returncode != 0
     told = status(tmp_path / "run")
     assert (

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
 from gpu_phases.task import Figures, Item, Items, Task
 
@@ -20,14 +20,20 @@ def run(task: Task) -> Figures:
     """Train MoCo v2's recipe on the photographs and save every so often."""
     every = 2 if task.dry else EVERY
     options = [
-        f'data=["{task.set}"]',
-        f"device={task.device}",
-        f"checkpoint_every={every}",
-        "log_every=1",
+        f'data.sets=["{task.set}"]',
+        f"runtime.device={task.device}",
+        f"checkpoints.every={every}",
+        "runtime.log_every=1",
         f"schedule={{steps: {every * (SAVES + 1)}}}",
     ]
     if task.dry:
-        options += ["arch=resnet10", "image_size=32", "batch=16", "bn_group=8", "queue=256"]
+        options += [
+            "encoder.arch=resnet10",
+            "encoder.image_size=32",
+            "batch=16",
+            "objective.bn_group=8",
+            "objective.queue=256",
+        ]
     out = task.work / "checkpoints"
     with started("moco_v2_imagenet_r50", out, options) as process:
         rows = list(rows_of(process, out, task.until - ENDING_S / 2))

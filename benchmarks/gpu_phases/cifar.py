@@ -42,13 +42,19 @@ def train(task: Task) -> Iterator[Figures]:
     """
     sets = _sets(task)
     options = [
-        f'data=["{sets}/train"]',
+        f'data.sets=["{sets}/train"]',
         f"monitor.bank={sets}/train",
         f"monitor.queries={sets}/test",
-        f"device={task.device}",
+        f"runtime.device={task.device}",
     ]
     if task.dry:
-        options += ["arch=resnet10", "image_size=16", "batch=16", "bn_group=8", "queue=64"]
+        options += [
+            "encoder.arch=resnet10",
+            "encoder.image_size=16",
+            "batch=16",
+            "objective.bn_group=8",
+            "objective.queue=64",
+        ]
         options += ["stop_epoch=2"]
     began, out = time.time(), task.work / "cifar10_r18"
     with started("cifar10_r18", out, options) as process:

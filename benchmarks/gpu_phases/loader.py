@@ -12,7 +12,8 @@ from statistics import mean
 import torch
 
 from fastmoco.bench.rivals import official_views
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
@@ -76,9 +77,13 @@ def name_of(way: Way) -> str:
 def recipe_of(task: Task, way: Way, device: str) -> Recipe:
     """Return the shipped recipe of MoCo v2 on the photographs."""
     decoder, load, threads = way
-    options = [f"decode={decoder}", f"hw_decoder_load={load}", f"threads={threads}"]
-    toy = ["image_size=32", "batch=16", "bn_group=8"] if task.dry else []
-    return load_recipe("moco_v2_imagenet_r50", [*options, f"device={device}", *toy])
+    options = [
+        f"runtime.decode={decoder}",
+        f"runtime.hw_decoder_load={load}",
+        f"runtime.threads={threads}",
+    ]
+    toy = ["encoder.image_size=32", "batch=16", "objective.bn_group=8"] if task.dry else []
+    return load_recipe("moco_v2_imagenet_r50", [*options, f"runtime.device={device}", *toy])
 
 
 def draw(task: Task, way: Way) -> Figures:
@@ -90,7 +95,7 @@ def draw(task: Task, way: Way) -> Figures:
     recipe = recipe_of(task, way, task.device)
     began = time.perf_counter()
     loader = Loader.of(
-        recipe, ConcatShardSets.open([task.set]), settings_of(recipe, World(), device)
+        recipe, ConcatShardSets.open([task.set]), settings_of(recipe.runtime, World(), device)
     )
     views = (batch.views for batch in loader.batches())
     return _drawn(task, views, WARM_UP, began, device)
@@ -175,9 +180,11 @@ def pixels(task: Task, decoder: str) -> Figures:
 def _levels(task: Task, way: Way, device: str) -> Generator[torch.Tensor]:
     """Yield both views of each batch, one after the other, in host memory, levels of 0..255."""
     recipe = recipe_of(task, way, device)
-    assert recipe.mean and recipe.std
-    center, std = (torch.tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
-    settings = settings_of(recipe, World(), torch.device(device))
+    assert recipe.encoder.mean and recipe.encoder.std
+    center, std = (
+        torch.tensor(x)[:, None, None] for x in (recipe.encoder.mean, recipe.encoder.std)
+    )
+    settings = settings_of(recipe.runtime, World(), torch.device(device))
     loader = Loader.of(recipe, ConcatShardSets.open([task.set]), settings)
     for batch in loader.batches():
         yield 255 * (torch.cat(batch.views).float().cpu() * std + center)

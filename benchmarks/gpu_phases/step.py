@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastmoco.bench.official import OfficialMoCo
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.train.engine import MoCo, build_encoder
 from fastmoco.train.objectives.momentum import momentum_update
@@ -93,8 +94,17 @@ def items(task: Task) -> Items:
 
 def recipe_of(task: Task, batch: int, group: int, bn: str) -> Recipe:
     """Return the shipped recipe of MoCo v2 with these sizes."""
-    toy = ["arch=resnet18", "image_size=32", "queue=256"] if task.dry else []
-    options = [f"batch={batch}", f"bn={bn}", f"bn_group={group}", f"device={task.device}"]
+    toy = (
+        ["encoder.arch=resnet18", "encoder.image_size=32", "objective.queue=256"]
+        if task.dry
+        else []
+    )
+    options = [
+        f"batch={batch}",
+        f"objective.bn={bn}",
+        f"objective.bn_group={group}",
+        f"runtime.device={task.device}",
+    ]
     return load_recipe("moco_v2_imagenet_r50", [*options, *toy])
 
 
@@ -131,7 +141,13 @@ def engine_of(recipe: Recipe, variant: Variant, device: torch.device) -> Step:
         return OfficialMoCo(recipe, World(), device, tuned=variant.engine == "tuned").step
     on_gpu = device.type == "cuda"
     compiles = variant.compiled and on_gpu
-    moco = MoCo(recipe.model_copy(update={"compile": compiles}), World(), device)
+    moco = MoCo(
+        recipe.model_copy(
+            update={"runtime": recipe.runtime.model_copy(update={"compile": compiles})}
+        ),
+        World(),
+        device,
+    )
     if variant.compiled and not on_gpu:
         # A dry run need not wait a minute for a C++ compiler.
         moco.encoder_q.compile(backend="aot_eager")
@@ -141,7 +157,7 @@ def engine_of(recipe: Recipe, variant: Variant, device: torch.device) -> Step:
 
 def synthetic(recipe: Recipe, engine: str, device: torch.device) -> Views:
     """Return two views that look alike, in the dtype and layout of the engine's loader."""
-    size = (recipe.batch, 3, recipe.image_size, recipe.image_size)
+    size = (recipe.batch, 3, recipe.encoder.image_size, recipe.encoder.image_size)
     image = torch.randn(size, device=device)
     layout = torch.contiguous_format if engine == "official" else torch.channels_last
     half = engine == "ours" and device.type == "cuda"  # what DALI hands over there

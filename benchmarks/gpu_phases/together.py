@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastmoco.bench.train import step_alone, together
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from gpu_phases.measure import Stopwatch, forget
 from gpu_phases.step import COMPILING_S
 from gpu_phases.task import Figures, Item, Items, Task
@@ -17,14 +17,27 @@ def items(task: Task) -> Items:
         return {"train/resnet10 at 32 px, 16": Item(lambda: compare(task, []))}
     return {
         "train/resnet50 at 224 px, 256": Item(lambda: compare(task, [])),
-        "train/the same, compiled": Item(lambda: compare(task, ["compile=true"]), COMPILING_S),
+        "train/the same, compiled": Item(
+            lambda: compare(task, ["runtime.compile=true"]), COMPILING_S
+        ),
     }
 
 
 def compare(task: Task, more: list[str]) -> Figures:
     """Train MoCo v2's recipe on the photographs, and on synthetic batches."""
-    toy = ["arch=resnet10", "image_size=32", "batch=16", "bn_group=8", "queue=256"]
-    options = [f"device={task.device}", f'data=["{task.set}"]', *more, *(toy if task.dry else [])]
+    toy = [
+        "encoder.arch=resnet10",
+        "encoder.image_size=32",
+        "batch=16",
+        "objective.bn_group=8",
+        "objective.queue=256",
+    ]
+    options = [
+        f"runtime.device={task.device}",
+        f'data.sets=["{task.set}"]',
+        *more,
+        *(toy if task.dry else []),
+    ]
     recipe: dict[str, Any] = load_recipe("moco_v2_imagenet_r50", options).model_dump(mode="json")
     steps = 3 if task.dry else STEPS
     rates, details = [], {}

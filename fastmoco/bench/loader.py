@@ -19,7 +19,8 @@ from fastmoco.bench.drawn import Views, measured
 from fastmoco.bench.harness import Arm, OnRow, compare, measure
 from fastmoco.bench.report import Report
 from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
-from fastmoco.config.recipe import Recipe, View, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe, View
 from fastmoco.errors import UsageError
 
 TOLERANCE = 5.0  # levels: the arms draw other numbers, and blur and resize differ
@@ -165,7 +166,7 @@ def ours(
 
     def open_batches() -> Generator[Views]:
         data = ConcatShardSets.open([Path(root)])
-        settings = settings_of(recipe, World(), torch.device("cpu"))
+        settings = settings_of(recipe.runtime, World(), torch.device("cpu"))
         for drawn in Loader.of(recipe, data, settings).batches():
             yield drawn.views
 
@@ -174,6 +175,7 @@ def ours(
 
 def recipe_of(size: int, batch: int, plain: bool = False) -> Recipe:
     """Return the shipped recipe of MoCo v2 for these sizes; plain: crops and flips alone."""
-    recipe = load_recipe("moco_v2_imagenet_r50", ["device=cpu"])
+    recipe = load_recipe("moco_v2_imagenet_r50", ["runtime.device=cpu"])
     views = (View(scale=recipe.views[0].scale),) * 2 if plain else recipe.views
-    return recipe.model_copy(update={"image_size": size, "batch": batch, "views": views})
+    encoder = recipe.encoder.model_copy(update={"image_size": size})
+    return recipe.model_copy(update={"encoder": encoder, "batch": batch, "views": views})

@@ -37,12 +37,12 @@ class OfficialModel(nn.Module):
 
     def __init__(self, recipe: Recipe, ranks: World) -> None:
         super().__init__()
-        self.m, self.t, self.ranks = recipe.momentum, recipe.temperature, ranks
+        self.m, self.t, self.ranks = recipe.objective.momentum, recipe.objective.temperature, ranks
         self.encoder_q = plain_encoder(recipe)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue: torch.Tensor
         self.queue_ptr: torch.Tensor
-        keys = KeyQueue(recipe.queue, recipe.dim, recipe.seed).keys
+        keys = KeyQueue(recipe.objective.queue, recipe.encoder.dim, recipe.seed).keys
         self.register_buffer("queue", keys.T.contiguous())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
@@ -109,7 +109,7 @@ class OfficialMoCo:
     def __init__(
         self, recipe: Recipe, ranks: World, device: torch.device, tuned: bool = False
     ) -> None:
-        self._device, self._bf16 = device, tuned and recipe.precision == "bf16"
+        self._device, self._bf16 = device, tuned and recipe.runtime.precision == "bf16"
         self.model = OfficialModel(recipe, ranks).to(device).train()
         if tuned:
             self.model.to(memory_format=torch.channels_last)
@@ -143,8 +143,8 @@ class OfficialMoCo:
 
 def plain_encoder(recipe: Recipe) -> nn.Module:
     """Return torchvision's network with MoCo's head for a classifier and our initial weights."""
-    net: Any = getattr(resnet, recipe.arch)(num_classes=recipe.dim)
-    if recipe.head == "mlp":
+    net: Any = getattr(resnet, recipe.encoder.arch)(num_classes=recipe.encoder.dim)
+    if recipe.encoder.head == "mlp":
         width = net.fc.in_features
         net.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), net.fc)
     ours = build_encoder(recipe).state_dict()

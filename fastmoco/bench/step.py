@@ -19,7 +19,8 @@ import torch
 from fastmoco.bench.arm import Section
 from fastmoco.bench.harness import Arm, OnRow, compare
 from fastmoco.bench.report import Report
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, device_of, joined
 from fastmoco.errors import UsageError
 
@@ -155,7 +156,7 @@ def _run_rank(section: Section, engine: str, settings: Settings) -> dict[str, An
         share = ranks.share(recipe.batch)
         batches = [
             (q[share].to(device, memory_format=layout), k[share].to(device, memory_format=layout))
-            for q, k in synthetic(recipe.batch, recipe.image_size, BATCHES)
+            for q, k in synthetic(recipe.batch, recipe.encoder.image_size, BATCHES)
         ]
         losses = [float(ranks.mean_(step(*batches[i], i).mean())) for i in range(WARM_UP)]
         _wait(ranks, device)

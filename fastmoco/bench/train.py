@@ -21,7 +21,8 @@ from fastmoco.bench.harness import Arm, OnRow, compare
 from fastmoco.bench.report import Report
 from fastmoco.bench.source import warm
 from fastmoco.bench.step import BATCHES, synthetic
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, device_of
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
@@ -93,10 +94,12 @@ def _folder(data: Path | None) -> Iterator[Path]:
 
 def _recipe(name: str, overrides: Sequence[str], root: Path) -> tuple[Recipe, ConcatShardSets]:
     """Return the resolved recipe on the set, which has been found to fit it, and the set."""
-    recipe = load_recipe(name, [*overrides, f"data=[{json.dumps(str(root))}]", "monitor=null"])
-    opened = ConcatShardSets.open(recipe.data)
+    recipe = load_recipe(name, [*overrides, f"data.sets=[{json.dumps(str(root))}]", "monitor=null"])
+    opened = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, opened.sets[0])
-    Loader.of(recipe, opened, settings_of(recipe, World(), device_of(recipe.device, 0)))
+    Loader.of(
+        recipe, opened, settings_of(recipe.runtime, World(), device_of(recipe.runtime.device, 0))
+    )
     return recipe, opened
 
 
@@ -146,14 +149,14 @@ class _Run:
 
     def __init__(self, recipe: dict[str, Any]) -> None:
         self.recipe = Recipe.model_validate(recipe)
-        self.device = device_of(self.recipe.device, 0)
+        self.device = device_of(self.recipe.runtime.device, 0)
 
     def engine(self) -> MoCo:
         return MoCo(self.recipe, World(), self.device)
 
     def batches(self) -> Iterator[Batch]:
-        data = ConcatShardSets.open(self.recipe.data)
-        settings = settings_of(self.recipe, World(), self.device)
+        data = ConcatShardSets.open(self.recipe.data.sets)
+        settings = settings_of(self.recipe.runtime, World(), self.device)
         return Loader.of(self.recipe, data, settings).batches()
 
     def synthetic(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -163,7 +166,7 @@ class _Run:
         def made(view: torch.Tensor) -> torch.Tensor:
             return view.to(self.device, dtype, memory_format=torch.channels_last)
 
-        drawn = synthetic(self.recipe.batch, self.recipe.image_size, BATCHES)
+        drawn = synthetic(self.recipe.batch, self.recipe.encoder.image_size, BATCHES)
         return [(made(q), made(k)) for q, k in drawn]
 
     def measured(

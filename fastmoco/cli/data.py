@@ -130,12 +130,12 @@ def views(
     ] = Path("views.png"),
 ) -> None:
     """Draw what a recipe makes of the first samples of a set, before GPU-days go into it."""
-    from fastmoco.config.recipe import load_recipe
+    from fastmoco.config.loading import load_recipe
     from fastmoco.plots import check_plot
     from fastmoco.viz.views import preview
 
     check_plot(out)
-    chosen = load_recipe(recipe, [f"data=[{json.dumps(str(set))}]", *(overrides or [])])
+    chosen = load_recipe(recipe, [f"data.sets=[{json.dumps(str(set))}]", *(overrides or [])])
     title = f"{chosen.name}: the first {count} samples of {set.name}, seed {chosen.seed}"
     for shown in preview(chosen, out, count, title):
         echo(shown.described)

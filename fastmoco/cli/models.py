@@ -28,9 +28,9 @@ def import_(
     from fastmoco.interop.importer import import_weights
 
     found = import_weights(file, out, prefix, stem, image_size)
-    recipe = found.recipe
-    head = "no head" if recipe.head == "none" else f"{recipe.head} head of {recipe.dim}"
-    echo(f"{out}: {recipe.arch}, {recipe.stem} stem, {head}, {found.source}")
+    spec = found.spec
+    head = "no head" if spec.head == "none" else f"{spec.head} head of {spec.dim}"
+    echo(f"{out}: {spec.arch}, {spec.stem} stem, {head}, {found.source}")
     for note in found.notes:
         echo(f"  {note}")
     echo(f"next: fastmoco probe {out} --train SET --test SET")
@@ -51,9 +51,9 @@ def export(
     from fastmoco.runs.load_encoder import load_encoder
     from fastmoco.runs.run_folder import RunFolder
 
-    encoder, recipe, step = load_encoder(RunFolder(run), torch.device("cpu"))
-    done = write(encoder, recipe, out, to)
-    echo(f"{out}: {recipe.arch} of step {step} for {to}; {done.checked}")
+    encoder, spec, step = load_encoder(RunFolder(run), torch.device("cpu"))
+    done = write(encoder, spec, out, to)
+    echo(f"{out}: {spec.arch} of step {step} for {to}; {done.checked}")
     echo(done.note)
 
 
@@ -83,12 +83,14 @@ def embed(
 
     check_absent(out)
     where = device_of(device, 0)
-    encoder, recipe, step = load_encoder(RunFolder(run), where)
+    folder = RunFolder(run)
+    encoder, spec, step = load_encoder(folder, where)
     data = ConcatShardSets.open([set])
-    sight = frozen_sight(recipe, settings_of(recipe, World(), where))
+    runtime = folder.runtime()
+    sight = frozen_sight(spec, runtime, settings_of(runtime, World(), where))
     sight = replace(sight, precision=precision)
     features = features_of(encoder, data, feature, sight).cpu().numpy()
-    about = {"run": recipe.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
-    about |= {"precision": precision}
+    about = {"run": folder.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
+    about |= {"precision": precision, "encoder": spec.model_dump(mode="json")}
     write_features(out, features, np.arange(len(features)), about)
     echo(f"{out}: {len(features)} x {features.shape[1]} {feature} features of step {step}")

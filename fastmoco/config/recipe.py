@@ -1,27 +1,17 @@
-"""The recipe: its schema, the shipped ones, and how one is read with its overrides."""
+"""The recipe of a training run: one section for each station that reads it."""
 
-import copy
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from fastmoco.core.strict_yaml import Strict, near, parse_yaml, validate_as
-from fastmoco.errors import UsageError
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.objectives import Moco, Objective
+from fastmoco.core.strict_yaml import Beta, Count, Positive, Strict, Unit
 
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Sigma = Annotated[float, Field(le=100)]  # beyond it an image is one color
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Triple = tuple[float, float, float]
-Stem = Literal["imagenet", "small", "small-stride2"]
-Side = Annotated[int, Field(ge=8)]  # of an image, pixels
-RECIPES = resources.files("fastmoco.config") / "recipes"
 
 
 class View(Strict):
@@ -80,6 +70,30 @@ class Subset(Strict):
         return self
 
 
+class Data(Strict):
+    """The images of a run.
+
+    Attributes:
+        sets: shard sets, as one; ids run through them in order.
+        subset: which of their samples take part; None: all.
+        repeat: times that an epoch shows each sample: short epochs of small sets become long ones.
+        window: shards shuffled together, in random order, for storage that cannot seek; None: all.
+        max_bad_images: damaged images to allow, each replaced by the next good one of the epoch;
+            0: the first one ends the run.
+    """
+
+    sets: Annotated[tuple[Path, ...], Field(min_length=1)]
+    subset: Subset | None = None
+    repeat: Count = 1
+    window: Count | None = None
+    max_bad_images: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 OPTIMIZER_OPTIONS = {
     "sgd": {"momentum"},
     "lars": {"momentum", "trust"},
@@ -104,6 +118,7 @@ class Optimizer(Strict):
         momentum: of SGD, LARS and RMSprop; None: 0.9.
         betas: of Adam, AdamW and LAMB; None: (0.9, 0.999).
         trust: the coefficient of LARS; None: 0.001.
+        clip: largest norm of a step's gradient; None: not clipped.
     """
 
     name: Literal[
@@ -123,6 +138,7 @@ class Optimizer(Strict):
     betas: tuple[Beta, Beta] | None = None
     trust: Positive | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip: Positive | None = None
 
     def options(self) -> dict[str, Any]:
         """Return what the named optimizer takes beside its rate and weight decay."""
@@ -195,157 +211,127 @@ class Monitor(Strict):
     every: Count = 1
 
 
-class Recipe(Strict):
-    """One training run.
+class Checkpoints(Strict):
+    """When a run is saved.
 
     Attributes:
-        name: shown on the display, in curves and in the report.
-        data: shard sets, as one; ids run through them in order.
-        subset: which of their samples take part; None: all.
-        repeat: times that an epoch shows each sample: short epochs of small sets become long ones.
-        window: shards shuffled together, in random order, for storage that cannot seek; None: all.
-        out: the run folder.
-        monitor: kNN accuracy during training; None: the run needs no labels.
-        arch: a ResNet of torchvision, by its name there, or resnet10.
-        stem: "imagenet": 7x7, stride 2, max-pool; "small": 3x3, no pool; "small-stride2": 3x3,
-            stride 2, no pool.
-        head: "linear" (MoCo v1), "mlp" (v2) or "none", of imported backbones.
-        dim: of the head's output.
-        image_size: side of the views, pixels.
-        mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
-        views: of the query and of the key.
-        batch: images a step over all ranks.
-        bn: "groups": BatchNorm over groups of `bn_group`; "whole": over the whole batch of all
-            ranks together, by which query and key betray each other: for ablations.
-        bn_group: samples normalized together by BatchNorm, whatever the number of ranks.
-        shuffle: who changes places before the keys are made: "global": all samples of the batch;
-            "node": those of one machine, which spares the network (the groups then depend on the
-            number of machines); "off": none, for ablations.
-        exchange: how shuffled images travel: "all_to_all": each to the rank that needs it, the
-            fewest bytes; "all_gather": all to all, as published. The result is the same.
-        symmetric: each view is query and key in turn; what is minimized is the sum of both
-            losses, as published, and what is logged their mean.
-        queue: number of negative keys K.
-        momentum: m of the key encoder.
-        temperature: T of the loss.
-        accumulate: parts that a rank's share of a step goes through the network in, to save
-            memory; BatchNorm's groups being fixed, the step stays the same.
-        clip: largest norm of a step's gradient; None: not clipped.
-        stop_epoch: end here, on the schedule of its full length.
+        every, minutes: between checkpoints, in steps or in minutes of rank 0's clock: one of the
+            two; neither: 30 minutes.
+        keep: the newest ones.
+    """
+
+    every: Count | None = None
+    minutes: Positive | None = None
+    keep: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_clock(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("every") is None:
+            return {"minutes": 30.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> "Checkpoints":
+        if (self.every is None) == (self.minutes is None):
+            raise ValueError("name either every or minutes, the other null")
+        return self
+
+
+class Runtime(Strict):
+    """How the same run is computed; nothing here changes what it computes, but for rounding.
+
+    Attributes:
         precision: that the network computes in; weights and loss are fp32 (fp64: all of it).
         compile: compile the encoders by torch.compile.
         deterministic: let torch choose deterministic kernels alone; slower on a GPU.
-        seed: of initial weights, order, views and shuffle.
+        accumulate: parts that a rank's share of a step goes through the network in, to save
+            memory; BatchNorm's groups being fixed, the step stays the same.
         device: "auto": a GPU if there is one.
         executor: who decodes and augments; "torchvision" needs no DALI.
-        log_every: in steps.
-        checkpoint_every, checkpoint_minutes: between checkpoints, in steps or in minutes of rank
-            0's clock: one of the two; neither: 30 minutes.
-        keep: checkpoints kept, the newest ones.
-        trackers: where the metrics go beside metrics.jsonl; each needs its package.
-        stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
-            the stacks of its threads.
-        max_bad_images: damaged images to go on without, each replaced by the next good one of the
-            epoch; 0: the first one ends the run.
-        max_skipped: steps in a row with a non-finite gradient before the run stops.
-        threads: decoding threads a rank; 0: its share of the cores that this process may keep
+        threads: decoding threads per rank; 0: its share of the cores that this process may keep
             busy (affinity, CPU quota), at most 16.
         prefetch: batches that are made ahead.
         decode: where JPEGs are decoded that DALI draws on a GPU: "cpu", or "mixed", by CPU and
             GPU together; "auto": mixed for JPEGs of the area of 128 x 128 pixels and more.
         hw_decoder_load: with mixed, the share of them for the JPEG engine that an A100, H100 or
             newer GPU has.
+        log_every: in steps.
+        trackers: where the metrics go beside metrics.jsonl; each needs its package.
+        stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
+            the stacks of its threads.
+        max_skipped: steps in a row with a non-finite gradient before the run stops.
     """
-
-    name: str
-    data: Annotated[tuple[Path, ...], Field(min_length=1)]
-    subset: Subset | None = None
-    repeat: Count = 1
-    window: Count | None = None
-    out: Path
-    monitor: Monitor | None = None
-
-    arch: str = "resnet50"
-    stem: Stem = "imagenet"
-    head: Literal["linear", "mlp", "none"] = "linear"
-    dim: Count = 128
-
-    image_size: Side = 224
-    mean: Triple | None = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] | None = (0.229, 0.224, 0.225)
-    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
-
-    batch: Count = 256
-    bn: Literal["groups", "whole"] = "groups"
-    bn_group: Count = 32
-    shuffle: Literal["global", "node", "off"] = "global"
-    exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
-    symmetric: bool = False
-    queue: Count = 65536
-    momentum: Unit = 0.999
-    temperature: Positive = 0.07
-    optimizer: Optimizer
-    accumulate: Count = 1
-    clip: Positive | None = None
-    schedule: Schedule
-    stop_epoch: Count | None = None
 
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16"
     compile: bool = False
     deterministic: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    accumulate: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: Literal["dali", "torchvision"] = "dali"
     threads: Annotated[int, Field(ge=0)] = 0
     prefetch: Count = 3
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     hw_decoder_load: Unit = 0.65
-
     log_every: Count = 50
-    checkpoint_every: Count | None = None
-    checkpoint_minutes: Positive | None = None
-    keep: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     stall_s: Positive = 1800
-    max_bad_images: Annotated[int, Field(ge=0)] = 0
     max_skipped: Count = 20
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_set(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _by_the_clock(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("checkpoint_every") is None:
-            return {"checkpoint_minutes": 30.0, **values}
-        return values
+class Recipe(Strict):
+    """One training run.
 
-    @model_validator(mode="after")
-    def _one_interval(self) -> "Recipe":
-        if (self.checkpoint_every is None) == (self.checkpoint_minutes is None):
-            raise ValueError("name either checkpoint_every or checkpoint_minutes, the other null")
-        return self
+    Attributes:
+        name: shown on the console, in curves and in the report.
+        out: the run folder.
+        seed: of initial weights, order, views and shuffle.
+        batch: images a step over all ranks.
+        stop_epoch: end here, on the schedule of its full length.
+        views: of the query and of the key.
+        monitor: kNN accuracy during training; None: the run needs no labels.
+    """
+
+    name: str
+    out: Path
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch: Count = 256
+    stop_epoch: Count | None = None
+
+    data: Data
+    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
+    encoder: EncoderSpec = EncoderSpec()
+    objective: Objective = Moco()
+    optimizer: Optimizer
+    schedule: Schedule
+    runtime: Runtime = Runtime()
+    monitor: Monitor | None = None
+    checkpoints: Checkpoints = Checkpoints(minutes=30.0)
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        if self.bn == "whole":
-            if self.accumulate > 1:
-                raise ValueError("bn: whole cannot go in parts: set accumulate=1, or bn=groups")
+        if self.objective.bn == "whole":
+            if self.runtime.accumulate > 1:
+                raise ValueError(
+                    "objective.bn: whole cannot go in parts: set runtime.accumulate=1, or "
+                    "objective.bn=groups"
+                )
             return self
-        if self.batch % self.bn_group:
+        group = self.objective.bn_group
+        if self.batch % group:
             raise ValueError(
-                f"batch {self.batch} is not a whole number of bn_group {self.bn_group}: "
+                f"batch {self.batch} is not a whole number of objective.bn_group {group}: "
                 "choose a bn_group that divides it"
             )
-        if self.bn_group == 1:
-            raise ValueError("bn_group 1 leaves BatchNorm nothing to average: choose 2 or more")
-        if self.batch == self.bn_group:
+        if group == 1:
+            raise ValueError(
+                "objective.bn_group 1 leaves BatchNorm nothing to average: choose 2 or more"
+            )
+        if self.batch == group:
             raise ValueError(
                 f"one group of {self.batch} is the whole batch: shuffling cannot hide which query "
-                "goes with which key, and the network cheats. Choose a smaller bn_group, or ask "
-                "for it by bn: whole"
+                "goes with which key, and the network cheats. Choose a smaller objective.bn_group, "
+                "or ask for it by objective.bn: whole"
             )
         return self
 
@@ -357,94 +343,9 @@ class Recipe(Strict):
     @property
     def keys_per_step(self) -> int:
         """How many keys a step adds to the queue, and queries it has."""
-        return self.batch * (1 + self.symmetric)
+        return self.batch * (1 + self.objective.symmetric)
 
     def last_step(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the whole run."""
         whole = self.schedule.steps or (self.schedule.epochs or 0) * steps_per_epoch
         return min(whole, (self.stop_epoch or whole) * steps_per_epoch)
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name[-5:] == ".yaml")
-
-
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe by its name or path, with `key=value` overrides (dots reach into it).
-
-    Raises:
-        UsageError: no such recipe, an unknown key, a value that does not fit.
-    """
-    text = _recipe_text(name_or_path)
-    values = parse_yaml(text, name_or_path)
-    if not isinstance(values, dict):
-        raise UsageError(f"{name_or_path} holds no `key: value` lines.")
-    for override in overrides:
-        _apply(values, override)
-    return validate(values, name_or_path)
-
-
-def _recipe_text(name_or_path: str) -> bytes:
-    shipped, path = RECIPES / f"{name_or_path}.yaml", Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise UsageError(f"There is no recipe file {path}.")
-        return path.read_bytes()
-    if not shipped.is_file():
-        hint = near(name_or_path, recipe_names())
-        raise UsageError(
-            f"There is no recipe {name_or_path!r}{hint} Shipped: {', '.join(recipe_names())}; "
-            "your own needs a path that ends in .yaml."
-        )
-    return shipped.read_bytes()
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"{override!r} is not key=value, such as optimizer.lr=0.03.")
-    *parents, last = dotted.split(".")
-    holder: Any = values
-    for parent in parents:
-        holder = _child(holder, parent, dotted)
-    value = parse_yaml(text, dotted)
-    if isinstance(holder, list):
-        holder[_place(holder, last, dotted)] = value
-    elif isinstance(holder, dict):
-        holder[last] = value
-    else:
-        raise _no_key(dotted)
-
-
-def _child(holder: Any, key: str, dotted: str) -> Any:
-    if isinstance(holder, list):
-        place = _place(holder, key, dotted)
-        # YAML anchors share one mapping between views: an override must change one of them only.
-        holder[place] = copy.copy(holder[place])
-        return holder[place]
-    if isinstance(holder, dict):
-        holder[key] = {} if holder.get(key) is None else copy.copy(holder[key])
-        return holder[key]
-    raise _no_key(dotted)
-
-
-def _place(holder: list[Any], key: str, dotted: str) -> int:
-    """Return the place in a list that a part of a key names."""
-    if key not in map(str, range(len(holder))):
-        raise _no_key(dotted)
-    return int(key)
-
-
-def _no_key(dotted: str) -> UsageError:
-    return UsageError(f"{dotted} does not name a key of the recipe.")
-
-
-def validate(values: Any, origin: str) -> Recipe:
-    """Build a recipe from parsed YAML; see `strict.validate_as`."""
-    return validate_as(Recipe, values, origin)
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
@@ -16,6 +17,13 @@ from pydantic import (
 from fastmoco.errors import UsageError
 
 Model = TypeVar("Model", bound="Strict")
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Triple = tuple[float, float, float]
+Side = Annotated[int, Field(ge=8)]  # of an image, pixels
 
 
 class Strict(BaseModel):

@@ -28,7 +28,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.files import new_folder, write_json
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
@@ -164,7 +165,9 @@ def demo(
     recipe = _recipe(out, seed, overrides)
     preview(recipe, out / "views.png", SHOWN, VIEWS_TITLE)
     run = pretrain(recipe)
-    draw_curves(out / "curves.png", run.rows(), recipe.queue, "MoCo on patches of photographs")
+    draw_curves(
+        out / "curves.png", run.rows(), recipe.objective.queue, "MoCo on patches of photographs"
+    )
     rows = evaluate(run)
     write_json(out / "result.json", [asdict(row) for row in rows])
     _show(out, rows, len(cut.photographs), time.monotonic() - began)
@@ -265,14 +268,20 @@ def _parts(length: int, number: int) -> list[tuple[int, int]]:
 def _recipe(out: Path, seed: int, overrides: Sequence[str]) -> Recipe:
     """Return the shipped recipe, pointed at this folder."""
     train, test, run = (json.dumps(str(out / name)) for name in ("train", "test", "run"))
-    here = [f"data=[{train}]", f"monitor.bank={train}", f"monitor.queries={test}", f"out={run}"]
+    here = [
+        f"data.sets=[{train}]",
+        f"monitor.bank={train}",
+        f"monitor.queries={test}",
+        f"out={run}",
+    ]
     return load_recipe("demo", [*here, f"seed={seed}", *overrides])
 
 
 def evaluate(run: RunFolder) -> tuple[Row, ...]:
     """Return the rows of a finished run: equal classifiers, on three kinds of features."""
-    trained = Evaluation.open(run.root)
-    fresh = build_encoder(trained.recipe).to(trained.sight.settings.device)
+    trained, recipe = Evaluation.open(run.root), run.recipe()
+    assert recipe
+    fresh = build_encoder(recipe).to(trained.sight.settings.device)
     untrained = replace(trained, encoder=fresh.eval().requires_grad_(False))
     sets = trained.train, trained.test
     return (
@@ -283,8 +292,9 @@ def evaluate(run: RunFolder) -> tuple[Row, ...]:
 
 
 def _row(name: str, evaluation: Evaluation, train: Pair, test: Pair) -> Row:
-    monitor, classes = evaluation.recipe.monitor, evaluation.classes
-    assert monitor
+    recipe, classes = evaluation.recipe, evaluation.classes
+    assert recipe and recipe.monitor
+    monitor = recipe.monitor
     knn = KNNClassifier(*train, classes, monitor.k, monitor.t).accuracy(*test)
     found = probe_cached(train, test, classes, Protocol(lrs=_RATES, features="cached"))
     return Row(name, knn, best_of(found).top1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, device_of
 from fastmoco.dataset.labels import Labelled, labelled_pair
@@ -39,7 +40,8 @@ class Evaluation:
 
     Attributes:
         run: where the encoder comes from and the numbers go to.
-        recipe: of the run.
+        spec: of the encoder.
+        recipe: of the run; None: its weights were imported.
         encoder: the query encoder, frozen, in evaluation mode.
         step: of the checkpoint.
         sight: how images are shown.
@@ -49,7 +51,8 @@ class Evaluation:
     """
 
     run: RunFolder
-    recipe: Recipe
+    spec: EncoderSpec
+    recipe: Recipe | None
     encoder: Encoder
     step: int
     sight: Preprocessing
@@ -87,18 +90,25 @@ class Evaluation:
         """
         run = RunFolder(root)
         where = device_of(device, ranks.local_rank)
-        encoder, recipe, step = load_encoder(run, where)
-        if recipe.monitor:
+        encoder, spec, step = load_encoder(run, where)
+        recipe = run.recipe()
+        if recipe and recipe.monitor:
             if train is None and test is None:
                 labels = labels or recipe.monitor.labels
             train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
-        sight = frozen_sight(recipe, settings_of(recipe, ranks, where))
+        runtime = run.runtime()
+        sight = frozen_sight(spec, runtime, settings_of(runtime, ranks, where))
         sight = replace(sight, precision=precision or sight.precision)
         pair = labelled_pair(train, test, labels)
         told = tuple(cautions(*pair, None if run.imported else step))  # imported: no steps of ours
-        return cls(run, recipe, encoder, step, sight, *pair, ranks, told)
+        return cls(run, spec, recipe, encoder, step, sight, *pair, ranks, told)
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.recipe.seed if self.recipe else 0
 
     @property
     def classes(self) -> int:
@@ -183,7 +193,7 @@ class Evaluation:
         the reason.
         """
         sets = {name: _described(one) for name, one in (("train", self.train), ("test", self.test))}
-        result |= {"run": self.recipe.name, "step": self.step, "sets": sets}
+        result |= {"run": self.run.name, "step": self.step, "sets": sets}
         result |= {"cautions": list(self.cautions)}
         result |= found.summary()
         if not self.ranks.leads:

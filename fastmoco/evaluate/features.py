@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.recipe import Runtime
 from fastmoco.core.distributed import World
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
@@ -150,13 +151,12 @@ def embed_labelled(
     return features, labels.to(features.device)
 
 
-def sight_of(recipe: Recipe, settings: Settings) -> Preprocessing:
-    """Return how the run of a resolved recipe shows images."""
-    assert recipe.mean and recipe.std, "the recipe is not resolved"
-    return Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.precision, settings)
+def sight_of(spec: EncoderSpec, precision: str, settings: Settings) -> Preprocessing:
+    """Return how an encoder is shown images: as its training did."""
+    mean, std = spec.normalization()
+    return Preprocessing(spec.image_size, mean, std, precision, settings)
 
 
-def frozen_sight(recipe: Recipe, settings: Settings) -> Preprocessing:
+def frozen_sight(spec: EncoderSpec, runtime: Runtime, settings: Settings) -> Preprocessing:
     """Return the same for frozen fp32 weights: bf16 stays, all else is fp32."""
-    name = "bf16" if recipe.precision == "bf16" else "fp32"
-    return replace(sight_of(recipe, settings), precision=name)
+    return sight_of(spec, "bf16" if runtime.precision == "bf16" else "fp32", settings)

@@ -158,10 +158,10 @@ def _triple(values: Sequence[float]) -> Triple:
 
 def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:
     """Return backbone and classifier on the device: an encoder whose head gives the logits."""
-    recipe = evaluation.recipe
+    spec = evaluation.spec.model_copy(update={"head": "linear", "dim": evaluation.classes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(protocol.seed)
-        network = Encoder(recipe.arch, recipe.stem, "linear", evaluation.classes)
+        network = Encoder(spec)
         weight, bias = network.head.parameters()
         nn.init.normal_(weight, std=0.01)
         nn.init.zeros_(bias)
@@ -232,16 +232,11 @@ def _row(
 
 
 def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> None:
-    """Write `weights.pt`, keys `backbone.*` and `head.*`, and what it takes to use them."""
-    recipe = evaluation.recipe
-    about: dict[str, Any] = {
-        "arch": recipe.arch,
-        "stem": recipe.stem,
-        "mean": sight.mean,
-        "std": sight.std,
-    }
+    """Write `weights.pt`, its spec, and the class of each logit."""
+    images = {"image_size": sight.size, "mean": sight.mean, "std": sight.std}
+    classes = evaluation.train.classes
+    spec = evaluation.spec.model_copy(update={"head": "linear", "dim": len(classes), **images})
     with new_folder(out) as folder:
-        weights = saved(network.cpu().state_dict(), about | {"image_size": sight.size})
-        (folder / "weights.pt").write_bytes(weights)
-        about |= {"classes": evaluation.train.classes, "size": sight.size}
-        write_json(folder / "about.json", about)
+        (folder / "weights.pt").write_bytes(saved(network.cpu().state_dict(), spec))
+        write_json(folder / "encoder.json", spec.model_dump(mode="json"))
+        write_json(folder / "classes.json", classes)

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import takewhile
-from typing import Literal
 
 import torch
 
+from fastmoco.config.encoder import EncoderSpec, Head, Stem
 from fastmoco.core.strict_yaml import near
 from fastmoco.errors import CheckpointError
 from fastmoco.interop.key_maps import NAMINGS, Naming, renamed
@@ -22,7 +22,6 @@ from fastmoco.interop.read_checkpoint import without_wrappers
 from fastmoco.models.encoder import Encoder
 
 Tensors = dict[str, torch.Tensor]
-Head = Literal["linear", "mlp", "none"]
 
 # BatchNorm never reads its count of batches under a fixed momentum; files before 2018 have none.
 _OPTIONAL = "num_batches_tracked"
@@ -71,14 +70,14 @@ class Match:
     prefix: str
     naming: Naming
     arch: str
-    stem: str
+    stem: Stem
     head: Head
     dim: int
     weights: Tensors
     notes: tuple[str, ...]
 
 
-def match(tensors: Tensors, prefix: str | None = None, stem: str | None = None) -> Match:
+def match(tensors: Tensors, prefix: str | None = None, stem: Stem | None = None) -> Match:
     """Find the ResNet that the tensors fill.
 
     Args:
@@ -102,7 +101,7 @@ def match(tensors: Tensors, prefix: str | None = None, stem: str | None = None) 
 
 
 def _nearest(
-    tensors: Tensors, prefix: str, namings: Sequence[Naming], stem: str | None
+    tensors: Tensors, prefix: str, namings: Sequence[Naming], stem: Stem | None
 ) -> "Candidate":
     tries = (Candidate(tensors, naming, prefix, arch, stem) for naming in namings for arch in ARCHS)
     return min(tries, key=lambda one: one.cost)
@@ -182,21 +181,21 @@ def _listed(prefixes: Iterable[str]) -> str:
 
 
 @cache
-def _blank(arch: str, stem: str, head: str = "linear", dim: int = 1) -> Encoder:
+def _blank(arch: str, stem: Stem, head: Head = "linear", dim: int = 1) -> Encoder:
     """Return a network without values."""
     with torch.device("meta"):
-        return Encoder(arch, stem, head, dim)
+        return Encoder(EncoderSpec(arch=arch, stem=stem, head=head, dim=dim))
 
 
 @cache
-def _state(arch: str, stem: str) -> Tensors:
+def _state(arch: str, stem: Stem) -> Tensors:
     """Return the state dict of a network's backbone, without values."""
     state: Tensors = _blank(arch, stem).backbone.state_dict()
     return state
 
 
 @cache
-def _names(arch: str, stem: str, naming: Naming) -> dict[str, str]:
+def _names(arch: str, stem: Stem, naming: Naming) -> dict[str, str]:
     """Return the names of a network's backbone: theirs by ours."""
     return {name: renamed(name, naming.table) for name in _state(arch, stem)}
 
@@ -213,13 +212,13 @@ class Candidate:
     naming: Naming
     prefix: str
     arch: str
-    asked_stem: str | None
+    asked_stem: Stem | None
 
     @cached_property
-    def stem(self) -> str:
+    def stem(self) -> Stem:
         """The one that was asked for, or that the first convolution has the shape of."""
         first = self.tensors.get(self.prefix + renamed("conv1.weight", self.naming.table))
-        by_shape = "small" if first is not None and first.shape[-1:] == (3,) else "imagenet"
+        by_shape: Stem = "small" if first is not None and first.shape[-1:] == (3,) else "imagenet"
         return self.asked_stem or by_shape
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.files import new_file, new_folder
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.formats import TARGETS, Target
@@ -29,12 +29,12 @@ class Exported:
     note: str
 
 
-def export(encoder: Encoder, recipe: Recipe, out: Path, to: str) -> Exported:
+def export(encoder: Encoder, spec: EncoderSpec, out: Path, to: str) -> Exported:
     """Write an encoder for the program `to`; the result is whole and compared, or absent.
 
     Args:
         encoder: fp32 on the CPU, in evaluation mode.
-        recipe: that it was built from.
+        spec: that it was built from.
         out: must not exist.
         to: a key of `TARGETS`.
 
@@ -43,7 +43,7 @@ def export(encoder: Encoder, recipe: Recipe, out: Path, to: str) -> Exported:
         CheckpointError: what the program loads gives other features.
     """
     target = TARGETS[to]
-    if reason := target.refusal(recipe):
+    if reason := target.refusal(spec):
         raise UsageError(f"{reason}: export to torchvision or to safetensors.")
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{out} must end in {target.suffix}.")
@@ -52,21 +52,21 @@ def export(encoder: Encoder, recipe: Recipe, out: Path, to: str) -> Exported:
     if missing := [name for name in target.needs if not find_spec(name)]:
         raise UsageError(f"{', '.join(missing)} missing: pip install 'fastmoco[exchange]'.")
     with (new_folder if target.folder else new_file)(out) as aside, torch.inference_mode():
-        target.write(encoder, recipe, aside)
-        checked = _compare(target, encoder, recipe, aside)
-    return Exported(checked, target.note(recipe, out))
+        target.write(encoder, spec, aside)
+        checked = _compare(target, encoder, spec, aside)
+    return Exported(checked, target.note(spec, out))
 
 
-def _compare(target: Target, encoder: Encoder, recipe: Recipe, written: Path) -> str:
+def _compare(target: Target, encoder: Encoder, spec: EncoderSpec, written: Path) -> str:
     """Hold the features of what was written, as its library loads it, against ours."""
     if target.library is None:
         return "not loaded for a check: no package of the index reads it"
     if not find_spec(target.library):
         return f"not loaded for a check: {target.library} is not installed"
-    side, generator = recipe.image_size, torch.Generator().manual_seed(0)
+    side, generator = spec.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, side, side, generator=generator)
     ours = encoder.backbone(images)
-    theirs = target.features(recipe, written, images)
+    theirs = target.features(spec, written, images)
     difference = float((ours - theirs).abs().max())
     # A NaN is no match either.
     if not difference <= _TOLERANCE * max(1.0, float(ours.abs().max())):

@@ -1,6 +1,5 @@
 """What other programs load: how each is written, and how it is loaded again to be compared."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import torchvision
 from safetensors.torch import save
 from torch import nn
 
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.files import write_json
 from fastmoco.interop.detect import match
 from fastmoco.interop.key_maps import DETECTRON2, HUGGINGFACE, Table, renamed
-from fastmoco.interop.read_checkpoint import About, read_weights
+from fastmoco.interop.read_checkpoint import read_weights
 from fastmoco.models.encoder import METADATA, Encoder, saved
 
 Tensors = dict[str, torch.Tensor]
@@ -36,19 +35,19 @@ class Target:
     folder = False
     suffix: str | None = None
 
-    def refusal(self, recipe: Recipe) -> str | None:
+    def refusal(self, spec: EncoderSpec) -> str | None:
         """Return why the program cannot hold such a network; None: it can."""
         return None
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write the file, or fill the folder, that does not exist or is empty."""
         raise NotImplementedError
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load the result in its library; return the (n, features) of (n, 3, H, W) images."""
         raise NotImplementedError
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return the code or the settings that load the result."""
         raise NotImplementedError
 
@@ -58,33 +57,28 @@ def _backbone(encoder: Encoder, table: Table | None = None) -> Tensors:
     return {renamed(name, table or {}): tensor.contiguous() for name, tensor in state.items()}
 
 
-def _about(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", include=set(About.model_fields))
+def _safely(tensors: Tensors, spec: EncoderSpec) -> bytes:
+    return save(tensors, {"format": "pt", METADATA: spec.model_dump_json()})
 
 
-def _safely(tensors: Tensors, recipe: Recipe) -> bytes:
-    about = json.dumps(_about(recipe), sort_keys=True)
-    return save(tensors, {"format": "pt", METADATA: about})
-
-
-def _save(encoder: Encoder, recipe: Recipe, out: Path) -> None:
+def _save(encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
     """Write the backbone as the name's ending asks: safetensors, or a checkpoint of torch."""
     if out.suffix == ".safetensors":
-        out.write_bytes(_safely(_backbone(encoder), recipe))
+        out.write_bytes(_safely(_backbone(encoder), spec))
     else:
-        out.write_bytes(saved(_backbone(encoder), _about(recipe)))
+        out.write_bytes(saved(_backbone(encoder), spec))
 
 
-def _only_imagenet_stem(recipe: Recipe, program: str) -> str | None:
-    if recipe.stem == "imagenet":
+def _only_imagenet_stem(spec: EncoderSpec, program: str) -> str | None:
+    if spec.stem == "imagenet":
         return None
-    return f"{program} has no ResNet with a 3x3 stem for small images (stem: {recipe.stem})"
+    return f"{program} has no ResNet with a 3x3 stem for small images (stem: {spec.stem})"
 
 
-def _depths(recipe: Recipe) -> tuple[str, list[int]]:
+def _depths(spec: EncoderSpec) -> tuple[str, list[int]]:
     """Return the kind of block of a plain ResNet and its blocks a stage."""
     with torch.device("meta"):
-        net = Encoder(recipe.arch, recipe.stem, "linear", 1).backbone
+        net = Encoder(spec).backbone
     stages = [net.layer1, net.layer2, net.layer3, net.layer4]
     kind = "bottleneck" if hasattr(net.layer1[0], "conv3") else "basic"
     return kind, [len(stage) for stage in stages]
@@ -95,34 +89,34 @@ class Torchvision(Target):
 
     library = "torchvision"
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write the state dict."""
-        _save(encoder, recipe, out)
+        _save(encoder, spec, out)
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as the note says."""
         models: Any = torchvision.models
-        if recipe.arch == "resnet10":
+        if spec.arch == "resnet10":
             net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
         else:
-            net = models.get_model(recipe.arch, weights=None)
-        if recipe.stem != "imagenet":
-            net.conv1 = nn.Conv2d(3, 64, 3, self._stride(recipe), 1, bias=False)
+            net = models.get_model(spec.arch, weights=None)
+        if spec.stem != "imagenet":
+            net.conv1 = nn.Conv2d(3, 64, 3, self._stride(spec), 1, bias=False)
             net.maxpool = nn.Identity()
         net.fc = nn.Identity()
         net.load_state_dict(read_weights(out).tensors)
         found: torch.Tensor = net.eval()(images)
         return found
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return code."""
-        build = f"torchvision.models.{recipe.arch}()"
-        if recipe.arch == "resnet10":
+        build = f"torchvision.models.{spec.arch}()"
+        if spec.arch == "resnet10":
             blocks = "torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]"
             build = f"torchvision.models.ResNet({blocks})"
         lines = [f"model = {build}"]
-        if recipe.stem != "imagenet":
-            stride = self._stride(recipe)
+        if spec.stem != "imagenet":
+            stride = self._stride(spec)
             lines += [
                 f"model.conv1 = torch.nn.Conv2d(3, 64, 3, {stride}, 1, bias=False)",
                 "model.maxpool = torch.nn.Identity()",
@@ -130,8 +124,8 @@ class Torchvision(Target):
         lines.append(f"model.load_state_dict({_loaded(out)}, strict=False)  # only fc is missing")
         return "\n".join(lines)
 
-    def _stride(self, recipe: Recipe) -> int:
-        return 2 if recipe.stem == "small-stride2" else 1
+    def _stride(self, spec: EncoderSpec) -> int:
+        return 2 if spec.stem == "small-stride2" else 1
 
 
 def _loaded(out: Path) -> str:
@@ -145,29 +139,29 @@ class Timm(Target):
 
     library = "timm"
 
-    def refusal(self, recipe: Recipe) -> str | None:
+    def refusal(self, spec: EncoderSpec) -> str | None:
         """Refuse what timm has not: small stems and our resnet10."""
-        if recipe.arch == "resnet10":
+        if spec.arch == "resnet10":
             return "timm has no resnet10 of this kind"
-        return _only_imagenet_stem(recipe, "timm")
+        return _only_imagenet_stem(spec, "timm")
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write the state dict: timm's names are torchvision's."""
-        _save(encoder, recipe, out)
+        _save(encoder, spec, out)
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it strictly."""
         import timm
 
-        net = timm.create_model(recipe.arch, pretrained=False, num_classes=0)
+        net = timm.create_model(spec.arch, pretrained=False, num_classes=0)
         net.load_state_dict(read_weights(out).tensors)
         found: torch.Tensor = net.eval()(images)
         return found
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return code."""
         return (
-            f"model = timm.create_model({recipe.arch!r}, num_classes=0)\n"
+            f"model = timm.create_model({spec.arch!r}, num_classes=0)\n"
             f"model.load_state_dict({_loaded(out)})"
         )
 
@@ -178,21 +172,23 @@ class Safetensors(Target):
     library = "safetensors"
     suffix = ".safetensors"
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write both, and in the metadata what network they are of."""
         tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-        out.write_bytes(_safely(tensors, recipe))
+        out.write_bytes(_safely(tensors, spec))
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""
         weights = read_weights(out)
-        found = match(weights.tensors, "backbone", weights.about.stem)
-        encoder = Encoder(found.arch, found.stem, found.head, found.dim)
+        found = match(weights.tensors, "backbone", weights.spec.stem if weights.spec else None)
+        encoder = Encoder(
+            EncoderSpec(arch=found.arch, stem=found.stem, head=found.head, dim=found.dim)
+        )
         encoder.load_state_dict(found.weights)
         features: torch.Tensor = encoder.eval().backbone(images)
         return features
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return the command."""
         return f"fastmoco import {out.name} OUT"
 
@@ -203,20 +199,20 @@ class HuggingFace(Target):
     library = "transformers"
     folder = True
 
-    def refusal(self, recipe: Recipe) -> str | None:
+    def refusal(self, spec: EncoderSpec) -> str | None:
         """Refuse small stems, and the wide and grouped blocks that its ResNet cannot express."""
-        if not recipe.arch.startswith("resnet"):
-            return f"transformers' ResNet has no {recipe.arch}"
-        return _only_imagenet_stem(recipe, "transformers")
+        if not spec.arch.startswith("resnet"):
+            return f"transformers' ResNet has no {spec.arch}"
+        return _only_imagenet_stem(spec, "transformers")
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write weights, network and how images are shown to it."""
         content = save(_backbone(encoder, HUGGINGFACE), {"format": "pt"})
         (out / "model.safetensors").write_bytes(content)
-        write_json(out / "config.json", _huggingface_config(recipe))
-        write_json(out / "preprocessor_config.json", _huggingface_images(recipe))
+        write_json(out / "config.json", _huggingface_config(spec))
+        write_json(out / "preprocessor_config.json", _huggingface_images(spec))
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load the folder."""
         import transformers
 
@@ -226,13 +222,13 @@ class HuggingFace(Target):
         found: torch.Tensor = net.eval()(images).pooler_output.flatten(1)
         return found
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return code."""
         return f"model = transformers.ResNetModel.from_pretrained({str(out)!r})"
 
 
-def _huggingface_config(recipe: Recipe) -> dict[str, Any]:
-    kind, depths = _depths(recipe)
+def _huggingface_config(spec: EncoderSpec) -> dict[str, Any]:
+    kind, depths = _depths(spec)
     expansion = 4 if kind == "bottleneck" else 1
     return {
         "architectures": ["ResNetModel"],
@@ -249,19 +245,19 @@ def _huggingface_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _huggingface_images(recipe: Recipe) -> dict[str, Any]:
+def _huggingface_images(spec: EncoderSpec) -> dict[str, Any]:
     return {
         "image_processor_type": "ConvNextImageProcessor",  # ResNet has none of its own
         "do_resize": True,
         # Below 384 px it resizes the short side to size / crop_pct, then cuts the center.
-        "size": {"shortest_edge": recipe.image_size},
-        "crop_pct": 224 / 256 if recipe.image_size >= 160 else 1.0,
+        "size": {"shortest_edge": spec.image_size},
+        "crop_pct": 224 / 256 if spec.image_size >= 160 else 1.0,
         "resample": 2,  # bilinear, antialiased
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": recipe.mean,
-        "image_std": recipe.std,
+        "image_mean": spec.mean,
+        "image_std": spec.std,
     }
 
 
@@ -283,13 +279,13 @@ _DETECTRON2_NETS = {
 class Detectron2(Target):
     """A pickle of numpy arrays, in the form that the MoCo repository converts its weights to."""
 
-    def refusal(self, recipe: Recipe) -> str | None:
+    def refusal(self, spec: EncoderSpec) -> str | None:
         """Refuse small stems and our resnet10."""
-        if recipe.arch not in _DETECTRON2_NETS:
-            return f"Detectron2 has no {recipe.arch}"
-        return _only_imagenet_stem(recipe, "Detectron2")
+        if spec.arch not in _DETECTRON2_NETS:
+            return f"Detectron2 has no {spec.arch}"
+        return _only_imagenet_stem(spec, "Detectron2")
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write the pickle."""
         arrays = {
             name: tensor.numpy()
@@ -299,10 +295,10 @@ class Detectron2(Target):
         content = {"model": arrays, "__author__": "fastmoco", "matching_heuristics": True}
         out.write_bytes(pickle.dumps(content, protocol=4))
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return the settings under which its ResNet is this one."""
-        depth, groups, width = _DETECTRON2_NETS[recipe.arch]
-        mean, std = ([round(255 * v, 3) for v in vs or ()] for vs in (recipe.mean, recipe.std))
+        depth, groups, width = _DETECTRON2_NETS[spec.arch]
+        mean, std = ([round(255 * v, 3) for v in vs or ()] for vs in (spec.mean, spec.std))
         last = "  RES2_OUT_CHANNELS: 64" if depth < 50 else ""
         return (
             f"MODEL.WEIGHTS: {out.name}\n"
@@ -318,12 +314,12 @@ class Onnx(Target):
     library = "onnxruntime"
     needs = ("onnx", "onnxscript")
 
-    def write(self, encoder: Encoder, recipe: Recipe, out: Path) -> None:
+    def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write one file, for any number of images of the run's size."""
-        outputs = ["features"] if recipe.head == "none" else ["features", "projection"]
+        outputs = ["features"] if spec.head == "none" else ["features", "projection"]
         torch.onnx.export(
             _Outputs(encoder, len(outputs)).eval(),
-            (torch.zeros(2, 3, recipe.image_size, recipe.image_size),),
+            (torch.zeros(2, 3, spec.image_size, spec.image_size),),
             out,
             input_names=["images"],
             output_names=outputs,
@@ -334,19 +330,17 @@ class Onnx(Target):
             verbose=False,
         )
 
-    def features(self, recipe: Recipe, out: Path, images: torch.Tensor) -> torch.Tensor:
+    def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Run it on the CPU."""
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
         return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
-    def note(self, recipe: Recipe, out: Path) -> str:
+    def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return inputs and outputs."""
-        outputs = "features" if recipe.head == "none" else "features, projection (not normalized)"
-        return (
-            f"opset {OPSET}: images (n, 3, {recipe.image_size}, {recipe.image_size}) -> {outputs}"
-        )
+        outputs = "features" if spec.head == "none" else "features, projection (not normalized)"
+        return f"opset {OPSET}: images (n, 3, {spec.image_size}, {spec.image_size}) -> {outputs}"
 
 
 class _Outputs(nn.Module):

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from fastmoco.config.recipe import Recipe, Stem, validate
+from fastmoco.config.encoder import EncoderSpec, Stem
 from fastmoco.core.files import new_folder, sha256_of, write_json
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import Match, match
-from fastmoco.interop.read_checkpoint import About, read_weights
+from fastmoco.interop.read_checkpoint import read_weights
 from fastmoco.runs.run_folder import ORIGIN, RunFolder
 
 
@@ -17,12 +17,12 @@ class Imported:
     """What became of a file.
 
     Attributes:
-        recipe: of the run folder.
+        spec: of the run folder.
         source: where in the file the backbone was, and by whose names.
         notes: sentences that its user must know.
     """
 
-    recipe: Recipe
+    spec: EncoderSpec
     source: str
     notes: tuple[str, ...]
 
@@ -53,12 +53,13 @@ def import_weights(
     if out.exists():
         raise UsageError(f"{out} exists: choose another folder.")
     weights = read_weights(file)
+    known = stem or (weights.spec.stem if weights.spec else None)
     try:
-        found = match(weights.tensors, prefix, stem or weights.about.stem)
+        found = match(weights.tensors, prefix, known)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    recipe = _recipe(found, out, weights.about, image_size)
-    notes = _notes(found, recipe, known_stem=bool(stem or weights.about.stem))
+    spec = _spec(found, weights.spec, image_size)
+    notes = _notes(found, spec, known_stem=bool(known))
     origin = {
         "file": file.name,
         "sha256": sha256_of(file),
@@ -68,37 +69,24 @@ def import_weights(
     }
     with new_folder(out) as folder:
         run = RunFolder(folder)
-        run.describe(recipe, {name: version(name) for name in ("fastmoco", "torch")})
+        run.describe_encoder(spec, {name: version(name) for name in ("fastmoco", "torch")})
         run.save({"encoder_q": found.weights}, step=0, marks={}, keep=1)
         write_json(folder / ORIGIN, origin)
     behind = f"behind {found.prefix}, " if found.prefix else ""
-    return Imported(recipe, f"{behind}by the names of {found.naming.name}", notes)
+    return Imported(spec, f"{behind}by the names of {found.naming.name}", notes)
 
 
-def _recipe(found: Match, out: Path, about: About, image_size: int | None) -> Recipe:
-    """Return a recipe that says what an evaluation asks; how it was trained is not in the file."""
-    values = {
-        "name": out.name,
-        "data": ["unknown"],
-        "out": str(out),
-        "arch": found.arch,
-        "stem": found.stem,
-        "head": found.head,
-        "dim": found.dim,
-        "image_size": image_size or about.image_size or (224 if found.stem == "imagenet" else 32),
-        "views": [{}, {}],
-        "optimizer": {"lr": 1.0},
-        "schedule": {"epochs": 1},
-        "precision": "fp32",  # the numbers of the weights as they came
-    }
-    statistics = about.model_dump(include={"mean", "std"}, exclude_none=True)
-    return validate(values | statistics, str(out))
+def _spec(found: Match, said: EncoderSpec | None, image_size: int | None) -> EncoderSpec:
+    """Return what was found, with the images that our own export or else its stem tells."""
+    values = said.model_dump() if said else {"image_size": 224 if found.stem == "imagenet" else 32}
+    values |= {"arch": found.arch, "stem": found.stem, "head": found.head, "dim": found.dim}
+    return EncoderSpec(**values | ({"image_size": image_size} if image_size else {}))
 
 
-def _notes(found: Match, recipe: Recipe, known_stem: bool) -> tuple[str, ...]:
+def _notes(found: Match, spec: EncoderSpec, known_stem: bool) -> tuple[str, ...]:
     notes = [
-        f"Images are shown at {recipe.image_size} px, mean {recipe.mean}, std {recipe.std}: "
-        "if the weights were trained with others, put those into config.yaml.",
+        f"Images are shown at {spec.image_size} px, mean {spec.mean}, std {spec.std}: "
+        "if the weights were trained with others, put those into encoder.json.",
         *found.notes,
     ]
     if found.stem == "small" and not known_stem:

@@ -6,15 +6,13 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from fastmoco.config.recipe import Positive, Stem, Triple
-from fastmoco.core.strict_yaml import Strict
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.models.encoder import METADATA
 
@@ -24,18 +22,6 @@ _DEEPEST = 32  # containers within containers
 _MOST = 1_000_000  # containers and tensors
 
 
-class About(Strict):
-    """What our own export says of a network; None is not known, as in the files of others."""
-
-    arch: str | None = None
-    stem: Stem | None = None
-    head: str | None = None
-    dim: int | None = None
-    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
-    mean: Triple | None = None
-    std: tuple[Positive, Positive, Positive] | None = None
-
-
 @dataclass(frozen=True)
 class Weights:
     """What a file holds.
@@ -43,11 +29,11 @@ class Weights:
     Attributes:
         tensors: by dotted names, which begin with those of the containers; without what wrappers
             of torch put into them.
-        about: what its writer says of the network.
+        spec: what our own export says of the network; None: it is of another program.
     """
 
     tensors: dict[str, torch.Tensor]
-    about: About = field(default_factory=About)
+    spec: EncoderSpec | None = None
 
 
 def read_weights(path: Path) -> Weights:
@@ -71,10 +57,10 @@ def _safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            about = About.model_validate_json((stream.metadata() or {}).get(METADATA, "{}"))
+            spec = _spec((stream.metadata() or {}).get(METADATA))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file: fetch it again.") from error
-    return Weights(_unwrapped(tensors), about)
+    return Weights(_unwrapped(tensors), spec)
 
 
 def _pickled(path: Path) -> Weights:
@@ -85,7 +71,7 @@ def _pickled(path: Path) -> Weights:
             warnings.simplefilter("ignore")  # of torch, about kinds of tensors that are refused
             content = torch.load(path, map_location="cpu", weights_only=True)
         tensors = dict(_flat(content, path))
-        about = About.model_validate_json(_said(content))
+        spec = _spec(_said(content))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -97,7 +83,7 @@ def _pickled(path: Path) -> Weights:
         ) from error
     if not isinstance(content, Mapping | list | tuple):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, no state dict.")
-    return Weights(_unwrapped(tensors), about)
+    return Weights(_unwrapped(tensors), spec)
 
 
 def _refuse_bombs(path: Path) -> None:
@@ -141,11 +127,15 @@ def _flat(content: Any, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         ]
 
 
-def _said(content: Any) -> str:
-    """Return what our own export says in the metadata of a state dict; {}: nothing."""
+def _spec(said: str | None) -> EncoderSpec | None:
+    return EncoderSpec.model_validate_json(said) if said else None
+
+
+def _said(content: Any) -> str | None:
+    """Return what our own export says in the metadata of a state dict."""
     metadata = getattr(content, "_metadata", None)
     root = metadata.get("") if isinstance(metadata, Mapping) else None
-    return str(root.get(METADATA, "{}")) if isinstance(root, Mapping) else "{}"
+    return root.get(METADATA) if isinstance(root, Mapping) else None
 
 
 def without_wrappers(name: str) -> str:

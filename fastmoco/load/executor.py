@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.recipe import Runtime
 from fastmoco.core.cores import cores_of
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
@@ -62,17 +62,22 @@ class Settings:
     hw_decoder_load: float = 0.65
 
 
-def settings_of(recipe: Recipe, ranks: World, device: torch.device) -> Settings:
-    """Return how a recipe's batches are made here.
+def settings_of(runtime: Runtime, ranks: World, device: torch.device) -> Settings:
+    """Return how batches are made here.
 
     Raises:
         UsageError: what it asks for needs a GPU and DALI.
     """
-    if recipe.decode == "mixed" and (device.type == "cpu" or recipe.executor != "dali"):
+    if runtime.decode == "mixed" and (device.type == "cpu" or runtime.executor != "dali"):
         raise UsageError("decode: mixed needs a GPU and executor: dali. Set decode=auto.")
-    threads = recipe.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
+    threads = runtime.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
     return Settings(
-        recipe.executor, device, threads, recipe.prefetch, recipe.decode, recipe.hw_decoder_load
+        runtime.executor,
+        device,
+        threads,
+        runtime.prefetch,
+        runtime.decode,
+        runtime.hw_decoder_load,
     )
 
 

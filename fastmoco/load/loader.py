@@ -97,18 +97,18 @@ class Loader:
             DataError: the subset does not fit the data.
             UsageError: the batch is larger than the data.
         """
-        assert recipe.mean and recipe.std, "the recipe is not resolved"
+        assert recipe.encoder.mean and recipe.encoder.std, "the recipe is not resolved"
         return cls(
             data,
             plan_of(recipe, data),
             recipe.views,
-            size=recipe.image_size,
-            mean=recipe.mean,
-            std=recipe.std,
+            size=recipe.encoder.image_size,
+            mean=recipe.encoder.mean,
+            std=recipe.encoder.std,
             settings=settings,
             rank=ranks.rank,
             ranks=ranks.size,
-            max_bad=recipe.max_bad_images,
+            max_bad=recipe.data.max_bad_images,
         )
 
     def numbers(self, positions: Ids, ids: Ids) -> list[ViewParams]:

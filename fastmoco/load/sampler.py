@@ -110,7 +110,7 @@ def plan_of(recipe: Recipe, data: ConcatShardSets) -> Plan:
         DataError: the subset does not fit the data.
         UsageError: the batch is larger than the data.
     """
-    ids = chosen_ids(recipe.subset, data) if recipe.subset else None
+    ids = chosen_ids(recipe.data.subset, data) if recipe.data.subset else None
     order = _order_of(recipe, data, ids)
     return Plan(len(order), recipe.batch, recipe.seed, order, ids)
 
@@ -118,11 +118,11 @@ def plan_of(recipe: Recipe, data: ConcatShardSets) -> Plan:
 def _order_of(recipe: Recipe, data: ConcatShardSets, ids: Ids | None) -> Order:
     count = len(data) if ids is None else len(ids)
     order: Order = Shuffled(count, recipe.seed)
-    if recipe.window:
-        order = Windowed(_shards(data, ids), recipe.window, recipe.seed)
+    if recipe.data.window:
+        order = Windowed(_shards(data, ids), recipe.data.window, recipe.seed)
     if ids is not None:
         order = SubsetOrder(ids, order)
-    return Repeated(order, recipe.repeat) if recipe.repeat > 1 else order
+    return Repeated(order, recipe.data.repeat) if recipe.data.repeat > 1 else order
 
 
 def _shards(data: ConcatShardSets, ids: Ids | None) -> tuple[int, ...]:

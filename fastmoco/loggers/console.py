@@ -42,7 +42,10 @@ class LiveDisplay:
         self._task = self._progress.add_task(
             "", total=last_step, completed=start, epoch="-", numbers="first step ..."
         )
-        chance, full = math.log(recipe.queue + 1), math.ceil(recipe.queue / recipe.keys_per_step)
+        chance, full = (
+            math.log(recipe.objective.queue + 1),
+            math.ceil(recipe.objective.queue / recipe.keys_per_step),
+        )
         self._console.print(
             f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
             f"queue is full ({full} steps): that is expected.",
@@ -99,7 +102,7 @@ def _for_ablations_only(recipe: Recipe) -> list[str]:
         found.append(
             "A view has no random crop: the pretext task becomes trivial, and the features with it."
         )
-    if recipe.bn == "whole" or recipe.shuffle == "off":
+    if recipe.objective.bn == "whole" or recipe.objective.shuffle == "off":
         found.append(
             "Query and key share their BatchNorm statistics (bn: whole or shuffle: off): the "
             "network can tell by them which belong together."

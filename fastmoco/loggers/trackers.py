@@ -66,13 +66,14 @@ def trackers(recipe: Recipe, root: Path, start: int) -> list[Tracker]:
         UsageError: the package of one is not installed.
     """
     known = {"tensorboard": _tensorboard, "wandb": _wandb}
-    if missing := [name for name in recipe.trackers if not find_spec(name)]:
+    if missing := [name for name in recipe.runtime.trackers if not find_spec(name)]:
         raise UsageError(
-            f"trackers={list(recipe.trackers)} needs a package that is not installed "
+            f"runtime.trackers={list(recipe.runtime.trackers)} needs a package that is not "
+            "installed "
             f"({', '.join(missing)}): pip install 'fastmoco[trackers]', or leave it out."
         )
     found = []
-    for name in recipe.trackers:
+    for name in recipe.runtime.trackers:
         with Spared(name, Exception):
             found.append(known[name](recipe, root, start))
     return found

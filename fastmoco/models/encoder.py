@@ -1,7 +1,6 @@
 """torchvision's ResNets with grouped BatchNorm, a choice of stem, and MoCo's projection heads."""
 
 import io
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchvision.models import resnet as torchvision_resnet
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
 
@@ -144,13 +144,13 @@ class Encoder(nn.Module):
         features, dim: widths of the two outputs.
     """
 
-    def __init__(self, arch: str, stem: str, head: str, dim: int) -> None:
+    def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
-        self.backbone = _backbone(arch, stem)
+        self.backbone = _backbone(spec.arch, spec.stem)
         self.features = int(self.backbone.fc.in_features)
         self.backbone.fc = nn.Identity()
-        self.dim = dim
-        self.head = _head(head, self.features, dim)
+        self.dim = spec.dim
+        self.head = _head(spec.head, self.features, spec.dim)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -164,14 +164,14 @@ METADATA = "fastmoco"
 `_metadata[""]` of a state dict."""
 
 
-def saved(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> bytes:
-    """Return what torch.save writes of a state dict, with a word about its network.
+def saved(state: Mapping[str, torch.Tensor], spec: EncoderSpec) -> bytes:
+    """Return what torch.save writes of a state dict, with the spec of its network.
 
     That stands where load_state_dict does not look, and an import does: no tensor tells the stride
     of a 3x3 stem, or how images are shown. To a full disk torch.save itself raises no OSError.
     """
     described: Any = OrderedDict(state)
-    described._metadata = OrderedDict({"": {METADATA: json.dumps(about, sort_keys=True)}})
+    described._metadata = OrderedDict({"": {METADATA: spec.model_dump_json()}})
     content = io.BytesIO()
     torch.save(described, content)
     return content.getvalue()

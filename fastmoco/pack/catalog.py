@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from fastmoco.config.recipe import Count
-from fastmoco.core.strict_yaml import Strict, near, parse_yaml, validate_as
+from fastmoco.core.strict_yaml import Count, Strict, near, parse_yaml, validate_as
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import sources_for

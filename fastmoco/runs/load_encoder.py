@@ -6,31 +6,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import CheckpointError, DivergedError
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
 
-def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, Recipe, int]:
-    """Return the query encoder of a run's newest checkpoint, its recipe and its step.
+def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, EncoderSpec, int]:
+    """Return the query encoder of a run's newest checkpoint, its spec and its step.
 
     Raises:
-        CheckpointError: no checkpoint, or its weights are not those of the recipe's network.
+        CheckpointError: no checkpoint, or its weights are not those of the run's network.
         DivergedError: a weight is not a finite number.
     """
-    recipe = run.recipe()
+    spec = run.spec()
     found = run.latest()
     if found is None:
         raise CheckpointError(
             f"{run.root} has no checkpoint yet: let `fastmoco pretrain` save one."
         )
     state, step = found
-    encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim)
+    encoder = Encoder(spec)
     _check_keys(encoder, state["encoder_q"])
     check_finite(state["encoder_q"], f"the checkpoint of step {step} in {run.root}")
     encoder.load_state_dict(state["encoder_q"])
-    return encoder.to(device).eval().requires_grad_(False), recipe, step
+    return encoder.to(device).eval().requires_grad_(False), spec, step
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -56,7 +56,7 @@ def _check_keys(encoder: Encoder, weights: dict[str, torch.Tensor]) -> None:
     )
     if odd:
         raise CheckpointError(
-            f"The checkpoint does not fit the network of config.yaml in {len(odd)} of "
+            f"The checkpoint does not fit the network of encoder.json in {len(odd)} of "
             f"{len(wanted)} tensors, such as {', '.join(odd[:3])}."
         )
 

@@ -1,6 +1,7 @@
 """The contract between training and evaluation: the run folder and its verified checkpoints.
 
-config.yaml                      the resolved recipe of the last start
+encoder.json                     the network, and the images that it takes
+config.yaml                      the resolved recipe of the last start; none of an import
 configs/step-000000024.yaml      where it changed on the way: each, by the step that it held from
 versions.json                    what it ran on
 metrics.jsonl                    one row a logged step, epoch and monitor
@@ -28,15 +29,24 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from fastmoco.config.recipe import Recipe, load_recipe, to_yaml
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import in_sections, to_yaml, validate
+from fastmoco.config.recipe import Recipe, Runtime
 from fastmoco.core.files import new_folder, sha256_of, sync, write_bytes, write_json
+from fastmoco.core.strict_yaml import parse_yaml, validate_as
 from fastmoco.errors import CheckpointError, UsageError
 
 CHECKPOINT_VERSION = 1
 ORIGIN = "origin.json"  # in the folder of a run whose weights another program trained
 
 # What a checkpoint older than these keys of the fingerprint was made with.
-_BEFORE = {"bn": "groups", "shuffle": "global", "symmetric": False, "optimizer": "sgd"}
+_BEFORE = {
+    "objective": "moco",
+    "bn": "groups",
+    "shuffle": "global",
+    "symmetric": False,
+    "optimizer": "sgd",
+}
 
 Fingerprint = dict[str, Any]
 State = dict[str, Any]
@@ -56,23 +66,13 @@ def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) ->
         "samples": samples,
         "order": order,
         "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
-        **recipe.model_dump(
-            mode="json",
-            include={
-                "arch",
-                "stem",
-                "head",
-                "dim",
-                "image_size",
-                "views",
-                "batch",
-                "bn",
-                "bn_group",
-                "shuffle",
-                "symmetric",
-                "queue",
-                "seed",
-            },
+        **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
+        **recipe.encoder.model_dump(
+            mode="json", include={"arch", "stem", "head", "dim", "image_size"}
+        ),
+        "objective": recipe.objective.name,
+        **recipe.objective.model_dump(
+            mode="json", include={"bn", "bn_group", "shuffle", "symmetric", "queue"}
         ),
     }
 
@@ -87,7 +87,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         self.checkpoints = self.root / "checkpoints"
-        self.configs = self.root / "configs"
+        self.config, self.configs = self.root / "config.yaml", self.root / "configs"
         self.metrics = self.root / "metrics.jsonl"
         self.damaged: list[str] = []  # names of checkpoints that `latest` had to pass over
 
@@ -169,16 +169,46 @@ class RunFolder:
         """Whether the weights came from another program."""
         return (self.root / ORIGIN).is_file()
 
-    def recipe(self) -> Recipe:
-        """Return the resolved recipe of the run.
+    def recipe(self) -> Recipe | None:
+        """Return the resolved recipe of the run; None: its weights were imported.
 
         Raises:
             UsageError: there is no run here.
         """
-        path = self.root / "config.yaml"
-        if not path.is_file():
-            raise UsageError(f"{self.root} is not a run folder (no config.yaml).")
-        return load_recipe(str(path))
+        if not self.config.is_file():
+            self.spec()
+            return None
+        return validate(in_sections(_yaml(self.config)), str(self.config))
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        recipe = self.recipe()
+        return recipe.name if recipe else self.root.resolve().name
+
+    def runtime(self) -> Runtime:
+        """Return how the run is computed; an import in fp32, as its weights came."""
+        recipe = self.recipe()
+        return recipe.runtime if recipe else Runtime(precision="fp32")
+
+    def spec(self) -> EncoderSpec:
+        """Return what the run's encoder is.
+
+        Raises:
+            UsageError: there is no run here.
+        """
+        path = self.root / "encoder.json"
+        if path.is_file():
+            return validate_as(EncoderSpec, _yaml(path), str(path))
+        if not self.config.is_file():
+            raise UsageError(f"{self.root} is not a run folder (no encoder.json).")
+        # A run from before encoder.json, which imports had a recipe in too.
+        return validate(in_sections(_yaml(self.config)), str(self.config)).encoder
+
+    def describe_encoder(self, spec: EncoderSpec, versions: dict[str, Any]) -> None:
+        """Write down what the encoder is, and what its program ran on."""
+        write_json(self.root / "encoder.json", spec.model_dump(mode="json"))
+        write_json(self.root / "versions.json", versions)
 
     def describe(self, recipe: Recipe, versions: dict[str, Any], step: int = 0) -> list[str]:
         """Write down what is run from `step` on, and on what.
@@ -188,7 +218,7 @@ class RunFolder:
         Returns:
             The keys that differ, as "key: old -> new".
         """
-        config, text = self.root / "config.yaml", to_yaml(recipe)
+        config, text = self.config, to_yaml(recipe)
         kept = sorted(self.configs.glob("step-*.yaml"))
         now = self.configs / f"step-{step:09d}.yaml"
         for undone in [path for path in kept if path >= now]:  # of steps that are taken again
@@ -196,14 +226,14 @@ class RunFolder:
         changes = []
         if step and config.is_file():
             before = ([config] + [path for path in kept if path < now])[-1].read_text()
-            changes = _differences(yaml.safe_load(before), yaml.safe_load(text))
+            changes = _differences(in_sections(yaml.safe_load(before)), yaml.safe_load(text))
         if changes:
             self.configs.mkdir(exist_ok=True)
             if not kept:
                 write_bytes(self.configs / f"step-{0:09d}.yaml", before.encode())
             write_bytes(now, text.encode())
         write_bytes(config, text.encode())
-        write_json(self.root / "versions.json", versions)
+        self.describe_encoder(recipe.encoder, versions)
         return changes
 
     def finish(self, code: int, message: str) -> None:
@@ -311,6 +341,11 @@ class RunFolder:
                 "restore one, or start anew with another out=DIR."
             )
         return None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    values = parse_yaml(path.read_bytes(), str(path))
+    return values if isinstance(values, dict) else {}
 
 
 def _save_hashed(state: State, file: BinaryIO) -> str:

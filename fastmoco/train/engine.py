@@ -61,21 +61,23 @@ class MoCo:
         check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
         keep_freed_memory(device)
         self.recipe, self.ranks, self.device = recipe, ranks, device
-        self._precision = Precision(recipe.precision, device.type)
+        self._precision = Precision(recipe.runtime.precision, device.type)
         weights = self._precision.weights
         self.encoder_q = build_encoder(recipe, ranks).to(device, weights)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.statistics = RunningStatistics([self.encoder_q, self.encoder_k])
-        self.queue = KeyQueue(recipe.queue, recipe.dim, recipe.seed, weights).to(device)
-        self.guard = Guard(recipe.max_skipped).to(device)
+        self.queue = KeyQueue(recipe.objective.queue, recipe.encoder.dim, recipe.seed, weights).to(
+            device
+        )
+        self.guard = Guard(recipe.runtime.max_skipped).to(device)
         self.scale = LossScale(self._precision).to(device)
         self.optimizer = build_optimizer(recipe, list(self.encoder_q.parameters()))
-        if recipe.compile:
+        if recipe.runtime.compile:
             self.encoder_q.compile()
             self.encoder_k.compile()
         if device.type == "cuda":
             # All batches have one shape: the fastest convolution is looked for once.
-            torch.backends.cudnn.benchmark = not recipe.deterministic
+            torch.backends.cudnn.benchmark = not recipe.runtime.deterministic
         self._query = ranks.wrap(self.encoder_q)
         self._params_q: list[torch.Tensor] = list(self.encoder_q.parameters())
         self._params_k: list[torch.Tensor] = list(self.encoder_k.parameters())
@@ -89,24 +91,24 @@ class MoCo:
             step: of the run; seeds the shuffle.
         """
         queries, positives = [query_view], [key_view]
-        if self.recipe.symmetric:
+        if self.recipe.objective.symmetric:
             queries, positives = [query_view, key_view], [key_view, query_view]
         saved = self.statistics.saved()
         shuffle = self._shuffle(step)
         images = shuffle.scatter([view.to(self._precision.wire) for view in positives])
-        keys = shuffle.gather(self._keys(images).view(len(positives), -1, self.recipe.dim))
+        keys = shuffle.gather(self._keys(images).view(len(positives), -1, self.recipe.encoder.dim))
         self.optimizer.zero_grad()
         loss, positive, negative, q = self._backward(queries, shuffle.own(keys))
 
         gradients = [p.grad for p in self._params_q if p.grad is not None]
         self.scale.unscale_(gradients)
         ok, grad_norm = finite(gradients)
-        if self.recipe.clip:
-            torch._foreach_mul_(gradients, (self.recipe.clip / grad_norm).clamp(max=1))
+        if self.recipe.optimizer.clip:
+            torch._foreach_mul_(gradients, (self.recipe.optimizer.clip / grad_norm).clamp(max=1))
         step_if(self.optimizer, ok)
         # After the optimizer this equals the paper's update before the keys, from step 2 on; at
         # step 1 both encoders are equal and the paper's update does nothing.
-        momentum_update(self._params_k, self._params_q, self.recipe.momentum, ok)
+        momentum_update(self._params_k, self._params_q, self.recipe.objective.momentum, ok)
         self.queue.enqueue(keys.flatten(0, 1), ok)
         self.statistics.restore_unless(ok, saved)
         self.scale.update(ok)
@@ -121,14 +123,14 @@ class MoCo:
             recipe.batch,
             self.ranks,
             self.device,
-            recipe.shuffle,
-            recipe.exchange,
+            recipe.objective.shuffle,
+            recipe.objective.exchange,
         )
 
     @torch.no_grad()
     def _keys(self, images: torch.Tensor) -> torch.Tensor:
         """Return the (n, dim) keys of (n, 3, H, W) images in shuffled order."""
-        parts = self.recipe.accumulate
+        parts = self.recipe.runtime.accumulate
         shares = images.chunk(parts)
         keys = []
         for part in self.statistics.over(parts):
@@ -148,7 +150,7 @@ class MoCo:
         Returns:
             The losses of all queries; positive and negative logits and queries of the last part.
         """
-        parts, count = self.recipe.accumulate, keys[0].shape[0]
+        parts, count = self.recipe.runtime.accumulate, keys[0].shape[0]
         losses = []
         for part in self.statistics.over(parts):
             rows = slice(part * count // parts, (part + 1) * count // parts)
@@ -160,7 +162,7 @@ class MoCo:
                 q = self._unit(projected)
                 positives = keys[:, rows].flatten(0, 1)
                 loss, positive, negative = info_nce(
-                    q, positives, self.queue.keys, self.recipe.temperature
+                    q, positives, self.queue.keys, self.recipe.objective.temperature
                 )
                 objective = loss.mean() * (len(views) / parts)  # the sum of both directions
                 self.scale.scaled(objective).backward()  # type: ignore[no-untyped-call]
@@ -209,9 +211,9 @@ def build_encoder(recipe: Recipe, ranks: World = World()) -> Encoder:
     """Return an encoder with the initial weights of the recipe's seed, equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim)
-    if recipe.bn == "groups":
-        set_bn_group(encoder, recipe.bn_group)
+        encoder = Encoder(recipe.encoder)
+    if recipe.objective.bn == "groups":
+        set_bn_group(encoder, recipe.objective.bn_group)
     else:
         set_bn_group(encoder, 0, ranks)
     return encoder
@@ -223,21 +225,22 @@ def check_bn_group(recipe: Recipe, ranks: int, machines: int = 1) -> None:
     Raises:
         UsageError: it does not, or a shuffle on each machine would change no group's company.
     """
-    group = recipe.bn_group if recipe.bn == "groups" else 1
-    if recipe.shuffle == "node" and recipe.batch // machines == group:
+    group = recipe.objective.bn_group if recipe.objective.bn == "groups" else 1
+    if recipe.objective.shuffle == "node" and recipe.batch // machines == group:
         raise UsageError(
             "shuffle: node with one bn_group a machine hides nothing from the network: set "
-            "shuffle=global, or a smaller bn_group."
+            "objective.shuffle=global, or a smaller bn_group."
         )
     if recipe.batch % (ranks * group):
         fitting = [n for n in range(1, ranks + 1) if recipe.batch % (n * group) == 0]
         raise UsageError(
             f"batch {recipe.batch} on {ranks} ranks is {recipe.batch / ranks:g} images each, not a "
-            f"whole number of bn_group {group}: start {fitting[-1]} ranks, or change one."
+            f"whole number of objective.bn_group {group}: start {fitting[-1]} ranks, or change one."
         )
-    if recipe.batch % (ranks * group * recipe.accumulate):
+    if recipe.batch % (ranks * group * recipe.runtime.accumulate):
         groups = recipe.batch // (ranks * group)
+        divisors = [n for n in range(1, groups + 1) if groups % n == 0]
         raise UsageError(
-            f"accumulate {recipe.accumulate} does not divide the {groups} groups of {group} that a "
-            f"rank holds: choose one of {[n for n in range(1, groups + 1) if groups % n == 0]}."
+            f"runtime.accumulate {recipe.runtime.accumulate} does not divide the {groups} groups "
+            f"of {group} that a rank holds: choose one of {divisors}."
         )

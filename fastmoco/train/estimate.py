@@ -21,8 +21,9 @@ def outlook(recipe: Recipe, plan: Plan, ranks: World, device: torch.device) -> d
         ranks: that would run it.
         device: of this one.
     """
+    queue = recipe.objective.queue
     last_step = recipe.last_step(plan.steps_per_epoch)
-    rows = recipe.keys_per_step // ranks.size // recipe.accumulate
+    rows = recipe.keys_per_step // ranks.size // recipe.runtime.accumulate
     encoder, activations = footprint(recipe, rows)
     among = ranks.size if ranks.size > 1 else 8  # alone nothing travels: say what would
     sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
@@ -34,23 +35,24 @@ def outlook(recipe: Recipe, plan: Plan, ranks: World, device: torch.device) -> d
         "ranks": f"{ranks.size} on {device.type}, {recipe.batch // ranks.size} images each a step",
         "BatchNorm": _batch_norm(recipe, ranks),
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
-        "precision": recipe.precision,
-        "queue": f"{recipe.queue:,} x {recipe.dim}, {_mb(recipe.queue * recipe.dim * 4)}, "
-        f"{recipe.queue / recipe.keys_per_step:g} steps",
+        "precision": recipe.runtime.precision,
+        "queue": f"{queue:,} x {recipe.encoder.dim}, {_mb(queue * recipe.encoder.dim * 4)}, "
+        f"{queue / recipe.keys_per_step:g} steps",
         "encoders and gradients": _mb(3 * encoder),
         "state of the optimizer": _mb(state_copies(recipe.optimizer) * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
-        "logits": _mb(2 * 4 * rows * recipe.queue),
+        "logits": _mb(2 * 4 * rows * recipe.objective.queue),
         f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
         + " received by a rank each step",
     }
 
 
 def _batch_norm(recipe: Recipe, ranks: World) -> str:
-    if recipe.bn == "whole":
+    if recipe.objective.bn == "whole":
         return "over the whole batch (for ablations)"
-    groups = recipe.batch // ranks.size // recipe.bn_group
-    return f"groups of {recipe.bn_group}, {groups} a rank; shuffle {recipe.shuffle}"
+    groups = recipe.batch // ranks.size // recipe.objective.bn_group
+    shuffle = recipe.objective.shuffle
+    return f"groups of {recipe.objective.bn_group}, {groups} per rank; shuffle {shuffle}"
 
 
 def state_copies(optimizer: Optimizer) -> int:
@@ -68,11 +70,11 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
         exchange: "all_gather": the images of all other ranks; "all_to_all": those of its own
             places that they hold.
     """
-    value = Precision(recipe.precision, "cpu").wire.itemsize
-    if recipe.shuffle == "off":
+    value = Precision(recipe.runtime.precision, "cpu").wire.itemsize
+    if recipe.objective.shuffle == "off":
         return 0
-    views = 2 if recipe.symmetric else 1
-    image = 3 * recipe.image_size**2 * value * views
+    views = 2 if recipe.objective.symmetric else 1
+    image = 3 * recipe.encoder.image_size**2 * value * views
     elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
     return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
 
@@ -82,7 +84,7 @@ def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
 
     The network is run on tensors without content: nothing is computed or allocated.
     """
-    precision = Precision(recipe.precision, "cpu")
+    precision = Precision(recipe.runtime.precision, "cpu")
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,12 +92,14 @@ def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim).to(precision.weights)
+    encoder = Encoder(recipe.encoder).to(precision.weights)
     with FakeTensorMode() as fake:
         state: dict[str, Any] = {
             n: fake.from_tensor(t) for n, t in encoder.state_dict(keep_vars=True).items()
         }
-        images = torch.empty(rows, 3, recipe.image_size, recipe.image_size, dtype=precision.weights)
+        images = torch.empty(
+            rows, 3, recipe.encoder.image_size, recipe.encoder.image_size, dtype=precision.weights
+        )
         hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, precision.autocast():
             torch.func.functional_call(encoder, state, (images,))

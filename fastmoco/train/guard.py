@@ -57,7 +57,7 @@ class Guard(nn.Module):
         if longest >= self._limit:
             raise DivergedError(
                 f"{longest} steps in a row gave a non-finite gradient: lower the learning rate, or "
-                "precision=bf16 if it is fp16."
+                "runtime.precision=bf16 if it is fp16."
             )
         return int(self.skipped)
 

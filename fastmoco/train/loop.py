@@ -71,7 +71,7 @@ class Trainer:
         self._known_bad: set[int] = set()
         self._metrics = Spared("rows of metrics.jsonl")
         self._vote = AsyncAnyFlag(self.moco.ranks)
-        self._watchdog = Watchdog(self.recipe.stall_s)
+        self._watchdog = Watchdog(self.recipe.runtime.stall_s)
         self._signal = StopSignal(answers=self.moco.ranks.leads)
         self._interrupted = self._due = False
         self._last_due = time.monotonic()
@@ -123,7 +123,7 @@ class Trainer:
 
     def _minutes_are_over(self) -> bool:
         """Return once an interval whether a checkpoint is due by the clock of rank 0."""
-        minutes = self.recipe.checkpoint_minutes
+        minutes = self.recipe.checkpoints.minutes
         now = time.monotonic()
         if not self.moco.ranks.leads or not minutes or now - self._last_due < 60 * minutes:
             return False
@@ -131,7 +131,7 @@ class Trainer:
         return True
 
     def _checkpoint_is_due(self, done: int) -> bool:
-        every = self.recipe.checkpoint_every
+        every = self.recipe.checkpoints.every
         due, self._due = self._due or bool(every and done % every == 0), False
         return due
 
@@ -142,7 +142,7 @@ class Trainer:
         outcome = self.moco.step(query_view, key_view, step)
         self._meter.count(outcome, waited_s)
         done = step + 1
-        if done % self.recipe.log_every == 0 or done == self.last_step:
+        if done % self.recipe.runtime.log_every == 0 or done == self.last_step:
             self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
         if done % self._per_epoch == 0 or done == self.last_step:
             self._end_epoch(done, self._meter.end_epoch())
@@ -184,7 +184,7 @@ class Trainer:
             self._saving = done, self._writer.submit(self._write, copied, done)
 
     def _write(self, copied: Callable[[], State], done: int) -> None:
-        self.run.save(copied(), done, self.marks, self.recipe.keep)
+        self.run.save(copied(), done, self.marks, self.recipe.checkpoints.keep)
 
     def _finish_saving(self, final: bool = False) -> None:
         """Wait for the checkpoint that is being written, if one is."""
@@ -211,10 +211,10 @@ class Trainer:
         if new:
             named = [self.loader.data.describe(sample) for sample in new]
             self._log("bad", done, {"ids": new, "samples": named})
-        if len(bad) > self.recipe.max_bad_images:  # of all ranks together
+        if len(bad) > self.recipe.data.max_bad_images:  # of all ranks together
             raise DataError(
                 f"{len(bad)} damaged images are more than max_bad_images="
-                f"{self.recipe.max_bad_images}: copy the sets again, or allow more."
+                f"{self.recipe.data.max_bad_images}: copy the sets again, or allow more."
             )
 
     def state(self) -> State:

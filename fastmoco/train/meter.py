@@ -49,7 +49,7 @@ class Meter:
 
     def read(self, outcome: StepOutput, moco: MoCo) -> dict[str, Any]:
         """Return the row of a logged step: means over the ranks, speed since the last one."""
-        scalars = _scalars(outcome, self._recipe.temperature)
+        scalars = _scalars(outcome, self._recipe.objective.temperature)
         values = self._ranks.mean_(torch.stack(list(scalars.values())))
         filled = int(moco.queue.filled)
         elapsed = time.perf_counter() - self._since  # after the first wait for the device

@@ -47,7 +47,7 @@ class Study:
         Raises:
             DataError: an image cannot be read or decoded.
         """
-        seed = evaluation.recipe.seed
+        seed = evaluation.seed
         train, test = (thinned(one, samples, seed) for one in (evaluation.train, evaluation.test))
         evaluation = replace(evaluation, train=train, test=test)
         bank = KNNClassifier(*evaluation.features(train, "backbone"), evaluation.classes)
@@ -73,7 +73,7 @@ class Study:
     def some(self, count: int) -> Ids:
         """Return the places of `count` test samples, drawn by the run's seed."""
         size = len(self.evaluation.test.ids)
-        draw = Permutation(size, (self.evaluation.recipe.seed, _STREAM + 1))
+        draw = Permutation(size, (self.evaluation.seed, _STREAM + 1))
         return draw(np.arange(min(count, size)))
 
     def pixels(self, one: Labelled, places: Ids) -> Images:

@@ -182,7 +182,8 @@ def _curves(folder: Path, facts: Facts) -> list[dict[str, str]]:
     drawn = []
     for curve in curves_in(facts.metrics):
         file = f"curve_{curve.key}.png"
-        draw_curve(folder / file, facts.metrics, facts.recipe.queue, curve)
+        queue = facts.recipe.objective.queue if facts.recipe else 0
+        draw_curve(folder / file, facts.metrics, queue, curve)
         values = curve.points(facts.metrics)[1]
         span = f"first {values[0]:.4g}, last {values[-1]:.4g}"
         drawn.append({"file": file, "alt": f"{curve.title} over the epochs: {span}"})
@@ -190,7 +191,10 @@ def _curves(folder: Path, facts: Facts) -> list[dict[str, str]]:
 
 
 def _views(folder: Path, facts: Facts, device: str) -> dict[str, Any]:
-    recipe = facts.recipe.model_copy(update={"device": device})
+    if facts.recipe is None:
+        raise UsageError("The weights were imported: how their views were drawn is not known.")
+    runtime = facts.recipe.runtime.model_copy(update={"device": device})
+    recipe = facts.recipe.model_copy(update={"runtime": runtime})
     title = f"The first samples of the run, seed {recipe.seed}"
     drawn = preview(recipe, folder / "views.png", _VIEWED, title)
     return {"file": "views.png", "samples": drawn}
@@ -199,14 +203,17 @@ def _views(folder: Path, facts: Facts, device: str) -> dict[str, Any]:
 def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
     """Draw what needs an encoder and no labels."""
     where = device_of(device, 0)
-    encoder, recipe, step = load_encoder(run, where)
+    encoder, spec, step = load_encoder(run, where)
     weight = encoder.backbone.conv1.weight
     draw_filters(folder / "filters.png", weight)
     shape = " × ".join(map(str, weight.shape))
 
     def maps() -> dict[str, str]:
-        data = ConcatShardSets.open(recipe.data)
-        sight = frozen_sight(recipe, settings_of(recipe, World(), where))
+        if (recipe := run.recipe()) is None:
+            raise UsageError("The weights were imported: there are no training images to show.")
+        data = ConcatShardSets.open(recipe.data.sets)
+        settings = settings_of(recipe.runtime, World(), where)
+        sight = frozen_sight(spec, recipe.runtime, settings)
         draw_maps(folder / "maps.png", feature_maps(encoder, sight, data, 0))
         save_tile(folder / "maps_input.png", shown(sight, data, np.array([0]))[0])
         return {"file": "maps.png", "input": "maps_input.png", "described": data.describe(0)}
@@ -310,7 +317,7 @@ def _per_class(found: Predictions, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _plane(folder: Path, study: Study, names: list[str]) -> dict[str, Any]:
-    seed = study.evaluation.recipe.seed
+    seed = study.evaluation.seed
     places, labels, method = projected(study.queries[0], study.evaluation.test.labels, seed)
     draw_plane(folder / "projection.png", places, labels, len(names))
     legend = list(zip(names, colors_of(len(names)), strict=True)) if has_legend(len(names)) else []

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmoco.config.recipe import RECIPES, Recipe, recipe_names
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import RECIPES, recipe_names
+from fastmoco.config.recipe import Recipe
 from fastmoco.plots import curves_in
 from fastmoco.runs.run_folder import ORIGIN, RunFolder, row_of
 
@@ -55,9 +57,11 @@ class Facts:
     """What is known of a run from its files.
 
     Attributes:
-        recipe: the resolved one.
+        name: of the run.
+        spec: of its encoder.
+        recipe: the resolved one; None: the weights were imported.
         claim: the header of the recipe, if it is one that ships; else empty.
-        config: the text of config.yaml.
+        config: the text of config.yaml, or of an import's encoder.json.
         versions: what the run ran on.
         status: how its last start ended, in words.
         metrics: rows of metrics.jsonl.
@@ -66,7 +70,9 @@ class Facts:
         origin: of weights that another program trained: their file; else empty.
     """
 
-    recipe: Recipe
+    name: str
+    spec: EncoderSpec
+    recipe: Recipe | None
     claim: str
     config: str
     versions: dict[str, str]
@@ -83,12 +89,15 @@ def gather(run: RunFolder) -> Facts:
     Raises:
         UsageError: there is no run here, or its config.yaml is not a recipe.
     """
+    described = run.config if run.config.is_file() else run.root / "encoder.json"
     recipe, metrics = run.recipe(), run.rows()
     versions = _json(run.root / "versions.json")
     return Facts(
+        run.name,
+        run.spec(),
         recipe,
-        _claim(recipe.name),
-        (run.root / "config.yaml").read_text(),
+        _claim(recipe.name) if recipe else "",
+        described.read_text(),
         {name: _in_words(value) for name, value in sorted(versions.items()) if value},
         _status(_json(run.root / "status.json")),
         metrics,

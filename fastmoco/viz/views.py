@@ -44,18 +44,20 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     Raises:
         DataError: a set is missing or an image cannot be decoded.
     """
-    data = ConcatShardSets.open(recipe.data)
+    data = ConcatShardSets.open(recipe.data.sets)
     # Order and numbers depend on the position alone: a smaller batch begins as the real one does.
     recipe = resolve(recipe, data.sets[0]).model_copy(update={"batch": min(count, len(data))})
-    assert recipe.mean and recipe.std
-    device = device_of(recipe.device, 0)
-    loader = Loader.of(recipe, data, settings_of(recipe, World(), device))
+    assert recipe.encoder.mean and recipe.encoder.std
+    device = device_of(recipe.runtime.device, 0)
+    loader = Loader.of(recipe, data, settings_of(recipe.runtime, World(), device))
     # The batch first: it meets what is damaged, and says so in words.
     batch, work = next(loader.batches()), loader.work(0)
     originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in work.encoded]
-    rows = {"original": np.stack([_fitted(image, recipe.image_size) for image in originals])}
+    rows = {
+        "original": np.stack([_fitted(image, recipe.encoder.image_size) for image in originals])
+    }
     for number, view in enumerate(batch.views, 1):
-        rows[f"view {number}"] = pixels_of(view, recipe.mean, recipe.std)
+        rows[f"view {number}"] = pixels_of(view, recipe.encoder.mean, recipe.encoder.std)
     draw_views(path, rows, title)
     return [
         Shown(data.describe(sample), [in_words(numbers, row) for numbers in work.numbers])

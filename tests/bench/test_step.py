@@ -25,7 +25,8 @@ def recipe_in(precision: str) -> Recipe:
     recipe = bench.Settings(**WORK | sizes).recipe()
     # A smaller rate than MoCo's: fp32 rounding grows slower than tenfold a step.
     optimizer = recipe.optimizer.model_copy(update={"lr": 0.003})
-    return recipe.model_copy(update={"precision": precision, "optimizer": optimizer})
+    runtime = recipe.runtime.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"runtime": runtime, "optimizer": optimizer})
 
 
 def losses_of_both(precision: str, m_of_rival: float, steps: int = 3) -> list[tuple[float, float]]:
@@ -36,7 +37,7 @@ def losses_of_both(precision: str, m_of_rival: float, steps: int = 3) -> list[tu
     theirs.model.to(dtype).queue.copy_(ours.queue.keys.T)
     theirs.model.m = m_of_rival
     found = []
-    for step, views in enumerate(bench.synthetic(recipe.batch, recipe.image_size, steps)):
+    for step, views in enumerate(bench.synthetic(recipe.batch, recipe.encoder.image_size, steps)):
         q, k = (view.to(dtype) for view in views)
         last = (view.contiguous(memory_format=torch.channels_last) for view in (q, k))
         found.append((float(ours.step(*last, step).loss.mean()), float(theirs.step(q, k, step))))
@@ -57,7 +58,7 @@ def test_the_parity_sees_another_momentum():
 
 def test_the_rival_stays_in_fp32_and_nchw_unless_it_is_tuned():
     recipe = recipe_in("bf16")
-    (views,) = bench.synthetic(recipe.batch, recipe.image_size, 1)
+    (views,) = bench.synthetic(recipe.batch, recipe.encoder.image_size, 1)
     for tuned in (False, True):
         seen = []
         rival = OfficialMoCo(recipe, World(), CPU, tuned)

@@ -10,7 +10,13 @@ from fastmoco.bench.arm import Section
 from fastmoco.bench.commands import app
 from fastmoco.errors import DataError
 
-SMALL = ["image_size=32", "batch=8", "bn_group=4", "queue=16", "device=cpu"]
+SMALL = [
+    "encoder.image_size=32",
+    "batch=8",
+    "objective.bn_group=4",
+    "objective.queue=16",
+    "runtime.device=cpu",
+]
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def test_without_a_set_the_demos_patches_are_packed_and_removed():
     pytest.importorskip("skimage")
     with bench._folder(None) as root:
         recipe, opened = bench._recipe("demo", SMALL, root)
-        assert len(opened) == 3800 and recipe.mean
+        assert len(opened) == 3800 and recipe.encoder.mean
     assert not root.exists()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.config.recipe import load_recipe, recipe_names, to_yaml
+from fastmoco.config.loading import load_recipe, recipe_names, to_yaml
 from fastmoco.errors import UsageError
 
 
@@ -35,18 +35,18 @@ def test_the_recipes_of_the_issue_are_there():
         ("schedule.epochs=many", "schedule.epochs: Input should be a valid integer"),
         ("batch=true", "batch: Input should be a valid integer"),
         ("batch=500", "batch 500 is not a whole number of bn_group 64"),
-        ("temperature=0", "temperature: Input should be greater than 0"),
-        ("momentum=1.5", "momentum: Input should be less than or equal to 1"),
+        ("objective.temperature=0", "temperature: Input should be greater than 0"),
+        ("objective.momentum=1.5", "momentum: Input should be less than or equal to 1"),
         ("optimizer.lr=nan", "optimizer.lr: Input should be a finite number"),
         ("optimizer.lr=.inf", "optimizer.lr: Input should be a valid number"),
-        ("checkpoint_every=50", "name either checkpoint_every or checkpoint_minutes"),
+        ("checkpoints.every=50", "name either checkpoint_every or checkpoint_minutes"),
         ("lr", "'lr' is not key=value"),
         ("name.deep=1", "name.deep does not name a key"),
         ("views=[{}]", "views: Tuple should have at least 2 items"),
         ("out=!!python/object/apply:os.system ['true']", "is not plain YAML"),
         ("seed=!!int x", "is not plain YAML"),
         ("out=!!timestamp x", "is not plain YAML"),
-        ("data=" + "[" * 2000, "is not plain YAML: it is nested too deeply"),
+        ("data.sets=" + "[" * 2000, "is not plain YAML: it is nested too deeply"),
         ("seed=" + "9" * 5000, "seed: Unable to parse input string as an integer"),
         ("seed=1:30", "seed: Input should be a valid integer"),
         ("monitor={[a]: b}", "is not plain YAML"),
@@ -61,7 +61,7 @@ def test_the_recipes_of_the_issue_are_there():
         ("views.0.blur_sigma=[1,1e9]", "views.0.blur_sigma.1: Input should be less than or equal"),
         ("views.1.scale=[0,0]", "views.1: scale [0, 0] needs 0 < low"),
         ("views.1.scale=[1,0.2]", "views.1: scale [1, 0.2] needs 0 < low <= high"),
-        ("std=[-1,1,1]", "std.0: Input should be greater than 0"),
+        ("encoder.std=[-1,1,1]", "std.0: Input should be greater than 0"),
         ("schedule={name: step, epochs: 9, milestones: [6, 3]}", "the milestones must ascend"),
     ],
 )
@@ -83,15 +83,15 @@ def test_overrides_reach_one_view_only_and_read_1e_4_as_a_number():
     [
         ("seed=010", "seed", 10),  # not 8
         ("seed=1_000", "seed", 1000),
-        ("queue=1e4", "queue", 10_000),
+        ("objective.queue=1e4", "queue", 10_000),
         ("out=2026-11-22", "out", Path("2026-11-22")),  # no date
         ("out=001", "out", Path("001")),
         ("name=1e3", "name", "1e3"),
         ("name=off", "name", "off"),
-        ("data=[2024, 1.50]", "data", (Path("2024"), Path("1.50"))),
-        ("data='my set, v2'", "data", (Path("my set, v2"),)),
-        ("symmetric=True", "symmetric", True),
-        ("clip=~", "clip", None),
+        ("data.sets=[2024, 1.50]", "data", (Path("2024"), Path("1.50"))),
+        ("data.sets='my set, v2'", "data", (Path("my set, v2"),)),
+        ("objective.symmetric=True", "symmetric", True),
+        ("optimizer.clip=~", "clip", None),
     ],
 )
 def test_a_text_is_what_its_key_asks_for(override, key, value):
@@ -137,14 +137,14 @@ def test_a_doubled_key_is_refused(tmp_path: Path):
 
 def test_the_cifar_recipe_is_the_published_run():
     recipe = load_recipe("cifar10_r18")
-    assert (recipe.arch, recipe.stem, recipe.head, recipe.dim) == (
+    assert (recipe.encoder.arch, recipe.encoder.stem, recipe.encoder.head, recipe.encoder.dim) == (
         "resnet18",
         "small",
         "linear",
         128,
     )
-    assert (recipe.batch, recipe.bn_group, recipe.queue) == (512, 64, 4096)
-    assert (recipe.momentum, recipe.temperature) == (0.99, 0.1)
+    assert (recipe.batch, recipe.objective.bn_group, recipe.objective.queue) == (512, 64, 4096)
+    assert (recipe.objective.momentum, recipe.objective.temperature) == (0.99, 0.1)
     view = recipe.views[0]
     assert recipe.views[1] == view
     assert (view.scale, view.flip, view.jitter) == ((0.08, 1.0), 0.5, (0.4, 0.4, 0.4, 0.1))

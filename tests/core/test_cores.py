@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.core import cores, distributed
 from fastmoco.core.cores import cores_of
 from fastmoco.core.distributed import World, joined
@@ -61,7 +61,7 @@ def test_cores_are_bound_by_affinity_and_quota(name: str, tmp_path: Path) -> Non
 def test_decoding_threads_are_a_share_of_the_cores() -> None:
     threads = {
         (size, wanted): settings_of(
-            load_recipe("cifar10_r18", [f"threads={wanted}"]),
+            load_recipe("cifar10_r18", [f"runtime.threads={wanted}"]),
             World(size=size, local_size=size),
             torch.device("cpu"),
         ).threads
@@ -110,8 +110,8 @@ class Concat:
 
 
 def test_mixed_decoding_needs_a_gpu() -> None:
-    recipe = load_recipe("cifar10_r18", ["decode=mixed", "hw_decoder_load=0.9"])
+    recipe = load_recipe("cifar10_r18", ["runtime.decode=mixed", "runtime.hw_decoder_load=0.9"])
     with pytest.raises(UsageError, match=r"mixed needs a GPU.*decode=auto"):
-        settings_of(recipe, World(), torch.device("cpu"))
-    settings = settings_of(recipe, World(), torch.device("cuda"))
+        settings_of(recipe.runtime, World(), torch.device("cpu"))
+    settings = settings_of(recipe.runtime, World(), torch.device("cuda"))
     assert (settings.decode, settings.hw_decoder_load) == ("mixed", 0.9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.demo import demo as module
 from fastmoco.demo.demo import (
@@ -32,7 +32,14 @@ from fastmoco.plots import GAP, LEFT, TOP, zoom_of
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 TINY = Cut(PHOTOGRAPHS[:3], train=24, test=8)
-FAST = ("batch=16", "bn_group=8", "queue=32", "dim=16", "schedule.epochs=1", "log_every=1")
+FAST = (
+    "batch=16",
+    "objective.bn_group=8",
+    "objective.queue=32",
+    "encoder.dim=16",
+    "schedule.epochs=1",
+    "runtime.log_every=1",
+)
 
 
 def covered(photograph: Photograph, split: Split, count: int) -> np.ndarray:
@@ -142,7 +149,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_the_recipe_runs_on_two_ranks() -> None:
     recipe = load_recipe("demo")
-    assert recipe.batch % (2 * recipe.bn_group) == 0
+    assert recipe.batch % (2 * recipe.objective.bn_group) == 0
     assert recipe.monitor
     assert recipe.monitor.feature == "backbone", "the table's kNN is of the backbone"
 
@@ -208,21 +215,21 @@ def test_views_png_holds_the_views_of_step_0(
     out = done[0]
     recipe = load_recipe(str(out / "run/config.yaml"))
     data = ConcatShardSets.open([out / "train"])
-    assert recipe.mean and recipe.std
+    assert recipe.encoder.mean and recipe.encoder.std
     loader = Loader(
         data,
         Plan(len(data), recipe.batch, recipe.seed),
         recipe.views,
-        size=recipe.image_size,
-        mean=recipe.mean,
-        std=recipe.std,
+        size=recipe.encoder.image_size,
+        mean=recipe.encoder.mean,
+        std=recipe.encoder.std,
         settings=Settings(),
     )
     batch = next(loader.batches())
     plot = np.asarray(Image.open(out / "views.png").convert("RGB"))
-    zoom = zoom_of(recipe.image_size)
-    pitch = zoom * recipe.image_size + GAP
-    mean, std = np.array(recipe.mean), np.array(recipe.std)
+    zoom = zoom_of(recipe.encoder.image_size)
+    pitch = zoom * recipe.encoder.image_size + GAP
+    mean, std = np.array(recipe.encoder.mean), np.array(recipe.encoder.std)
     for row, view in enumerate(batch.views, 1):
         for column in range(module.SHOWN):
             top, left = TOP + row * pitch, LEFT + column * pitch

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config.recipe import Recipe, validate
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import validate
+from fastmoco.config.recipe import Recipe
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
@@ -53,7 +55,7 @@ def recipe_of(root: Path, **changes: Any) -> Recipe:
 def trained() -> Encoder:
     """An encoder whose statistics have moved: evaluation and training mode differ."""
     torch.manual_seed(0)
-    encoder = Encoder("resnet10", "small-stride2", "linear", 8)
+    encoder = Encoder(EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8))
     with torch.no_grad():
         for _ in range(3):
             encoder(2 + torch.randn(8, 3, 16, 16))

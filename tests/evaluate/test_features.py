@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.evaluate import features as station
@@ -114,7 +115,11 @@ def test_bf16_and_fp64_give_fp32_features_that_are_near(
     half = embed(trained, data, "backbone", sight(precision="bf16"))
     assert half.dtype == torch.float32
     assert 1e-4 < (half - exact).norm() / exact.norm() < 0.03
-    double = Encoder("resnet10", "small-stride2", "linear", 8).double().eval()
+    double = (
+        Encoder(EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8))
+        .double()
+        .eval()
+    )
     double.load_state_dict(trained.state_dict())
     found = embed(double, data, "backbone", sight(precision="fp64"))
     assert found.dtype == torch.float32

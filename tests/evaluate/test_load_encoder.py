@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import CheckpointError
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.load_encoder import load_encoder, unchanged
@@ -25,7 +26,7 @@ def test_weights_and_statistics_are_those_of_the_checkpoint(
     make_run: Make, trained: Encoder
 ) -> None:
     encoder, recipe, step = load_encoder(make_run(), CPU)
-    assert (recipe.arch, step) == ("resnet10", 12)
+    assert (recipe.encoder.arch, step) == ("resnet10", 12)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     wanted = trained.state_dict()
     assert wanted["backbone.bn1.running_mean"].abs().max() > 0.01
@@ -86,7 +87,7 @@ def test_use_in_evaluation_mode_changes_nothing(trained: Encoder) -> None:
 def test_a_changed_tensor_is_noticed(
     trained: Encoder, weights: dict[str, torch.Tensor], name: str
 ) -> None:
-    encoder = Encoder("resnet10", "small-stride2", "linear", 8)
+    encoder = Encoder(EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8))
     encoder.load_state_dict(weights)
     with pytest.raises(AssertionError, match=rf"changed under the probe: \['{name}'\]"):  # noqa: SIM117
         with unchanged(encoder):
@@ -94,7 +95,7 @@ def test_a_changed_tensor_is_noticed(
 
 
 def test_training_mode_is_noticed_by_the_statistics(weights: dict[str, torch.Tensor]) -> None:
-    encoder = Encoder("resnet10", "small-stride2", "linear", 8)
+    encoder = Encoder(EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8))
     encoder.load_state_dict(weights)
     with pytest.raises(AssertionError, match=r"running_mean"), unchanged(encoder.train()):
         encoder(torch.randn(4, 3, 16, 16))

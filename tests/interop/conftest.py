@@ -9,7 +9,9 @@ import torch
 import torchvision
 from torch import nn
 
-from fastmoco.config.recipe import Recipe, validate
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import validate
+from fastmoco.config.recipe import Recipe
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
@@ -23,7 +25,7 @@ def build(arch: str, stem: str, head: str, dim: int) -> Encoder:
     Draws instead of training: the activations keep their size, whatever the depth.
     """
     torch.manual_seed(7)
-    encoder = Encoder(arch, stem, head, dim)
+    encoder = Encoder(EncoderSpec(arch=arch, stem=stem, head=head, dim=dim))
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():
             if name.endswith("num_batches_tracked"):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastmoco.cli import models as exchange
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop import exporter as exporting
 from fastmoco.interop.exporter import export
@@ -114,7 +115,9 @@ def test_onnxruntime_runs_the_graph(head: str, r18: Encoder, tmp_path: Path) -> 
     onnxruntime = pytest.importorskip("onnxruntime", reason=NEEDS)
     encoder = r18
     if head == "none":
-        encoder = Encoder("resnet18", "imagenet", "none", 512).eval()
+        encoder = Encoder(
+            EncoderSpec(arch="resnet18", stem="imagenet", head="none", dim=512)
+        ).eval()
         encoder.backbone.load_state_dict(r18.backbone.state_dict())
     out = tmp_path / "graph.onnx"
     said = written(encoder, "resnet18", head, out, "onnx")

@@ -12,6 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.files import sha256_of
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import CheckpointError, UsageError
@@ -175,8 +176,8 @@ def test_each_file_gives_the_trained_encoder_bit_by_bit(
     file = saved(make(encoder), tmp_path / "theirs.pth.tar")
     out = tmp_path / "run"
     found = import_weights(file, out)
-    assert (found.recipe.arch, found.recipe.stem) == ("resnet10", "imagenet")
-    assert found.recipe.head == head
+    assert (found.recipe.encoder.arch, found.recipe.encoder.stem) == ("resnet10", "imagenet")
+    assert found.recipe.encoder.head == head
     assert json.loads((out / "origin.json").read_text())["prefix"] == prefix
     run = RunFolder(out)
     state, step = run.latest() or ({}, -1)
@@ -220,7 +221,7 @@ def test_heads_that_do_not_fit_are_left_out_in_words(r10: Encoder, tmp_path: Pat
         file = saved(make(r10), tmp_path / f"{prefix}pth")
         found = import_weights(file, tmp_path / f"{prefix}run")
         assert any(f"left out: {count} tensors under {prefix}" in n for n in found.notes)
-        assert found.recipe.dim == 512
+        assert found.recipe.encoder.dim == 512
 
 
 def test_safetensors_and_half_precision(r10: Encoder, tmp_path: Path) -> None:
@@ -242,7 +243,9 @@ def test_torchvision_has_no_other_networks() -> None:
 def test_every_network_is_known_by_its_shapes(arch: str, tmp_path: Path) -> None:
     """Values do not matter here: all tensors are views of one."""
     with torch.device("meta"):
-        shapes = Encoder(arch, "small", "linear", 4).backbone.state_dict()
+        shapes = Encoder(
+            EncoderSpec(arch=arch, stem="small", head="linear", dim=4)
+        ).backbone.state_dict()
     values = torch.zeros(3 * 2048 * 2048)
     found = match({name: values[: like.numel()].view(like.shape) for name, like in shapes.items()})
     assert (found.arch, found.stem, found.naming.name) == (arch, "small", "torchvision")
@@ -267,12 +270,15 @@ def test_the_origin_is_written_down(r10: Encoder, tmp_path: Path) -> None:
 
 def test_the_3x3_stem_and_what_solo_learn_pads(small: Encoder, tmp_path: Path) -> None:
     found = import_weights(saved(solo_older(small), tmp_path / "a.pth"), tmp_path / "a")
-    assert (found.recipe.stem, found.recipe.image_size) == ("small", 32)
+    assert (found.recipe.encoder.stem, found.recipe.encoder.image_size) == ("small", 32)
     assert any("solo-learn pads by 2" in note for note in found.notes)
     other_size = import_weights(
         saved(plain(small), tmp_path / "b.pth"), tmp_path / "b", stem="small-stride2", image_size=48
     )
-    assert (other_size.recipe.image_size, other_size.recipe.stem) == (48, "small-stride2")
+    assert (other_size.recipe.encoder.image_size, other_size.recipe.encoder.stem) == (
+        48,
+        "small-stride2",
+    )
     assert not any("pads by 2" in note for note in other_size.notes)
 
 

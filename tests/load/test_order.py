@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmoco.config.recipe import Recipe, validate
+from fastmoco.config.loading import validate
+from fastmoco.config.recipe import Recipe
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
@@ -137,7 +138,7 @@ def test_a_window_over_a_subset_reads_shards_as_a_whole(small_set: ShardSet) -> 
     data = ConcatShardSets([small_set] * 4)  # 4 shards of 24
     ids = np.r_[2, 3, 20:24, 25, 90:96]
     recipe = recipe_of(window=1)
-    order = SubsetOrder(ids, Windowed(_shards(data, ids), recipe.window, 0))
+    order = SubsetOrder(ids, Windowed(_shards(data, ids), recipe.data.window, 0))
     shards = np.array(epoch_of(Plan(len(order), 2, 0, order))) // 24
     assert _shards(data, ids) == (6, 1, 6)
     assert len(np.diff(shards).nonzero()[0]) == 2

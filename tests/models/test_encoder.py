@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import UsageError
 from fastmoco.models.encoder import Encoder, GroupBatchNorm2d, batch_norms, set_bn_group
 
@@ -117,7 +118,7 @@ def test_groups_keep_channels_last(images: torch.Tensor, plain: nn.BatchNorm2d) 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_widths_and_heads(arch: str, features: int, head: str) -> None:
     with torch.device("meta"):
-        encoder = Encoder(arch, "small", head, dim=24)
+        encoder = Encoder(EncoderSpec(arch=arch, stem="small", head=head, dim=24))
     images = torch.empty(2, 3, 32, 32, device="meta")
     assert encoder.features == features and encoder.dim == 24
     assert encoder.backbone(images).shape == (2, features)
@@ -129,7 +130,7 @@ def test_widths_and_heads(arch: str, features: int, head: str) -> None:
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("small", 32), ("small-stride2", 16)])
 def test_the_stem_decides_what_the_first_block_sees(stem: str, side: int) -> None:
     with torch.device("meta"):
-        backbone = Encoder("resnet18", stem, "linear", 8).backbone
+        backbone = Encoder(EncoderSpec(arch="resnet18", stem=stem, head="linear", dim=8)).backbone
     seen: list[torch.Size] = []
     backbone.layer1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
     backbone(torch.empty(2, 3, 32, 32, device="meta"))
@@ -141,7 +142,7 @@ def test_the_backbone_is_torchvisions(training: bool) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(weights=None)
     theirs.fc = nn.Identity()
-    encoder = Encoder("resnet18", "imagenet", "linear", 16)
+    encoder = Encoder(EncoderSpec(arch="resnet18", stem="imagenet", head="linear", dim=16))
     encoder.backbone.load_state_dict(theirs.state_dict())
     theirs.double().train(training)
     encoder.double().train(training)
@@ -150,14 +151,14 @@ def test_the_backbone_is_torchvisions(training: bool) -> None:
 
 
 def test_every_convolution_is_channels_last() -> None:
-    encoder = Encoder("resnet10", "small", "mlp", 16)
+    encoder = Encoder(EncoderSpec(arch="resnet10", stem="small", head="mlp", dim=16))
     weights = [m.weight for m in encoder.modules() if isinstance(m, nn.Conv2d)]
     assert len(weights) == 12
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
 
 
 def test_every_batch_norm_takes_the_group() -> None:
-    encoder = Encoder("resnet10", "small", "linear", 16)
+    encoder = Encoder(EncoderSpec(arch="resnet10", stem="small", head="linear", dim=16))
     set_bn_group(encoder, 4)
     assert not [m for m in encoder.modules() if type(m) is nn.BatchNorm2d]
     assert [norm.group for norm in batch_norms(encoder)] == [4] * 12
@@ -166,4 +167,4 @@ def test_every_batch_norm_takes_the_group() -> None:
 @pytest.mark.parametrize("arch", ["resnet19", "alexnet", "vit_b_16", "resnet", "ResNet", ""])
 def test_an_unknown_network_is_refused_in_words(arch: str) -> None:
     with pytest.raises(UsageError, match=r"no ResNet .*: use one of torchvision's.*resnet10\.$"):
-        Encoder(arch, "small", "linear", 16)
+        Encoder(EncoderSpec(arch=arch, stem="small", head="linear", dim=16))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.runs.run_folder import RunFolder
 
@@ -148,7 +148,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_row_is_skipped(run):
 
 def test_each_recipe_is_kept_by_the_step_that_it_held_from(run):
     def start(step: int, t: float) -> list[str]:
-        return run.describe(load_recipe("demo", [f"temperature={t}"]), {}, step)
+        return run.describe(load_recipe("demo", [f"objective.temperature={t}"]), {}, step)
 
     def kept() -> dict[int, float]:
         paths = sorted(run.configs.glob("*"))

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
 from fastmoco.train.engine import MoCo
@@ -79,7 +80,7 @@ def engine(recipe: Recipe) -> Iterator[MoCo]:
     ):
         for module in (moco.encoder_q, moco.encoder_k, moco.queue, moco.guard, moco.scale):
             move(module)
-        moco.device, moco._precision = GPU, Precision(recipe.precision, "cuda")
+        moco.device, moco._precision = GPU, Precision(recipe.runtime.precision, "cuda")
         moco.statistics = RunningStatistics([moco.encoder_q, moco.encoder_k])
         moco._params_q = list(moco.encoder_q.parameters())
         moco._params_k = list(moco.encoder_k.parameters())
@@ -90,7 +91,7 @@ def engine(recipe: Recipe) -> Iterator[MoCo]:
 def overloads(recipe: Recipe) -> Counter[str]:
     """Return how often each overload runs in a step past the first."""
     with engine(recipe) as moco:
-        shape = recipe.batch, 3, recipe.image_size, recipe.image_size
+        shape = recipe.batch, 3, recipe.encoder.image_size, recipe.encoder.image_size
         handed_over = {"dtype": torch.float16, "memory_format": torch.channels_last}  # by DALI
         views = [torch.empty(shape, device=GPU, **handed_over) for _ in range(2)]
         with Overloads() as seen:
@@ -103,7 +104,7 @@ def overloads(recipe: Recipe) -> Counter[str]:
 
 def main(*overrides: str) -> None:
     """Print the counts of `moco_v2_imagenet_r50` with overrides, the most frequent first."""
-    recipe = load_recipe("moco_v2_imagenet_r50", [*overrides, "device=cpu"])
+    recipe = load_recipe("moco_v2_imagenet_r50", [*overrides, "runtime.device=cpu"])
     counts = overloads(recipe)
     for name, count in counts.most_common():
         print(f"{count:6} {name}")

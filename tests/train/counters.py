@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastmoco.bench.official import OfficialMoCo
 from fastmoco.bench.step import synthetic
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, joined
 from fastmoco.train.engine import MoCo
 
@@ -120,7 +121,7 @@ def steps_of(engine: str, recipe: Recipe, ranks: World = World()) -> tuple[Any, 
     made = kind(recipe, ranks, torch.device("cpu"))
     layout = torch.channels_last if engine == "ours" else torch.contiguous_format
     share = ranks.share(recipe.batch)
-    (whole,) = synthetic(recipe.batch, recipe.image_size, 1)
+    (whole,) = synthetic(recipe.batch, recipe.encoder.image_size, 1)
     views = [view[share].contiguous(memory_format=layout) for view in whole]
     return made, lambda number: made.step(*views, number)
 

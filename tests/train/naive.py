@@ -17,7 +17,7 @@ from fastmoco.config.recipe import Recipe
 
 def network(recipe: Recipe, weights: dict[str, torch.Tensor]) -> nn.Module:
     """Return a plain torchvision ResNet-10 with a linear head and the given weights."""
-    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=recipe.dim)
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=recipe.encoder.dim)
     net.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
     net.maxpool = nn.Identity()
     plain = {
@@ -51,13 +51,13 @@ class NaiveMoCo:
         )
 
     def momentum_update(self) -> None:
-        m = self.recipe.momentum
+        m = self.recipe.objective.momentum
         for k, q in zip(self.f_k.parameters(), self.f_q.parameters(), strict=True):
             k.data = m * k.data + (1 - m) * q.data
 
     def order(self, step: int) -> torch.Tensor:
         """Return which row of the batch comes to each place of the keys' batch."""
-        if self.recipe.shuffle == "off":
+        if self.recipe.objective.shuffle == "off":
             return torch.arange(self.recipe.batch)
         numbers = np.random.Philox(key=np.array([self.recipe.seed, 2**63 + step], np.uint64))
         numbers = numbers.random_raw(self.recipe.batch)
@@ -69,7 +69,7 @@ class NaiveMoCo:
     def step(self, x_1: torch.Tensor, x_2: torch.Tensor, step: int) -> torch.Tensor:
         """Return the losses: (batch,), or (2 batch,) of both directions."""
         self.momentum_update()
-        both = self.recipe.symmetric
+        both = self.recipe.objective.symmetric
         x_q, x_k = [x_1, x_2][: 1 + both], [x_2, x_1][: 1 + both]
         order = self.order(step)
         q = nn.functional.normalize(self.by_groups(self.f_q, torch.cat(x_q)), dim=1)
@@ -80,7 +80,7 @@ class NaiveMoCo:
             k[places] = nn.functional.normalize(shuffled, dim=1)
         positive = torch.einsum("nc,nc->n", q, k)[:, None]
         negative = torch.einsum("nc,kc->nk", q, torch.stack(self.queue))
-        logits = torch.cat([positive, negative], dim=1) / self.recipe.temperature
+        logits = torch.cat([positive, negative], dim=1) / self.recipe.objective.temperature
         labels = torch.zeros(len(logits), dtype=torch.long)
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
         self.sgd.zero_grad()
@@ -96,7 +96,11 @@ class NaiveMoCo:
         norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
         before = [(m.running_mean, m.running_var) for m in norms]
         out, after = [], []
-        size = self.recipe.bn_group if self.recipe.bn == "groups" else self.recipe.batch
+        size = (
+            self.recipe.objective.bn_group
+            if self.recipe.objective.bn == "groups"
+            else self.recipe.batch
+        )
         for group in x.split(size):
             for norm, (mean, var) in zip(norms, before, strict=True):
                 norm.running_mean, norm.running_var = mean.clone(), var.clone()

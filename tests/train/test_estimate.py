@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.models.encoder import Encoder
 from fastmoco.pretrain import main
 from fastmoco.runs.run_folder import RunFolder
@@ -17,9 +17,9 @@ from fastmoco.train.optimizers import build_optimizer
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_footprint_is_what_a_real_pass_keeps(precision):
-    recipe = load_recipe("demo", [f"precision={precision}", "image_size=32"])
+    recipe = load_recipe("demo", [f"runtime.precision={precision}", "encoder.image_size=32"])
     weights, kept = footprint(recipe, rows=4)
-    encoder = Encoder(recipe.arch, recipe.stem, recipe.head, recipe.dim)
+    encoder = Encoder(recipe.encoder)
     assert weights == sum(4 * p.numel() for p in encoder.parameters())
     own = {t.data_ptr() for t in encoder.state_dict(keep_vars=True).values()}
     found = {}
@@ -37,7 +37,7 @@ def test_the_footprint_is_what_a_real_pass_keeps(precision):
 
 
 def test_the_footprint_grows_with_the_batch():
-    recipe = load_recipe("demo", ["precision=fp32"])  # bf16 keeps a copy of the weights too
+    recipe = load_recipe("demo", ["runtime.precision=fp32"])  # bf16 keeps a copy of the weights too
     small, large = (footprint(recipe, rows)[1] for rows in (8, 16))
     assert large == pytest.approx(2 * small, rel=0.02)
 
@@ -68,9 +68,9 @@ def test_the_shuffles_bytes_are_those_of_its_permutations():
     orders = np.stack([permutation(0, step, 256, 1) for step in range(200)])
     strange = (orders[:, :32] // 32 != 0).sum(axis=1).mean()  # rows that rank 0 gets from others
     assert shuffle_bytes(recipe, 8, "all_to_all") == pytest.approx(strange * image, rel=0.02)
-    alone = load_recipe("moco_v2_imagenet_r50", ["shuffle=off"])
+    alone = load_recipe("moco_v2_imagenet_r50", ["objective.shuffle=off"])
     assert shuffle_bytes(alone, 8, "all_gather") == 0
-    twice = load_recipe("moco_v2_imagenet_r50", ["symmetric=true"])
+    twice = load_recipe("moco_v2_imagenet_r50", ["objective.symmetric=true"])
     assert shuffle_bytes(twice, 8, "all_gather") == 2 * 224 * image
 
 

@@ -3,7 +3,8 @@
 import pytest
 from fake_cuda import NEEDS_FAKES, overloads
 
-from fastmoco.config.recipe import Recipe, load_recipe
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Recipe
 
 pytestmark = NEEDS_FAKES
 
@@ -11,7 +12,7 @@ pytestmark = NEEDS_FAKES
 def recipe(**options: object) -> Recipe:
     small = {"arch": "resnet10", "image_size": 32, "batch": 16, "bn_group": 4, "queue": 48}
     changes = [f"{key}={value}" for key, value in (small | options).items()]
-    return load_recipe("moco_v2_imagenet_r50", [*changes, "device=cpu"])
+    return load_recipe("moco_v2_imagenet_r50", [*changes, "runtime.device=cpu"])
 
 
 @pytest.mark.parametrize(

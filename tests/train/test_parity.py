@@ -56,7 +56,7 @@ def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, nodes, options
     recipe = Recipe.model_validate(worker.DEFAULTS | options)
     ours = run_ranks(ranks, nodes, steps=STEPS, recipe=options)["log"]
     start = build_encoder(recipe).to(torch.float64).state_dict()
-    keys = KeyQueue(recipe.queue, recipe.dim, recipe.seed, torch.float64).keys
+    keys = KeyQueue(recipe.objective.queue, recipe.encoder.dim, recipe.seed, torch.float64).keys
     theirs = naive.NaiveMoCo(recipe, start, keys, nodes)
     for step, row in enumerate(ours):
         loss = theirs.step(*worker.images(recipe.batch, step), step)
@@ -73,8 +73,8 @@ def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, nodes, options
 
 def in_plan_order(loss: torch.Tensor, ranks: int, recipe: Recipe) -> torch.Tensor:
     """Return gathered losses, of ranks x parts x views, as those of the views one after another."""
-    views = 1 + recipe.symmetric
-    return loss.view(ranks, recipe.accumulate, views, -1).permute(2, 0, 1, 3).flatten()
+    views = 1 + recipe.objective.symmetric
+    return loss.view(ranks, recipe.runtime.accumulate, views, -1).permute(2, 0, 1, 3).flatten()
 
 
 @pytest.mark.slow

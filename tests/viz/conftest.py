@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config.recipe import validate
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import validate
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
@@ -35,7 +36,9 @@ def sets(
 def make_run(sets: dict[str, Path]) -> Callable[..., RunFolder]:
     """`make_run(root, checkpoint=True, **recipe)`: a run folder with no metrics yet."""
     torch.manual_seed(0)
-    encoder = Encoder("resnet10", "small-stride2", "linear", 8).eval()
+    encoder = Encoder(
+        EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8)
+    ).eval()
 
     def make(root: Path, checkpoint: bool = True, **changes: Any) -> RunFolder:
         values = {

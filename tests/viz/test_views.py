@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.config.recipe import load_recipe
+from fastmoco.config.loading import load_recipe
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError
 from fastmoco.load.executor import Settings
@@ -20,17 +20,22 @@ COUNT = 3
 
 
 def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path: Path) -> None:
-    overrides = [f"data=['{small_set.root}']", "batch=16", "bn_group=8", "image_size=40"]
-    recipe = load_recipe("cifar10_r18", [*overrides, "executor=torchvision"])
+    overrides = [
+        f"data.sets=['{small_set.root}']",
+        "batch=16",
+        "objective.bn_group=8",
+        "encoder.image_size=40",
+    ]
+    recipe = load_recipe("cifar10_r18", [*overrides, "runtime.executor=torchvision"])
     shown = preview(recipe, tmp_path / "views.png", COUNT, "title")
-    assert recipe.mean and recipe.std
+    assert recipe.encoder.mean and recipe.encoder.std
     loader = Loader(
         ConcatShardSets([small_set]),
         Plan(len(small_set), 16, recipe.seed),
         recipe.views,
         size=40,
-        mean=recipe.mean,
-        std=recipe.std,
+        mean=recipe.encoder.mean,
+        std=recipe.encoder.std,
         settings=Settings(executor="torchvision"),
     )
     batch, work = next(loader.batches()), loader.work(0)
@@ -41,7 +46,9 @@ def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path
         for column in range(COUNT):
             top, left = TOP + row * pitch, LEFT + column * pitch
             drawn = plot[top : top + pitch - GAP : zoom, left : left + pitch - GAP : zoom]
-            expected = 255 * (view[column].permute(1, 2, 0).numpy() * recipe.std + recipe.mean)
+            expected = 255 * (
+                view[column].permute(1, 2, 0).numpy() * recipe.encoder.std + recipe.encoder.mean
+            )
             assert abs(drawn - expected.clip(0, 255)).max() < 0.51
     for column, one in enumerate(shown):
         assert one.described == small_set.describe(int(batch.ids[column]))
@@ -56,14 +63,14 @@ def test_a_set_that_cannot_be_read_is_named(small_set: ShardSet, tmp_path: Path)
     table = np.load(root / "samples.npy")
     table["offset"] += 10**9  # behind the end of the shard
     np.save(root / "samples.npy", table)
-    recipe = load_recipe("cifar10_r18", [f"data=['{root}']", "executor=torchvision"])
+    recipe = load_recipe("cifar10_r18", [f"data.sets=['{root}']", "runtime.executor=torchvision"])
     with pytest.raises(DataError, match=r"3 image.s. of a batch cannot be read: sample"):
         preview(recipe, tmp_path / "views.png", COUNT, "title")
     assert not (tmp_path / "views.png").exists()
 
 
 def test_the_numbers_in_words(small_set: ShardSet) -> None:
-    recipe = load_recipe("moco_v2_imagenet_r50", [f"data=['{small_set.root}']"])
+    recipe = load_recipe("moco_v2_imagenet_r50", [f"data.sets=['{small_set.root}']"])
     recipe = recipe.model_copy(update={"batch": 24})
     numbers = Loader.of(recipe, ConcatShardSets([small_set]), Settings()).work(0).numbers[0]
     for row in range(24):
