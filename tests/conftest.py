@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from fastmoco import cli
+from fastmoco.config.loading import in_sections
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -107,7 +108,7 @@ def recipe(small_set, tmp_path) -> Path:
         "device": "cpu",
     }
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(in_sections(values)))
     return path
 
 

@@ -115,10 +115,13 @@ def test_what_changes_on_the_way_is_told_and_kept(recipe, capsys, tmp_path):
         == 0
     )
     said = capsys.readouterr().out
-    assert "from step 6 on temperature: 0.07 -> 0.2\n" in said
-    assert "from step 6 on momentum: 0.9 -> 0.5\n" in said and "stop_epoch: 2 -> None" in said
+    assert "from step 6 on objective.temperature: 0.07 -> 0.2\n" in said
+    assert (
+        "from step 6 on objective.momentum: 0.9 -> 0.5\n" in said
+        and "stop_epoch: 2 -> None" in said
+    )
     kept = [load_recipe(str(path)) for path in sorted((out / "configs").iterdir())]
-    assert [one.temperature for one in kept] == [0.07, 0.2]
+    assert [one.objective.temperature for one in kept] == [0.07, 0.2]
     assert main([str(recipe), "monitor=null", "stop_epoch=2"]) == 0
     words = "already at step 12, past the end of this recipe (step 6, stop_epoch 2): nothing to do"
     assert words in capsys.readouterr().out
@@ -179,7 +182,7 @@ def test_cuda_without_a_gpu_is_exit_2(recipe, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, words = fails(capsys, str(recipe), "runtime.device=cuda")
-    assert code == 2 and "set device=cpu" in words
+    assert code == 2 and "set runtime.device=cpu" in words
 
 
 @pytest.mark.parametrize("choice", ["auto", "cuda"])
@@ -197,7 +200,7 @@ def test_a_driver_too_old_for_torch_is_exit_2_in_a_line(recipe, capsys, monkeypa
     code, words = fails(capsys, str(recipe), f"runtime.device={choice}")
     assert code == 2 and words.count("\n") == 1
     assert "too old (found version 12020); this torch is built for CUDA" in words
-    assert "update the driver" in words and "set device=cpu" in words
+    assert "update the driver" in words and "set runtime.device=cpu" in words
 
 
 def test_a_run_folder_in_use_is_exit_2(recipe, capsys, tmp_path):
@@ -238,7 +241,7 @@ def damaged(recipe, small_set, tmp_path) -> int:
         shard.seek(int(entry["offset"]))
         shard.write(bytes(int(entry["size"])))
     values = yaml.safe_load(recipe.read_text())
-    recipe.write_text(yaml.safe_dump(values | {"data": [str(root)]}))
+    recipe.write_text(yaml.safe_dump(values | {"data": {"sets": [str(root)]}}))
     return row
 
 
@@ -283,13 +286,14 @@ def test_the_ranks_share_one_budget(recipe, damaged, tmp_path):
     assert done.returncode != 0
     told = status(tmp_path / "run")
     assert (
-        told["code"] == 3 and "2 damaged images are more than max_bad_images=1" in told["message"]
+        told["code"] == 3
+        and "2 damaged images are more than data.max_bad_images=1" in told["message"]
     )
 
 
 def test_a_changed_subset_is_another_run(recipe, capsys, tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(str(i) for i in range(16)))
-    options = [f"subset.ids={tmp_path}/ids.txt", "schedule.epochs=1"]
+    options = [f"data.subset.ids={tmp_path}/ids.txt", "schedule.epochs=1"]
     assert main([str(recipe), *options]) == 0
     assert RunFolder(tmp_path / "run").latest()[1] == 2  # steps of 8 in 16 samples
     (tmp_path / "ids.txt").write_text("\n".join(str(i) for i in range(1, 17)))

@@ -72,15 +72,15 @@ class Settings:
                 f"be a multiple of ranks {self.ranks}, and queue {self.queue} one of the batch."
             )
         values = {
-            "arch": self.arch,
-            "image_size": self.size,
+            "encoder.arch": self.arch,
+            "encoder.image_size": self.size,
             "batch": self.batch,
             # The official code normalizes what one process holds.
-            "bn": "whole" if self.ranks == 1 else "groups",
-            "bn_group": self.batch // self.ranks,
-            "queue": self.queue,
-            "precision": self.precision,
-            "device": self.device,
+            "objective.bn": "whole" if self.ranks == 1 else "groups",
+            "objective.bn_group": self.batch // self.ranks,
+            "objective.queue": self.queue,
+            "runtime.precision": self.precision,
+            "runtime.device": self.device,
         }
         return load_recipe("moco_v2_imagenet_r50", [f"{k}={v}" for k, v in values.items()])
 

@@ -48,7 +48,9 @@ class World:
         if self.local_size == self.size:
             return self
         if self.size % self.local_size:
-            raise UsageError("shuffle: node needs the same number of processes on every machine.")
+            raise UsageError(
+                "objective.shuffle: node needs the same number of processes on every machine."
+            )
         group, _ = dist.new_subgroups(self.local_size, timeout=self.timeout)
         return replace(self, rank=self.local_rank, size=self.local_size, group=group)
 
@@ -208,7 +210,7 @@ def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device
     if needed > gpus:  # asked of every rank, so that all meet it
         raise UsageError(
             f"{needed} processes on this machine need as many GPUs (found {gpus}): "
-            "start fewer processes, or set device=cpu."
+            "start fewer processes, or set runtime.device=cpu."
         )
     return torch.device("cuda", local_rank)
 
@@ -227,7 +229,7 @@ def _check_driver() -> None:
         told, _, _ = str(error).partition(". ")
         raise UsageError(
             f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, or "
-            "install a torch built for its CUDA (such as the cu126 build), or set device=cpu."
+            "install a torch built for its CUDA (such as the cu126 build), or set runtime.device=cpu."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Strict YAML: an unknown key, a wrong type or a doubled key is an error with a suggestion."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -125,19 +125,26 @@ def _fault(fault: dict[str, Any], model: type[Strict]) -> str:
     where = [str(part) for part in fault["loc"]]
     dotted = ".".join(where)
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}{near(where[-1], _keys_at(where[:-1], model))}"
+        return f"unknown key {dotted!r}{near(where[-1], _keys_below(where[:-1], model))}"
     if fault["type"] == "missing":
         return f"the key {dotted!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message
 
 
-def _keys_at(where: Sequence[str], model: type[BaseModel]) -> list[str]:
+def _keys_below(where: Sequence[str], model: type[BaseModel]) -> dict[str, str]:
+    """Return the keys at a place and in its sections, with the dotted name of each."""
     for part in where:
         # The number of a list's item and the key of a mapping are no fields: they lead nowhere.
         field = model.model_fields.get(part)
         model = (_models_in(field.annotation) if field else [model])[0]
-    return list(model.model_fields)
+    below = {
+        key: f"{section}.{key}"
+        for section, field in model.model_fields.items()
+        for inner in _models_in(field.annotation)
+        for key in inner.model_fields
+    }
+    return below | {key: key for key in model.model_fields}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -147,7 +154,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def near(word: str, known: Sequence[str]) -> str:
-    """Return the suggestion that ends a sentence about an unknown word."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else "."
+def near(word: str, known: Iterable[str]) -> str:
+    """Return the suggestion that ends a sentence about an unknown word.
+
+    Args:
+        word: that is not known.
+        known: words; of a mapping, the keys are compared and the values are named.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    if not close:
+        return "."
+    named = known[close[0]] if isinstance(known, Mapping) else close[0]
+    return f": did you mean {named!r}?"

@@ -69,7 +69,9 @@ def settings_of(runtime: Runtime, ranks: World, device: torch.device) -> Setting
         UsageError: what it asks for needs a GPU and DALI.
     """
     if runtime.decode == "mixed" and (device.type == "cpu" or runtime.executor != "dali"):
-        raise UsageError("decode: mixed needs a GPU and executor: dali. Set decode=auto.")
+        raise UsageError(
+            "runtime.decode: mixed needs a GPU and runtime.executor: dali. Set runtime.decode=auto."
+        )
     threads = runtime.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
     return Settings(
         runtime.executor,

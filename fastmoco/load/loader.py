@@ -298,7 +298,7 @@ def _executor(name: str) -> Executor:
     except ImportError as error:
         raise UsageError(
             "DALI is not installed: `pip install 'fastmoco[cuda13]'` (Linux; [cuda12] for a driver "
-            "older than 580), or set executor=torchvision."
+            "older than 580), or set runtime.executor=torchvision."
         ) from error
     return dali.render
 
@@ -308,5 +308,5 @@ def _told(failure: CorruptSamples, data: ConcatShardSets) -> str:
     return (
         f"{len(failure.ids)} image(s) of a batch cannot be read: {named}. The shard was damaged "
         "after packing: copy the set again, or pack it anew. Training goes on without up to N "
-        "damaged images if told so by max_bad_images=N."
+        "damaged images if told so by data.max_bad_images=N."
     )

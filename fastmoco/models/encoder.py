@@ -217,7 +217,9 @@ def _head(kind: str, features: int, dim: int) -> nn.Module:
     """Return the head of MoCo v1 ("linear"), of MoCo v2 ("mlp", Chen et al. 2020), or none."""
     if kind == "none":
         if dim != features:
-            raise UsageError(f"head none hands on {features} features: set dim={features}.")
+            raise UsageError(
+                f"encoder.head none hands on {features} features: set encoder.dim={features}."
+            )
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(features, dim)

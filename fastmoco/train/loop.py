@@ -213,7 +213,7 @@ class Trainer:
             self._log("bad", done, {"ids": new, "samples": named})
         if len(bad) > self.recipe.data.max_bad_images:  # of all ranks together
             raise DataError(
-                f"{len(bad)} damaged images are more than max_bad_images="
+                f"{len(bad)} damaged images are more than data.max_bad_images="
                 f"{self.recipe.data.max_bad_images}: copy the sets again, or allow more."
             )
 

@@ -46,7 +46,7 @@ def losses_of_both(precision: str, m_of_rival: float, steps: int = 3) -> list[tu
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 3e-4)])
 def test_the_rival_is_the_same_algorithm(precision, tolerance):
-    pairs = losses_of_both(precision, recipe_in(precision).momentum)
+    pairs = losses_of_both(precision, recipe_in(precision).objective.momentum)
     assert [ours for ours, _ in pairs] == pytest.approx([one for _, one in pairs], abs=tolerance)
     assert len({round(ours, 2) for ours, _ in pairs}) == 3, "it trains"
 

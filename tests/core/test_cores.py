@@ -61,7 +61,7 @@ def test_cores_are_bound_by_affinity_and_quota(name: str, tmp_path: Path) -> Non
 def test_decoding_threads_are_a_share_of_the_cores() -> None:
     threads = {
         (size, wanted): settings_of(
-            load_recipe("cifar10_r18", [f"runtime.threads={wanted}"]),
+            load_recipe("cifar10_r18", [f"runtime.threads={wanted}"]).runtime,
             World(size=size, local_size=size),
             torch.device("cpu"),
         ).threads

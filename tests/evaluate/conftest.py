@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import recipe_from
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.loading import validate
 from fastmoco.config.recipe import Recipe
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.models.encoder import Encoder
@@ -48,7 +48,7 @@ def recipe_of(root: Path, **changes: Any) -> Recipe:
         "device": "cpu",
         "threads": 1,
     }
-    return validate(values | changes, "test")
+    return recipe_from(values | changes)
 
 
 @pytest.fixture(scope="session")

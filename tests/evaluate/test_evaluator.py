@@ -160,7 +160,7 @@ def test_no_monitor_and_no_sets_is_refused_in_words(make_run: Make, small_set: S
 
 
 def test_no_run_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is not a run folder \(no config.yaml\)"):
+    with pytest.raises(UsageError, match=r"is not a run folder \(no encoder.json\)"):
         Evaluation.open(tmp_path)
 
 

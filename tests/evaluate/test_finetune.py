@@ -111,8 +111,10 @@ def test_everything_moves_and_is_saved(evaluation: Evaluation, tmp_path: Path) -
     }
     assert {name for name in before if "num_batches" not in name} == moved
     assert weights["head.weight"].shape == (3, 512)
-    about = json.loads((tmp_path / "tuned" / "about.json").read_text())
-    assert about["classes"] == ["down", "flat", "none"] and about["size"] == 16
+    spec = json.loads((tmp_path / "tuned" / "encoder.json").read_text())
+    assert (spec["head"], spec["dim"], spec["image_size"]) == ("linear", 3, 16)
+    classes = json.loads((tmp_path / "tuned" / "classes.json").read_text())
+    assert classes == ["down", "flat", "none"]
     with pytest.raises(UsageError, match=r"exists: choose another folder by --save"):
         finetune(evaluation, QUICK, save=tmp_path / "tuned")
 

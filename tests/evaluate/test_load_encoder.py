@@ -26,7 +26,7 @@ def test_weights_and_statistics_are_those_of_the_checkpoint(
     make_run: Make, trained: Encoder
 ) -> None:
     encoder, recipe, step = load_encoder(make_run(), CPU)
-    assert (recipe.encoder.arch, step) == ("resnet10", 12)
+    assert (spec.arch, step) == ("resnet10", 12)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     wanted = trained.state_dict()
     assert wanted["backbone.bn1.running_mean"].abs().max() > 0.01
@@ -67,7 +67,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(
 
 
 def test_weights_of_another_network_are_refused(make_run: Make) -> None:
-    with pytest.raises(CheckpointError, match=r"does not fit the network of config.yaml"):
+    with pytest.raises(CheckpointError, match=r"does not fit the network of encoder.json"):
         load_encoder(make_run(arch="resnet18"), CPU)
 
 

@@ -9,9 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.loading import validate
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.encoder import EncoderSpec, Head, Stem
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
@@ -19,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 Run = Callable[..., tuple[int, str, str]]
 
 
-def build(arch: str, stem: str, head: str, dim: int) -> Encoder:
+def build(arch: str, stem: Stem, head: Head, dim: int) -> Encoder:
     """An encoder in which every tensor counts, in evaluation mode: nothing is 0, 1 or a constant.
 
     Draws instead of training: the activations keep their size, whatever the depth.
@@ -37,22 +35,8 @@ def build(arch: str, stem: str, head: str, dim: int) -> Encoder:
     return encoder.eval()
 
 
-def recipe_for(encoder: Encoder, arch: str, stem: str, head: str, size: int = 32) -> Recipe:
-    values = {
-        "name": "made",
-        "data": ["nowhere"],
-        "out": "nowhere",
-        "arch": arch,
-        "stem": stem,
-        "head": head,
-        "dim": encoder.dim,
-        "image_size": size,
-        "views": [{}, {}],
-        "optimizer": {"lr": 0.1},
-        "schedule": {"epochs": 1},
-        "precision": "fp32",
-    }
-    return validate(values, "test")
+def spec_for(encoder: Encoder, arch: str, stem: Stem, head: Head, size: int = 32) -> EncoderSpec:
+    return EncoderSpec(arch=arch, stem=stem, head=head, dim=encoder.dim, image_size=size)
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +76,8 @@ def make_run(tmp_path: Path, trained: Encoder) -> Callable[[], RunFolder]:
     def make() -> RunFolder:
         folder = RunFolder(tmp_path / "run")
         folder.root.mkdir()
-        recipe = recipe_for(trained, "resnet10", "small-stride2", "linear", size=16)
-        folder.describe(recipe, {})
+        spec = spec_for(trained, "resnet10", "small-stride2", "linear", size=16)
+        folder.describe_encoder(spec, {})
         folder.save({"encoder_q": trained.state_dict()}, 12, {}, keep=2)
         return folder
 

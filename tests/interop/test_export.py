@@ -23,7 +23,7 @@ from fastmoco.interop.importer import import_weights
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
-from .conftest import Run, build, recipe_for, same
+from .conftest import Run, build, same, spec_for
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 NEEDS = "pip install 'fastmoco[exchange]'"
@@ -37,7 +37,7 @@ def near(found: torch.Tensor, encoder: Encoder) -> None:
 
 
 def written(encoder: Encoder, arch: str, head: str, out: Path, to: str) -> str:
-    done = export(encoder, recipe_for(encoder, arch, "imagenet", head), out, to)
+    done = export(encoder, spec_for(encoder, arch, "imagenet", head), out, to)
     assert [p.name for p in out.parent.iterdir()] == [out.name], "nothing is left beside it"
     return f"{done.checked}\n{done.note}"
 
@@ -61,13 +61,13 @@ def test_the_code_for_a_small_stem_is_stated_and_works(
 ) -> None:
     encoder = build(arch, stem, "linear", 8)
     out = tmp_path / "weights.pth"
-    done = export(encoder, recipe_for(encoder, arch, stem, "linear"), out, "torchvision")
+    done = export(encoder, spec_for(encoder, arch, stem, "linear"), out, "torchvision")
     assert "model.maxpool = torch.nn.Identity()" in done.note
     scope: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
     exec(done.note.replace("'weights.pth'", repr(str(out))), scope)
     scope["model"].fc = torch.nn.Identity()
     near(scope["model"].eval()(IMAGES), encoder)
-    found = import_weights(out, tmp_path / "run").recipe
+    found = import_weights(out, tmp_path / "run").spec
     assert (found.stem, found.image_size) == (stem, 32), "no tensor tells the stride"
 
 
@@ -161,10 +161,10 @@ def test_detectron2_by_its_structure(r50: Encoder, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp", "none"])
 def test_safetensors_come_back_bit_by_bit(head: str, tmp_path: Path) -> None:
     encoder = build("resnet10", "small-stride2", head, 512 if head == "none" else 24)
-    recipe = recipe_for(encoder, "resnet10", "small-stride2", head, size=40)
+    recipe = spec_for(encoder, "resnet10", "small-stride2", head, size=40)
     recipe = recipe.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
     export(encoder, recipe, tmp_path / "weights.safetensors", "safetensors")
-    found = import_weights(tmp_path / "weights.safetensors", tmp_path / "run").recipe
+    found = import_weights(tmp_path / "weights.safetensors", tmp_path / "run").spec
     for name in ("arch", "stem", "head", "dim", "image_size", "mean", "std"):
         assert getattr(found, name) == getattr(recipe, name), name
     same(RunFolder(tmp_path / "run").latest()[0]["encoder_q"], encoder.state_dict())  # type: ignore[index]
@@ -174,7 +174,7 @@ def test_safetensors_come_back_bit_by_bit(head: str, tmp_path: Path) -> None:
 def test_what_others_load_comes_back_bit_by_bit(to: str, r18: Encoder, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason=NEEDS)
     out = tmp_path / "out"
-    export(r18, recipe_for(r18, "resnet18", "imagenet", "linear"), out, to)
+    export(r18, spec_for(r18, "resnet18", "imagenet", "linear"), out, to)
     file = out / "model.safetensors" if to == "huggingface" else out
     assert import_weights(file, tmp_path / "run").source.endswith(f" {to}")
     state = RunFolder(tmp_path / "run").latest()[0]["encoder_q"]  # type: ignore[index]
@@ -183,7 +183,7 @@ def test_what_others_load_comes_back_bit_by_bit(to: str, r18: Encoder, tmp_path:
 
 @pytest.mark.parametrize("to", ["timm", "huggingface", "detectron2"])
 def test_what_a_program_cannot_hold_is_refused(to: str, small: Encoder, tmp_path: Path) -> None:
-    recipe = recipe_for(small, "resnet18", "small", "linear")
+    recipe = spec_for(small, "resnet18", "small", "linear")
     with pytest.raises(UsageError, match=r"3x3 stem.*: export to torchvision or to safetensors"):
         export(small, recipe, tmp_path / "out", to)
     wide = recipe.model_copy(update={"arch": "wide_resnet50_2", "stem": "imagenet"})
@@ -196,7 +196,7 @@ def test_what_a_program_cannot_hold_is_refused(to: str, small: Encoder, tmp_path
 def test_a_result_that_computes_otherwise_is_not_left_behind(
     small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_for(small, "resnet18", "small", "linear")
+    recipe = spec_for(small, "resnet18", "small", "linear")
     target = type(TARGETS["torchvision"])
     honest = target.features
     for fault in (0.01, float("nan")):
@@ -210,7 +210,7 @@ def test_packages_that_are_not_installed(
     r18: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
-    recipe = recipe_for(r18, "resnet18", "imagenet", "linear")
+    recipe = spec_for(r18, "resnet18", "imagenet", "linear")
     with pytest.raises(UsageError, match=r"onnx, onnxscript missing: pip install"):
         export(r18, recipe, tmp_path / "graph.onnx", "onnx")
     done = export(r18, recipe, tmp_path / "weights.pth", "timm")

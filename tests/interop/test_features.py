@@ -26,7 +26,8 @@ def test_features_are_those_of_the_encoder_in_id_order(
 ) -> None:
     out = tmp_path / "features.npy"
     arguments = ("--out", out, "--feature", feature, "--device", "cpu")
-    code, said, err = run("embed", make_run().root, small_set.root, *arguments)
+    root = make_run().root
+    code, said, err = run("embed", root, small_set.root, *arguments)
     width = 8 if feature == "head" else 512
     assert code == 0 and f"24 x {width} {feature} features of step 12" in said, err
     found, ids = np.load(out), np.load(tmp_path / "features.ids.npy")
@@ -41,11 +42,12 @@ def test_features_are_those_of_the_encoder_in_id_order(
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     about = json.loads((tmp_path / "features.json").read_text())
     assert about == {
-        "run": "made",
+        "run": "run",
         "step": 12,
         "set_id": small_set.manifest.set_id,
         "feature": feature,
         "precision": "fp32",
+        "encoder": json.loads((root / "encoder.json").read_text()),
         "samples": 24,
         "width": width,
     }

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import recipe_from
 
-from fastmoco.config.loading import validate
 from fastmoco.config.recipe import Recipe
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
@@ -86,7 +86,7 @@ def recipe_of(**keys: object) -> Recipe:
     """Return a recipe with these keys, as a user's YAML would give them."""
     values = {"name": "x", "data": ["x"], "out": "x", "views": [{}, {}], "optimizer": {"lr": 1}}
     sizes = {"batch": 2, "bn": "whole", "schedule": {"epochs": 1}}
-    return validate(values | sizes | keys, "test")
+    return recipe_from(values | sizes | keys)
 
 
 def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:

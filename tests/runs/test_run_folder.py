@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.errors import CheckpointError, UsageError
@@ -152,17 +153,17 @@ def test_each_recipe_is_kept_by_the_step_that_it_held_from(run):
 
     def kept() -> dict[int, float]:
         paths = sorted(run.configs.glob("*"))
-        return {int(p.stem[5:]): load_recipe(str(p)).temperature for p in paths}
+        return {int(p.stem[5:]): load_recipe(str(p)).objective.temperature for p in paths}
 
     assert start(0, 0.1) == start(0, 0.2) == start(24, 0.2) == [] and not kept()
-    assert start(30, 0.3) == ["temperature: 0.2 -> 0.3"]
+    assert start(30, 0.3) == ["objective.temperature: 0.2 -> 0.3"]
     assert start(36, 0.3) == []
-    assert start(48, 0.4) == ["temperature: 0.3 -> 0.4"]
-    assert kept() == {0: 0.2, 30: 0.3, 48: 0.4} and run.recipe().temperature == 0.4
+    assert start(48, 0.4) == ["objective.temperature: 0.3 -> 0.4"]
+    assert kept() == {0: 0.2, 30: 0.3, 48: 0.4} and run.recipe().objective.temperature == 0.4
     assert start(36, 0.5) == ["temperature: 0.3 -> 0.5"]  # 48 was damaged
     assert kept() == {0: 0.2, 30: 0.3, 36: 0.5}
     assert start(30, 0.2) == [] and kept() == {0: 0.2}
-    assert run.recipe().temperature == 0.2
+    assert run.recipe().objective.temperature == 0.2
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -206,3 +207,14 @@ def test_a_number_that_is_not_finite_is_written_as_null(run):
     with run.metrics.open("a") as stream:
         stream.write('{"kind": "st\n{"kind": "step", "step": 2}\n')  # a full disk, then room
     assert [row.get("loss", "none") for row in run.rows()] == [None, "none"]
+
+
+def test_a_run_of_before_encoder_json_is_read(run, recipe):
+    resolved = load_recipe(str(recipe))
+    run.describe(resolved, {})
+    (run.root / "encoder.json").unlink()
+    flat = {"name": "old", "data": ["x"], "out": "y", "views": [{}, {}], "optimizer": {"lr": 0.1}}
+    old = flat | {"schedule": {"epochs": 1}, "arch": "resnet18", "stem": "small", "queue": 512}
+    run.config.write_text(yaml.safe_dump(old))
+    assert (run.spec().arch, run.spec().stem) == ("resnet18", "small")
+    assert run.recipe().objective.queue == 512

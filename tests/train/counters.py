@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes import overrides
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -144,7 +145,7 @@ def host_syncs(step: Callable[[], object]) -> int:
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    options = [f"{key}={value}" for key, value in (OPTIONS | changes).items()]
+    options = overrides(**OPTIONS | changes)
     return load_recipe("moco_v2_imagenet_r50", options)
 
 

@@ -77,6 +77,6 @@ def test_the_shuffles_bytes_are_those_of_its_permutations():
 def test_a_dry_run_says_what_would_be_and_does_nothing(recipe, capsys, tmp_path):
     assert main([str(recipe), "--dry-run", "schedule.epochs=7"]) == 0
     told = capsys.readouterr().out
-    assert "21 (3 an epoch)" in told and "groups of 4, 2 a rank" in told
+    assert "21 (3 an epoch)" in told and "groups of 4, 2 per rank" in told
     assert not RunFolder(tmp_path / "run").root.exists()
     assert main([str(recipe), "--dry-run", "batch=32"]) == 2  # refuses what the run would

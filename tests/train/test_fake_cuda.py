@@ -2,6 +2,7 @@
 
 import pytest
 from fake_cuda import NEEDS_FAKES, overloads
+from recipes import overrides
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
@@ -11,8 +12,8 @@ pytestmark = NEEDS_FAKES
 
 def recipe(**options: object) -> Recipe:
     small = {"arch": "resnet10", "image_size": 32, "batch": 16, "bn_group": 4, "queue": 48}
-    changes = [f"{key}={value}" for key, value in (small | options).items()]
-    return load_recipe("moco_v2_imagenet_r50", [*changes, "runtime.device=cpu"])
+    changes = overrides(**small | options, device="cpu")
+    return load_recipe("moco_v2_imagenet_r50", changes)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,9 @@ def test_every_operator_of_a_step_finds_its_device_dtype_and_fused_kernel(option
     launches = {
         "aten._foreach_norm.Scalar": 1,
         "aten._foreach_sub.List": 1,
-        "aten._foreach_mul_.Tensor": 1 + (wanted.precision == "fp16") + (wanted.clip is not None),
+        "aten._foreach_mul_.Tensor": 1
+        + (wanted.runtime.precision == "fp16")
+        + (wanted.optimizer.clip is not None),
         "aten._foreach_add_.List": 1,
     }
     if wanted.optimizer.name == "lars":
@@ -57,7 +60,7 @@ def test_every_operator_of_a_step_finds_its_device_dtype_and_fused_kernel(option
             launches |= {"aten._foreach_add_.Scalar": 1, "aten._foreach_sub_.List": 1}
     assert foreach == launches
     # BatchNorm joins nothing. What is left: parts of a step, keys, losses.
-    assert counts["aten.cat.default"] < 4 * wanted.accumulate + 4
-    groups = 2 * wanted.keys_per_step // wanted.bn_group  # of queries and of keys
-    normalized = 0 if wanted.bn == "whole" else 12 * groups  # resnet10 has 12 BatchNorms
+    assert counts["aten.cat.default"] < 4 * wanted.runtime.accumulate + 4
+    groups = 2 * wanted.keys_per_step // wanted.objective.bn_group  # of queries and of keys
+    normalized = 0 if wanted.objective.bn == "whole" else 12 * groups  # resnet10 has 12 BatchNorms
     assert counts["aten.native_batch_norm.out"] == normalized

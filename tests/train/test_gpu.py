@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from recipes import recipe_from
 from states import tensors
 
-from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.train.engine import MoCo
 from fastmoco.train.snapshot import snapshot
@@ -24,7 +24,7 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine(worker, device: torch.device, **options: object) -> MoCo:
     values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
-    return MoCo(Recipe.model_validate(values), World(), device)
+    return MoCo(recipe_from(values), World(), device)
 
 
 def test_a_step_equals_that_of_the_cpu(worker):

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from recipes import recipe_from
 
-from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.errors import DivergedError
 from fastmoco.train.engine import MoCo
@@ -26,7 +26,7 @@ def flat(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def moco(worker):
-    return MoCo(Recipe.model_validate(worker.DEFAULTS), World(), torch.device("cpu"))
+    return MoCo(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -57,7 +57,7 @@ def test_a_good_step_changes_every_part_of_the_state(moco, worker):
 
 
 def test_a_run_with_a_skipped_first_step_goes_on_like_one_without(worker):
-    recipe = Recipe.model_validate(worker.DEFAULTS)
+    recipe = recipe_from(worker.DEFAULTS)
     clean, dirty = (MoCo(recipe, World(), torch.device("cpu")) for _ in "ab")
     bad = worker.images(16, 7)
     bad[0].fill_(torch.nan)
@@ -94,10 +94,10 @@ def test_too_many_in_a_row_is_an_error_and_scattered_ones_are_not():
 
 def test_options_come_from_the_recipe_and_not_from_the_checkpoint(worker):
     """A run that goes on with another rate or decay has these, and the old momentum buffers."""
-    begun = MoCo(Recipe.model_validate(worker.DEFAULTS), World(), torch.device("cpu"))
+    begun = MoCo(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
     begun.step(*worker.images(16, 0), 0)
     other = worker.DEFAULTS | {"optimizer": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.25}}
-    resumed = MoCo(Recipe.model_validate(other), World(), torch.device("cpu"))
+    resumed = MoCo(recipe_from(other), World(), torch.device("cpu"))
     resumed.load(begun.state())
     (group,) = resumed.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
@@ -110,9 +110,7 @@ def test_options_come_from_the_recipe_and_not_from_the_checkpoint(worker):
 
 def test_a_loss_scale_does_not_cross_precisions(worker):
     half, whole = (
-        MoCo(
-            Recipe.model_validate(worker.DEFAULTS | {"precision": p}), World(), torch.device("cpu")
-        )
+        MoCo(recipe_from(worker.DEFAULTS | {"precision": p}), World(), torch.device("cpu"))
         for p in ("fp16", "bf16")
     )
     half.load(whole.state())

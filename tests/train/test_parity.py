@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import recipe_from
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
@@ -53,7 +54,7 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     ids=str,
 )
 def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, nodes, options):
-    recipe = Recipe.model_validate(worker.DEFAULTS | options)
+    recipe = recipe_from(worker.DEFAULTS | options)
     ours = run_ranks(ranks, nodes, steps=STEPS, recipe=options)["log"]
     start = build_encoder(recipe).to(torch.float64).state_dict()
     keys = KeyQueue(recipe.objective.queue, recipe.encoder.dim, recipe.seed, torch.float64).keys
@@ -103,7 +104,7 @@ def test_one_fp32_step_equals_algorithm_1(worker):
     # Groups of 16 and images of 32 pixels: BatchNorm over few values, as above, magnifies the
     # rounding of fp32 tenfold.
     options = {"precision": "fp32", "batch": 32, "bn_group": 16, "optimizer": {"lr": 0.03}}
-    recipe = Recipe.model_validate(worker.DEFAULTS | options)
+    recipe = recipe_from(worker.DEFAULTS | options)
     moco = MoCo(recipe, World(), torch.device("cpu"))
     theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
     set_learning_rate(moco.optimizer, recipe.optimizer.lr)
@@ -116,7 +117,7 @@ def test_one_fp32_step_equals_algorithm_1(worker):
 
 def test_without_the_shuffle_the_keys_differ(worker, monkeypatch):
     """The parity above would also hold for two wrong programs that both forget to shuffle."""
-    recipe = Recipe.model_validate(worker.DEFAULTS)
+    recipe = recipe_from(worker.DEFAULTS)
 
     def keys_of_a_step() -> torch.Tensor:
         moco = MoCo(recipe, World(), torch.device("cpu"))

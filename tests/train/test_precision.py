@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from recipes import recipe_from
 
-from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
@@ -16,7 +16,7 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 
 def engine(worker, **options: object) -> MoCo:
-    return MoCo(Recipe.model_validate(worker.DEFAULTS | options), World(), CPU)
+    return MoCo(recipe_from(worker.DEFAULTS | options), World(), CPU)
 
 
 def test_the_scale_halves_grows_back_and_has_a_floor():

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from recipes import recipe_from
 
-from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import joined
 from fastmoco.train.engine import MoCo
 from fastmoco.train.optimizers import set_learning_rate
@@ -46,7 +46,7 @@ def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Te
 
 
 def main(out: Path, spec: dict) -> None:
-    recipe = Recipe.model_validate(DEFAULTS | spec.get("recipe", {}))
+    recipe = recipe_from(DEFAULTS | spec.get("recipe", {}))
     nan_step, nan_rank = spec.get("nan", (-1, -1))
     with joined("cpu", timeout_s=60) as (ranks, device):
         moco = MoCo(recipe, ranks, device)

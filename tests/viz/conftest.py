@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import recipe_from
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.loading import validate
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
@@ -63,7 +63,7 @@ def make_run(sets: dict[str, Path]) -> Callable[..., RunFolder]:
         }
         run = RunFolder(root)
         run.checkpoints.mkdir(parents=True)
-        run.describe(validate(values | changes, "test"), {"torch": "1 & 2", "cores": 2})
+        run.describe(recipe_from(values | changes), {"torch": "1 & 2", "cores": 2})
         if checkpoint:
             run.save({"encoder_q": encoder.state_dict()}, STEP, {}, keep=2)
         return run
