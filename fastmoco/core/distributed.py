@@ -229,7 +229,8 @@ def _check_driver() -> None:
         told, _, _ = str(error).partition(". ")
         raise UsageError(
             f"{told}; this torch is built for CUDA {torch.version.cuda}: update the driver, or "
-            "install a torch built for its CUDA (such as the cu126 build), or set runtime.device=cpu."
+            "install a torch built for its CUDA (such as the cu126 build), or set "
+            "runtime.device=cpu."
         ) from error
 
 

@@ -104,7 +104,7 @@ def _for_ablations_only(recipe: Recipe) -> list[str]:
         )
     if recipe.objective.bn == "whole" or recipe.objective.shuffle == "off":
         found.append(
-            "Query and key share their BatchNorm statistics (objective.bn: whole or shuffle: off): the "
-            "network can tell by them which belong together."
+            "Query and key share their BatchNorm statistics (objective.bn: whole or shuffle: off): "
+            "the network can tell by them which belong together."
         )
     return found

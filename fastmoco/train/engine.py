@@ -228,8 +228,8 @@ def check_bn_group(recipe: Recipe, ranks: int, machines: int = 1) -> None:
     group = recipe.objective.bn_group if recipe.objective.bn == "groups" else 1
     if recipe.objective.shuffle == "node" and recipe.batch // machines == group:
         raise UsageError(
-            "objective.shuffle: node with one bn_group per machine hides nothing from the network: set "
-            "objective.shuffle=global, or a smaller bn_group."
+            "objective.shuffle: node with one bn_group per machine hides nothing from the network: "
+            "set objective.shuffle=global, or a smaller bn_group."
         )
     if recipe.batch % (ranks * group):
         fitting = [n for n in range(1, ranks + 1) if recipe.batch % (n * group) == 0]

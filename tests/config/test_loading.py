@@ -60,5 +60,5 @@ def test_an_old_key_is_refused_by_its_new_place(key: str) -> None:
 def test_an_old_file_is_refused_with_all_its_keys(tmp_path) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(yaml.safe_dump(FLAT))
-    with pytest.raises(UsageError, match=r"queue is objective\.queue.*keep is checkpoints\.keep"):
+    with pytest.raises(UsageError, match=r"keep is checkpoints\.keep.*queue is objective\.queue"):
         load_recipe(str(path))

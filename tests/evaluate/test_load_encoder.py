@@ -25,7 +25,7 @@ def weights(trained: Encoder) -> dict[str, torch.Tensor]:
 def test_weights_and_statistics_are_those_of_the_checkpoint(
     make_run: Make, trained: Encoder
 ) -> None:
-    encoder, recipe, step = load_encoder(make_run(), CPU)
+    encoder, spec, step = load_encoder(make_run(), CPU)
     assert (spec.arch, step) == ("resnet10", 12)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     wanted = trained.state_dict()

@@ -160,7 +160,7 @@ def test_each_recipe_is_kept_by_the_step_that_it_held_from(run):
     assert start(36, 0.3) == []
     assert start(48, 0.4) == ["objective.temperature: 0.3 -> 0.4"]
     assert kept() == {0: 0.2, 30: 0.3, 48: 0.4} and run.recipe().objective.temperature == 0.4
-    assert start(36, 0.5) == ["temperature: 0.3 -> 0.5"]  # 48 was damaged
+    assert start(36, 0.5) == ["objective.temperature: 0.3 -> 0.5"]  # 48 was damaged
     assert kept() == {0: 0.2, 30: 0.3, 36: 0.5}
     assert start(30, 0.2) == [] and kept() == {0: 0.2}
     assert run.recipe().objective.temperature == 0.2

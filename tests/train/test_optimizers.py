@@ -120,7 +120,7 @@ def test_the_rate_scales_with_the_batch(worker):
 def test_options_of_another_optimizer_are_refused(worker):
     with pytest.raises(UsageError, match="adamw has no momentum"):
         recipe(worker, name="adamw", momentum=0.9)
-    with pytest.raises(ValueError, match="sgd has no trust"):
+    with pytest.raises(UsageError, match="sgd has no trust"):
         recipe(worker, trust=0.001)
 
 
