@@ -3,8 +3,6 @@
 import io
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,7 +47,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(input, *state, self.training, momentum, self.eps)
         if torch.compiler.is_compiling():
             return self._fusible(input, self.group)
-        normalized: torch.Tensor = _in_groups(input).apply(
+        normalized: torch.Tensor = _InGroups.apply(
             input,
             self.weight,
             self.bias,
@@ -82,24 +80,6 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         centered = wide - mean[:, None, :, None, None]
         normalized = centered * scale[:, None, :, None, None] + self.bias[:, None, None]
         return normalized.view(x.shape).to(x.dtype)
-
-
-def _in_groups(x: torch.Tensor) -> Any:
-    """Return the autograd function for an activation: by Triton what it takes, else by slices."""
-    dense = x.is_contiguous(memory_format=torch.channels_last) and x.dtype != torch.float64
-    # Not for a subclass, such as a fake tensor: it has no memory to launch kernels on.
-    launches = x.is_cuda and dense and type(x) is torch.Tensor
-    return (launches and _triton_batch_norm()) or _InGroups
-
-
-@cache
-def _triton_batch_norm() -> Any:
-    """Return the function by Triton; None where there is no Triton, which Linux alone has."""
-    if not find_spec("triton"):
-        return None
-    from fastmoco.models.triton_batch_norm import TritonBatchNorm
-
-    return TritonBatchNorm
 
 
 class _InGroups(torch.autograd.Function):
