@@ -22,7 +22,7 @@ from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
 from fastmoco.models.encoder import GroupBatchNorm2d
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 
 RECIPE = [
     "encoder.arch=resnet18",
@@ -50,7 +50,7 @@ def main() -> int:
 def measure(overrides: list[str], pairs: int) -> dict[str, object]:
     """Return the row of one group size."""
     recipe = load_recipe("moco_v2_imagenet_r50", overrides)
-    engines = {way: MoCo(recipe, World(), torch.device("cpu")) for way in ("slices", "split")}
+    engines = {way: Engine(recipe, World(), torch.device("cpu")) for way in ("slices", "split")}
     for module in (*engines["split"].encoder_q.modules(), *engines["split"].encoder_k.modules()):
         if isinstance(module, GroupBatchNorm2d):
             module.__class__ = SplitBatchNorm2d

@@ -27,7 +27,7 @@ from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
 from fastmoco.runs.run_folder import RunFolder
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.snapshot import snapshot
 
 CPU = torch.device("cpu")
@@ -79,9 +79,9 @@ def main() -> int:
     return 0
 
 
-def engine() -> MoCo:
+def engine() -> Engine:
     """Return an engine whose optimizer has its state."""
-    moco = MoCo(load_recipe("moco_v2_imagenet_r50", ["runtime.device=cpu"]), World(), CPU)
+    moco = Engine(load_recipe("moco_v2_imagenet_r50", ["runtime.device=cpu"]), World(), CPU)
     for parameter in moco.encoder_q.parameters():
         parameter.grad = torch.zeros_like(parameter)
     moco.optimizer.step()

@@ -22,7 +22,7 @@ from fastmoco.bench.step import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.objectives.losses import info_nce
 from fastmoco.train.objectives.queue import KeyQueue
 
@@ -97,12 +97,12 @@ def by_age(rounds: int) -> list[dict[str, object]]:
     return [{"kind": "age", "queue_is": age, "ms": ms} for age, ms in medians.items()]
 
 
-def engine() -> MoCo:
+def engine() -> Engine:
     """Return a small engine with a queue of a few batches."""
-    return MoCo(load_recipe("moco_v2_imagenet_r50", SMALL), World(), torch.device("cpu"))
+    return Engine(load_recipe("moco_v2_imagenet_r50", SMALL), World(), torch.device("cpu"))
 
 
-def stepper(moco: MoCo) -> EncodedBatch:
+def stepper(moco: Engine) -> EncodedBatch:
     """Return a function that takes the engine's next step, always on one batch."""
     ((q, k),) = synthetic(moco.recipe.batch, moco.recipe.encoder.image_size, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]

@@ -32,7 +32,7 @@ from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.pretrain import resolve
 from fastmoco.runs.run_folder import RunFolder, fingerprint
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.loop import Trainer
 
 BATCH, SIZE, IMAGES = 8, 32, 64
@@ -117,7 +117,7 @@ def main() -> int:
 def bare_steps(steps: int, every: int, sample: Sample) -> None:
     """Take steps on one batch."""
     recipe = load_recipe("moco_v2_imagenet_r50", TINY)
-    moco = MoCo(recipe, World(), torch.device("cpu"))
+    moco = Engine(recipe, World(), torch.device("cpu"))
     ((q, k),) = synthetic(BATCH, SIZE, 1)
     views = [view.contiguous(memory_format=torch.channels_last) for view in (q, k)]
     for step in range(steps):
@@ -161,7 +161,7 @@ def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     recipe = resolve(recipe, data.sets[0])
     loader = Loader.of(recipe, data, settings_of(recipe.runtime, ranks, device))
     marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
-    moco = MoCo(recipe, ranks, device)
+    moco = Engine(recipe, ranks, device)
     return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, [Watcher(sample)])
 
 

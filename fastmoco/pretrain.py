@@ -30,7 +30,7 @@ from fastmoco.models.encoder import Encoder
 from fastmoco.plots import draw_curves
 from fastmoco.runs.run_folder import Fingerprint, RunFolder, State, fingerprint
 from fastmoco.train import loop
-from fastmoco.train.engine import MoCo, check_bn_group
+from fastmoco.train.engine import Engine, check_bn_group
 from fastmoco.train.estimate import outlook
 
 _USAGE = """usage: pretrain RECIPE [key=value ...] [--dry-run]
@@ -185,7 +185,7 @@ def _train(
             live = LiveDisplay(recipe, start, loader.plan.steps_per_epoch)
             displays.append(stack.enter_context(live))
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
-        moco = MoCo(recipe, ranks, device)
+        moco = Engine(recipe, ranks, device)
         trainer = loop.Trainer(recipe, moco, loader, run, marks, displays, monitor)
         if state:
             trainer.load(state)

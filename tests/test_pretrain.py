@@ -21,7 +21,7 @@ from fastmoco.errors import UsageError
 from fastmoco.load.sampler import Plan
 from fastmoco.pretrain import main
 from fastmoco.runs.run_folder import RunFolder
-from fastmoco.train.engine import MoCo, check_bn_group
+from fastmoco.train.engine import Engine, check_bn_group
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "pretrain.py"
 
@@ -131,9 +131,9 @@ def test_what_changes_on_the_way_is_told_and_kept(recipe, capsys, tmp_path):
 def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeypatch):
     """The first one is held until the run waits for it at the next one, two steps later."""
     events, beyond = [], threading.Event()
-    take, save = MoCo.step, RunFolder.save
+    take, save = Engine.step, RunFolder.save
 
-    def step(self: MoCo, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
+    def step(self: Engine, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
         events.append(f"step {number + 1}")
         if number + 1 == 4:
             beyond.set()
@@ -146,7 +146,7 @@ def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeyp
         events.append(f"saved {number}")
         return path
 
-    monkeypatch.setattr(MoCo, "step", step)
+    monkeypatch.setattr(Engine, "step", step)
     monkeypatch.setattr(RunFolder, "save", held)
     assert main([str(recipe), "monitor=null", "checkpoints.keep=9"]) == 0
     at = events.index

@@ -11,7 +11,7 @@ from fastmoco.bench.official import OfficialMoCo
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
-from fastmoco.train.engine import MoCo, build_encoder
+from fastmoco.train.engine import Engine, build_encoder
 from fastmoco.train.objectives.momentum import momentum_update
 from gpu_phases.measure import forget, peak_memory_gb, profiled, seconds_of, wait
 from gpu_phases.task import Figures, Item, Items, Task
@@ -141,7 +141,7 @@ def engine_of(recipe: Recipe, variant: Variant, device: torch.device) -> Step:
         return OfficialMoCo(recipe, World(), device, tuned=variant.engine == "tuned").step
     on_gpu = device.type == "cuda"
     compiles = variant.compiled and on_gpu
-    moco = MoCo(
+    moco = Engine(
         recipe.model_copy(
             update={"runtime": recipe.runtime.model_copy(update={"compile": compiles})}
         ),
@@ -151,7 +151,7 @@ def engine_of(recipe: Recipe, variant: Variant, device: torch.device) -> Step:
     if variant.compiled and not on_gpu:
         # A dry run need not wait a minute for a C++ compiler.
         moco.encoder_q.compile(backend="aot_eager")
-        moco.encoder_k.compile(backend="aot_eager")
+        moco.objective.encoder_k.compile(backend="aot_eager")
     return lambda query_view, key_view, number: moco.step(query_view, key_view, number).loss
 
 

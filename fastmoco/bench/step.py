@@ -173,9 +173,9 @@ def _run_rank(section: Section, engine: str, settings: Settings) -> dict[str, An
 
 def _step_of(engine: str, recipe: Recipe, ranks: World, device: torch.device) -> Step:
     if engine == "ours":
-        from fastmoco.train.engine import MoCo
+        from fastmoco.train.engine import Engine
 
-        moco = MoCo(recipe, ranks, device)
+        moco = Engine(recipe, ranks, device)
         return lambda query_view, key_view, step: moco.step(query_view, key_view, step).loss
     from fastmoco.bench.official import OfficialMoCo
 

@@ -28,7 +28,7 @@ from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.pretrain import resolve
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 
 WARM_UP = 5  # steps before the section: more than the loader makes ahead
 # Of the recipe, what a report tells.
@@ -151,8 +151,8 @@ class _Run:
         self.recipe = Recipe.model_validate(recipe)
         self.device = device_of(self.recipe.runtime.device, 0)
 
-    def engine(self) -> MoCo:
-        return MoCo(self.recipe, World(), self.device)
+    def engine(self) -> Engine:
+        return Engine(self.recipe, World(), self.device)
 
     def batches(self) -> Iterator[Batch]:
         data = ConcatShardSets.open(self.recipe.data.sets)

@@ -1,4 +1,4 @@
-"""The embedded default: MoCo on patches of photographs that other packages carry.
+"""The embedded default: Engine on patches of photographs that other packages carry.
 
 Class = photograph. Each photograph is laid out as a checkerboard: the training patches come from
 its even cells and the test patches from its odd ones, so that no pixel is shared. The patches are

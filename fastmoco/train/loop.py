@@ -13,7 +13,7 @@ from fastmoco.errors import CheckpointError, DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import Fingerprint, RunFolder, State
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.interrupts import StopSignal
 from fastmoco.train.meter import Meter
 from fastmoco.train.optimizers import learning_rate, set_learning_rate
@@ -58,7 +58,7 @@ class Trainer:
     """
 
     recipe: Recipe
-    moco: MoCo
+    moco: Engine
     loader: Loader
     run: RunFolder
     marks: Fingerprint

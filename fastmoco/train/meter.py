@@ -9,7 +9,7 @@ import torch
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
-from fastmoco.train.engine import MoCo, StepOutput
+from fastmoco.train.engine import Engine, StepOutput
 
 
 class Meter:
@@ -47,18 +47,17 @@ class Meter:
         self.epoch.zero_()
         return total / steps if steps else math.nan
 
-    def read(self, outcome: StepOutput, moco: MoCo) -> dict[str, Any]:
+    def read(self, outcome: StepOutput, moco: Engine) -> dict[str, Any]:
         """Return the row of a logged step: means over the ranks, speed since the last one."""
         scalars = _scalars(outcome, self._recipe.objective.temperature)
         values = self._ranks.mean_(torch.stack(list(scalars.values())))
-        filled = int(moco.queue.filled)
+        of_objective = moco.objective.numbers()
         elapsed = time.perf_counter() - self._since  # after the first wait for the device
         row = {
             **dict(zip(scalars, values.tolist(), strict=True)),
             "grad_norm": float(outcome.grad_norm),
             "loss_scale": float(moco.scale.scale),
-            "queue_filled": filled,
-            "queue_age_steps": filled / self._recipe.keys_per_step,
+            **of_objective,
             "skipped": moco.guard.check(),
             "images_per_s": self._recipe.batch * self._steps / elapsed,
             "data_wait_percent": 100 * self._waited_s / elapsed,

@@ -14,7 +14,7 @@ from fastmoco.bench.official import OfficialMoCo
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 
 CPU = torch.device("cpu")
 WORK = {"arch": "resnet18", "size": 64, "batch": 16, "queue": 48, "steps": 1, "device": "cpu"}
@@ -33,8 +33,8 @@ def losses_of_both(precision: str, m_of_rival: float, steps: int = 3) -> list[tu
     """Return our loss and the rival's of each step; three wrap the queue of two batches."""
     recipe = recipe_in(precision)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    ours, theirs = MoCo(recipe, World(), CPU), OfficialMoCo(recipe, World(), CPU)
-    theirs.model.to(dtype).queue.copy_(ours.queue.keys.T)
+    ours, theirs = Engine(recipe, World(), CPU), OfficialMoCo(recipe, World(), CPU)
+    theirs.model.to(dtype).queue.copy_(ours.objective.queue.keys.T)
     theirs.model.m = m_of_rival
     found = []
     for step, views in enumerate(bench.synthetic(recipe.batch, recipe.encoder.image_size, steps)):

@@ -28,7 +28,7 @@ def recipe(small_set) -> dict:
 @pytest.mark.parametrize("arm", ["together", "step_alone", "loader_alone"])
 def test_an_arm_does_its_steps_and_a_warm_up(arm, recipe, monkeypatch):
     taken, drawn = [], []
-    step, batches = bench.MoCo.step, bench.Loader.batches
+    step, batches = bench.Engine.step, bench.Loader.batches
 
     def counted_step(self, query_view, key_view, number):
         taken.append((number, query_view.shape, query_view.dtype, query_view.stride()))
@@ -39,7 +39,7 @@ def test_an_arm_does_its_steps_and_a_warm_up(arm, recipe, monkeypatch):
             drawn.append(batch.step)
             yield batch
 
-    monkeypatch.setattr(bench.MoCo, "step", counted_step)
+    monkeypatch.setattr(bench.Engine, "step", counted_step)
     monkeypatch.setattr(bench.Loader, "batches", counted_batches)
     section = Section()
     found = getattr(bench, arm)(section, recipe, steps=2)

@@ -16,7 +16,7 @@ from fastmoco.train import engine as moco
 if sys.argv[1] == "as it comes":
     moco.keep_freed_memory = lambda device: None
 recipe = Settings(size=64, batch=32, queue=64, precision="fp32", device="cpu").recipe()
-engine = moco.MoCo(recipe, World(), torch.device("cpu"))
+engine = moco.Engine(recipe, World(), torch.device("cpu"))
 batches = [
     [view.to(memory_format=torch.channels_last) for view in views] for views in synthetic(32, 64, 7)
 ]

@@ -23,7 +23,7 @@ from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.guard import RunningStatistics
 from fastmoco.train.optimizers import build_optimizer
 
@@ -62,9 +62,10 @@ def move(module: nn.Module) -> None:
 
 
 @contextmanager
-def engine(recipe: Recipe) -> Iterator[MoCo]:
+def engine(recipe: Recipe) -> Iterator[Engine]:
     """Yield the engine of a recipe on the fake GPU, inside of the mode that it needs."""
-    moco = MoCo(recipe, World(), torch.device("cpu"))  # outside: torch cannot move modules inside
+    # Outside of the mode: torch cannot move modules inside.
+    moco = Engine(recipe, World(), torch.device("cpu"))
 
     def backward(loss: torch.Tensor) -> None:
         assert loss.device == GPU and loss.dim() == 0
@@ -78,13 +79,17 @@ def engine(recipe: Recipe) -> Iterator[MoCo]:
         mock.patch.object(torch.Tensor, "backward", backward),
         mock.patch.object(torch.Tensor, "pin_memory", lambda t: t),
     ):
-        for module in (moco.encoder_q, moco.encoder_k, moco.queue, moco.guard, moco.scale):
+        objective = moco.objective
+        encoders = moco.encoder_q, objective.encoder_k
+        for module in (*encoders, objective.queue, moco.guard, moco.scale):
             move(module)
-        moco.device, moco._precision = GPU, Precision(recipe.runtime.precision, "cuda")
-        moco.statistics = RunningStatistics([moco.encoder_q, moco.encoder_k])
-        moco._params_q = list(moco.encoder_q.parameters())
-        moco._params_k = list(moco.encoder_k.parameters())
-        moco.optimizer = build_optimizer(recipe, moco._params_q)
+        precision = Precision(recipe.runtime.precision, "cuda")
+        moco.device, moco._precision = GPU, precision
+        objective._device, objective._precision = GPU, precision
+        moco.statistics = RunningStatistics(encoders)
+        moco._params = objective._params_q = list(moco.encoder_q.parameters())
+        objective._params_k = list(objective.encoder_k.parameters())
+        moco.optimizer = build_optimizer(recipe, moco._params)
         yield moco
 
 

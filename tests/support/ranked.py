@@ -160,32 +160,32 @@ def _at_step(act: Callable[[], None]) -> Callable[[int, str], None]:
     """Return a fault that does something on one rank before a step, given as "RANK,STEP"."""
 
     def fault(rank: int, detail: str) -> None:
-        from fastmoco.train.engine import MoCo
+        from fastmoco.train.engine import Engine
 
         where, step = (int(n) for n in detail.split(","))
-        take = MoCo.step
+        take = Engine.step
 
-        def faulty(self: MoCo, query_view: object, key_view: object, number: int) -> object:
+        def faulty(self: Engine, query_view: object, key_view: object, number: int) -> object:
             if (rank, number) == (where, step):
                 act()
             return take(self, query_view, key_view, number)
 
-        MoCo.step = faulty
+        Engine.step = faulty
 
     return fault
 
 
 def _slow(rank: int, seconds: str) -> None:
     """Every step takes so much longer: time for a test to do something in between."""
-    from fastmoco.train.engine import MoCo
+    from fastmoco.train.engine import Engine
 
-    take = MoCo.step
+    take = Engine.step
 
-    def slow(self: MoCo, *args: object) -> object:
+    def slow(self: Engine, *args: object) -> object:
         time.sleep(float(seconds))
         return take(self, *args)
 
-    MoCo.step = slow
+    Engine.step = slow
 
 
 def _skewed_clock(rank: int, seconds: str) -> None:

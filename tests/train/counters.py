@@ -21,7 +21,7 @@ from fastmoco.bench.step import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, joined
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 OPTIONS = {
@@ -118,7 +118,7 @@ Step = Callable[[int], object]
 
 def steps_of(engine: str, recipe: Recipe, ranks: World = World()) -> tuple[Any, Step]:
     """Return the engine "ours" or "official", and a function that takes its step by number."""
-    kind = MoCo if engine == "ours" else OfficialMoCo
+    kind = Engine if engine == "ours" else OfficialMoCo
     made = kind(recipe, ranks, torch.device("cpu"))
     layout = torch.channels_last if engine == "ours" else torch.contiguous_format
     share = ranks.share(recipe.batch)

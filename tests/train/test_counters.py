@@ -73,7 +73,7 @@ def test_the_logits_are_never_put_into_one_tensor(calls):
 
 def test_the_momentum_update_is_three_calls_and_one_temporary_a_parameter(steps):
     ours, official = (steps[name][0] for name in ("ours", "official"))
-    keys, queries = list(ours.encoder_k.parameters()), list(ours.encoder_q.parameters())
+    keys, queries = list(ours.objective.encoder_k.parameters()), list(ours.encoder_q.parameters())
     ok = torch.tensor(True)
     fused = counters.counted(lambda: momentum_update(keys, queries, 0.9, ok))
     loop = counters.counted(official.model.update_key_encoder)

@@ -8,7 +8,7 @@ from recipes import recipe_from
 from states import tensors
 
 from fastmoco.core.distributed import World
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.snapshot import snapshot
 
 pytestmark = pytest.mark.gpu
@@ -22,9 +22,9 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def engine(worker, device: torch.device, **options: object) -> MoCo:
+def engine(worker, device: torch.device, **options: object) -> Engine:
     values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
-    return MoCo(recipe_from(values), World(), device)
+    return Engine(recipe_from(values), World(), device)
 
 
 def test_a_step_equals_that_of_the_cpu(worker):
@@ -34,7 +34,7 @@ def test_a_step_equals_that_of_the_cpu(worker):
         there = theirs.step(*views, step)
         here = ours.step(*(view.to(GPU) for view in views), step)
         assert torch.allclose(here.loss.cpu(), there.loss, rtol=0, atol=1e-2)
-    assert int(ours.queue.pointer) == int(theirs.queue.pointer)
+    assert int(ours.objective.queue.pointer) == int(theirs.objective.queue.pointer)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -71,8 +71,8 @@ def test_a_bad_step_leaves_all_as_it_was(worker):
     moco = engine(worker, GPU, precision="bf16")
     views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
     moco.step(*views, 0)
-    before = [p.clone() for p in (*moco.encoder_q.parameters(), moco.queue.keys)]
+    before = [p.clone() for p in (*moco.encoder_q.parameters(), moco.objective.queue.keys)]
     views[1][0] = torch.nan
     assert not moco.step(*views, 1).ok
-    after = (*moco.encoder_q.parameters(), moco.queue.keys)
+    after = (*moco.encoder_q.parameters(), moco.objective.queue.keys)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -8,7 +8,7 @@ from recipes import recipe_from
 
 from fastmoco.core.distributed import World
 from fastmoco.errors import DivergedError
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.guard import Guard
 
 
@@ -26,7 +26,7 @@ def flat(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def moco(worker):
-    return MoCo(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
+    return Engine(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -58,7 +58,7 @@ def test_a_good_step_changes_every_part_of_the_state(moco, worker):
 
 def test_a_run_with_a_skipped_first_step_goes_on_like_one_without(worker):
     recipe = recipe_from(worker.DEFAULTS)
-    clean, dirty = (MoCo(recipe, World(), torch.device("cpu")) for _ in "ab")
+    clean, dirty = (Engine(recipe, World(), torch.device("cpu")) for _ in "ab")
     bad = worker.images(16, 7)
     bad[0].fill_(torch.nan)
     dirty.step(*bad, 0)
@@ -94,10 +94,10 @@ def test_too_many_in_a_row_is_an_error_and_scattered_ones_are_not():
 
 def test_options_come_from_the_recipe_and_not_from_the_checkpoint(worker):
     """A run that goes on with another rate or decay has these, and the old momentum buffers."""
-    begun = MoCo(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
+    begun = Engine(recipe_from(worker.DEFAULTS), World(), torch.device("cpu"))
     begun.step(*worker.images(16, 0), 0)
     other = worker.DEFAULTS | {"optimizer": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.25}}
-    resumed = MoCo(recipe_from(other), World(), torch.device("cpu"))
+    resumed = Engine(recipe_from(other), World(), torch.device("cpu"))
     resumed.load(begun.state())
     (group,) = resumed.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
@@ -110,7 +110,7 @@ def test_options_come_from_the_recipe_and_not_from_the_checkpoint(worker):
 
 def test_a_loss_scale_does_not_cross_precisions(worker):
     half, whole = (
-        MoCo(recipe_from(worker.DEFAULTS | {"precision": p}), World(), torch.device("cpu"))
+        Engine(recipe_from(worker.DEFAULTS | {"precision": p}), World(), torch.device("cpu"))
         for p in ("fp16", "bf16")
     )
     half.load(whole.state())

@@ -9,7 +9,7 @@ from recipes import recipe_from
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
-from fastmoco.train.engine import MoCo, build_encoder
+from fastmoco.train.engine import Engine, build_encoder
 from fastmoco.train.objectives.queue import KeyQueue
 from fastmoco.train.optimizers import set_learning_rate
 
@@ -64,7 +64,9 @@ def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, nodes, options
         assert torch.allclose(in_plan_order(row["loss"], ranks, recipe), loss, rtol=0, atol=1e-9)
         gradients = {n: p.grad for n, p in theirs.f_q.named_parameters()}
         assert largest_difference(row["gradients"], gradients) < 1e-9, step
-        assert torch.allclose(row["queue"], torch.stack(theirs.queue), rtol=0, atol=1e-9), step
+        assert torch.allclose(
+            row["queue"], torch.stack(theirs.objective.queue), rtol=0, atol=1e-9
+        ), step
         assert row["pointer"] == theirs.pointer
     theirs.momentum_update()  # ours moves the key encoder at the end of a step
     # Of groups, a rank knows its own statistics until they are averaged: tested below.
@@ -105,8 +107,10 @@ def test_one_fp32_step_equals_algorithm_1(worker):
     # rounding of fp32 tenfold.
     options = {"precision": "fp32", "batch": 32, "bn_group": 16, "optimizer": {"lr": 0.03}}
     recipe = recipe_from(worker.DEFAULTS | options)
-    moco = MoCo(recipe, World(), torch.device("cpu"))
-    theirs = naive.NaiveMoCo(recipe, moco.encoder_q.state_dict(), moco.queue.keys.double())
+    moco = Engine(recipe, World(), torch.device("cpu"))
+    theirs = naive.NaiveMoCo(
+        recipe, moco.encoder_q.state_dict(), moco.objective.queue.keys.double()
+    )
     set_learning_rate(moco.optimizer, recipe.optimizer.lr)
     views = worker.images(recipe.batch, 0, size=32)
     ours = moco.step(*(view.float() for view in views), 0)
@@ -120,11 +124,13 @@ def test_without_the_shuffle_the_keys_differ(worker, monkeypatch):
     recipe = recipe_from(worker.DEFAULTS)
 
     def keys_of_a_step() -> torch.Tensor:
-        moco = MoCo(recipe, World(), torch.device("cpu"))
+        moco = Engine(recipe, World(), torch.device("cpu"))
         moco.step(*worker.images(recipe.batch, 0), 0)
-        return moco.queue.keys[: recipe.batch]
+        return moco.objective.queue.keys[: recipe.batch]
 
     shuffled = keys_of_a_step()
-    monkeypatch.setattr("fastmoco.train.engine.Shuffle.scatter", lambda self, views: views[0])
-    monkeypatch.setattr("fastmoco.train.engine.Shuffle.gather", lambda self, keys: keys)
+    monkeypatch.setattr(
+        "fastmoco.train.objectives.moco.Shuffle.scatter", lambda self, views: views[0]
+    )
+    monkeypatch.setattr("fastmoco.train.objectives.moco.Shuffle.gather", lambda self, keys: keys)
     assert (shuffled - keys_of_a_step()).abs().max() > 1e-3

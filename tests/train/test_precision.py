@@ -9,14 +9,14 @@ from recipes import recipe_from
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 
 CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def engine(worker, **options: object) -> MoCo:
-    return MoCo(recipe_from(worker.DEFAULTS | options), World(), CPU)
+def engine(worker, **options: object) -> Engine:
+    return Engine(recipe_from(worker.DEFAULTS | options), World(), CPU)
 
 
 def test_the_scale_halves_grows_back_and_has_a_floor():

@@ -7,13 +7,13 @@ from recipes import recipe_from
 from states import tensors
 
 from fastmoco.core.distributed import World
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.snapshot import snapshot
 
 
 def test_a_snapshot_stays_as_it_was(worker):
     device = torch.device("cpu")
-    moco = MoCo(recipe_from(worker.DEFAULTS), World(), device)
+    moco = Engine(recipe_from(worker.DEFAULTS), World(), device)
     views = [view.float() for view in worker.images(moco.recipe.batch, 0)]
     moco.step(*views, 0)
     before = tensors(copy.deepcopy(moco.state()))

@@ -11,7 +11,7 @@ import torch
 from recipes import recipe_from
 
 from fastmoco.core.distributed import joined
-from fastmoco.train.engine import MoCo
+from fastmoco.train.engine import Engine
 from fastmoco.train.optimizers import set_learning_rate
 
 DEFAULTS = {
@@ -49,7 +49,7 @@ def main(out: Path, spec: dict) -> None:
     recipe = recipe_from(DEFAULTS | spec.get("recipe", {}))
     nan_step, nan_rank = spec.get("nan", (-1, -1))
     with joined("cpu", timeout_s=60) as (ranks, device):
-        moco = MoCo(recipe, ranks, device)
+        moco = Engine(recipe, ranks, device)
         set_learning_rate(moco.optimizer, recipe.optimizer.lr)
         log = []
         for step in range(spec["steps"]):
@@ -60,15 +60,15 @@ def main(out: Path, spec: dict) -> None:
             gradients = {n: p.grad.clone() for n, p in moco.encoder_q.named_parameters()}
             weights = {}
             if spec["steps"] - step <= 3:  # 80 MB a step
-                for name, encoder in (("key", moco.encoder_k), ("query", moco.encoder_q)):
+                for name, encoder in (("key", moco.objective.encoder_k), ("query", moco.encoder_q)):
                     weights[name] = {n: t.clone() for n, t in encoder.state_dict().items()}
             log.append(
                 {
                     "loss": ranks.gather(outcome.loss.clone()),
                     "gradients": gradients,
                     "ok": outcome.ok.clone(),
-                    "queue": moco.queue.keys.clone(),
-                    "pointer": int(moco.queue.pointer),
+                    "queue": moco.objective.queue.keys.clone(),
+                    "pointer": int(moco.objective.queue.pointer),
                     **weights,
                 }
             )

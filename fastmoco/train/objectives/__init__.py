@@ -1,1 +1,11 @@
 """What a method adds to the step: keys, loss, and what follows the optimizer."""
+
+from collections.abc import Callable
+
+from fastmoco.config import objectives as config
+from fastmoco.config.objectives import Objective as ObjectiveConfig
+from fastmoco.train.objectives.moco import Moco
+from fastmoco.train.objectives.objective import Objective
+
+OBJECTIVES: dict[type[ObjectiveConfig], Callable[..., Objective]] = {config.Moco: Moco}
+"""By their section of the recipe: a new objective is a line here and one in the config's union."""

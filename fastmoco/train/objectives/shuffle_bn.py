@@ -130,7 +130,3 @@ class Shuffle:
         """
         rows = self._ranks.gather(keys.transpose(0, 1).flatten(1))[self._inverse]
         return rows.view(len(rows), len(keys), -1).transpose(0, 1)
-
-    def own(self, keys: torch.Tensor) -> torch.Tensor:
-        """Return this rank's slice of (V, batch, dim) keys that are in plan order."""
-        return keys[:, self._own]
