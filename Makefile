@@ -21,7 +21,7 @@ check: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/fastmoco bench train
+	$(BIN)/python benchmarks/compare.py train
 
 gpu-check: .venv/ready
 	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py

@@ -15,9 +15,9 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from harness.bootstrap import interval_of
 
-from fastmoco.bench.interval import interval_of
-from fastmoco.bench.step import synthetic
+from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment

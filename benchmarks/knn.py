@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.arm import Section
+from harness.compare import Arm, compare
+from harness.record import Record
+from harness.table import show
 from rich.console import Console
 from torch.nn.functional import normalize
 
-from fastmoco.bench.arm import Section
-from fastmoco.bench.harness import Arm, compare
-from fastmoco.bench.record import Record
-from fastmoco.bench.table import show
 from fastmoco.evaluate.knn import KNNClassifier
 
 K, T = 200, 0.1

@@ -4,7 +4,7 @@
 
 By default sets of 10,000, 50,000 and 200,000 tiny images, each packed in a fresh process on all
 cores. The images are hard links of a few files, in a scratch folder of the working folder. One JSON
-row a size is printed for benchmarks/results/; the peak is measured as `fastmoco.bench.watch` says.
+row a size is printed for benchmarks/results/; `harness.resource_monitor` measures the peak.
 """
 
 import json
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from harness.compare import Arm, measure, require_tools
 from PIL import Image
 
-from fastmoco.bench.harness import Arm, measure, require_tools
 from fastmoco.errors import FastmocoError, UsageError
 
 SIZES = (10_000, 50_000, 200_000)
@@ -51,7 +51,7 @@ def _row(images: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix=".pack-memory-", dir=Path.cwd()) as folder:
         scratch = Path(folder)
         options = {"source": str(_source(scratch, images)), "scratch": folder}
-        arm = Arm.of("fastmoco.bench.pack:ours", **options, short_side=None, quality=90)
+        arm = Arm.of("comparisons.pack:ours", **options, short_side=None, quality=90)
         found = measure("fastmoco", arm)
     return {
         "kind": "pack_memory",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastmoco.bench.step import synthetic
+from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.environment import environment

@@ -21,7 +21,8 @@ from itertools import count, islice
 from pathlib import Path
 from unittest import mock
 
-from fastmoco.bench.loader import recipe_of
+from comparisons.loader import recipe_of
+
 from fastmoco.core.environment import environment
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets

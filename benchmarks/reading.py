@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from comparisons.loader import recipe_of
 
-from fastmoco.bench.loader import recipe_of
 from fastmoco.core.environment import environment
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastmoco.bench.step import synthetic
+from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World

@@ -14,9 +14,8 @@ PACKAGE = Path(fastmoco.__file__).parent
 ORDER = [
     {"__main__"},
     {"cli"},
-    {"bench"},
     {"demo"},
-    {"label", "viz"},
+    {"label", "viz", "check"},
     {"pretrain"},
     {"train", "evaluate", "interop"},
     {"runs"},
@@ -79,7 +78,7 @@ def test_the_launcher_is_thin():
 def test_all_that_is_printed_is_cleaned() -> None:
     """By `echo`; what compares and measures prints no names from outside."""
     for path in PACKAGE.rglob("*.py"):
-        if station_of(path) == "bench" or path.name == "terminal.py":
+        if path.name == "terminal.py":
             continue
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}, path

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from baselines.loaders import official_views
 
-from fastmoco.bench.rivals import official_views
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World

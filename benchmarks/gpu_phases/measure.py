@@ -17,18 +17,6 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 _MARK = "what is counted"
 
 
-class Stopwatch:
-    """Wall time of a `with` block: what `fastmoco.bench` calls a section, without psutil."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *raised: object) -> None:
-        self.seconds = time.perf_counter() - self._began
-
-
 def wait(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness.images import names_of, repeated
 from PIL import Image
 
-from fastmoco.bench.source import names_of, repeated
 from fastmoco.core.cores import cores_of
 from fastmoco.core.environment import environment
 from fastmoco.demo.demo import PHOTOGRAPHS, Photograph

@@ -6,8 +6,8 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from baselines.reference_moco import OfficialMoCo
 
-from fastmoco.bench.official import OfficialMoCo
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World

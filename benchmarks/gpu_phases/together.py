@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fastmoco.bench.train import step_alone, together
+from fastmoco.check.throughput import Timer, step_alone, together
 from fastmoco.config.loading import load_recipe
-from gpu_phases.measure import Stopwatch, forget
+from gpu_phases.measure import forget
 from gpu_phases.step import COMPILING_S
 from gpu_phases.task import Figures, Item, Items, Task
 
@@ -43,7 +43,7 @@ def compare(task: Task, more: list[str]) -> Figures:
     rates, details = [], {}
     for arm in (step_alone, together):
         forget()
-        section = Stopwatch()
+        section = Timer()
         done = arm(section, recipe, steps)  # type: ignore[arg-type]
         rates.append(done["images"] / section.seconds)
         details |= done.get("details", {})

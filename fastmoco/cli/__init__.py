@@ -7,10 +7,7 @@ from typing import Annotated
 import typer
 
 from fastmoco import __version__
-from fastmoco.bench.commands import app as bench_app
-from fastmoco.cli import data as sets
-from fastmoco.cli import models as exchange
-from fastmoco.cli import runs
+from fastmoco.cli import check, data, models, runs
 from fastmoco.core.streams import lasting_output
 from fastmoco.core.terminal import echo, told
 from fastmoco.errors import FastmocoError
@@ -19,12 +16,12 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Sets of images": {
-        "shard": sets.shard,
-        "verify": sets.verify,
-        "inspect": sets.inspect,
-        "index": sets.index,
-        "label": sets.label,
-        "views": sets.views,
+        "shard": data.shard,
+        "verify": data.verify,
+        "inspect": data.inspect,
+        "index": data.index,
+        "label": data.label,
+        "views": data.views,
     },
     "Runs": {
         "pretrain": runs.pretrain,
@@ -35,9 +32,13 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "demo": runs.demo,
     },
     "Encoders": {
-        "import": exchange.import_,
-        "export": exchange.export,
-        "embed": exchange.embed,
+        "import": models.import_,
+        "export": models.export,
+        "embed": models.embed,
+    },
+    "This machine": {
+        "doctor": check.doctor,
+        "bench": check.bench,
     },
 }
 
@@ -51,7 +52,6 @@ app = typer.Typer(
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
-app.add_typer(bench_app, rich_help_panel="Benchmarks")
 
 
 def _show_version(asked: bool) -> None:

@@ -9,7 +9,8 @@ import pytest
 STEPS = """
 import sys, torch
 from resource import RUSAGE_SELF, getrusage
-from fastmoco.bench.step import Settings, synthetic
+from comparisons.step import Settings
+from fastmoco.check.throughput import synthetic
 from fastmoco.core.distributed import World
 from fastmoco.train import engine as moco
 

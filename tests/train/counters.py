@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines.reference_moco import OfficialMoCo
 from recipes import overrides
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmoco.bench.official import OfficialMoCo
-from fastmoco.bench.step import synthetic
+from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, joined

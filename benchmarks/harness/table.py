@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from fastmoco.bench.interval import Interval
-from fastmoco.bench.report import MAX_STEAL, Comparison, Measurement, Report
+from harness.bootstrap import Interval
+from harness.report import MAX_STEAL, Comparison, Measurement, Report
 
 CLAIM = 5  # pairs below which an interval means little
 LASTS = 5.0  # seconds of a section below which its noise decides

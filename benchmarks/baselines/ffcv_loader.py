@@ -34,9 +34,9 @@ from ffcv.transforms import (
     ToTorchImage,
 )
 from ffcv.writer import DatasetWriter
+from harness.view_timing import MEAN, STD, Views
 from PIL import Image
 
-from fastmoco.bench.drawn import MEAN, STD, Views
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 

@@ -6,7 +6,7 @@ cross-entropy, a list all-gather for each exchange, and DistributedDataParallel 
 model with its default settings, so that each forward broadcasts the queue. The optimizer is
 `torch.optim.SGD` with its defaults. Accuracy and logging are left out.
 
-It is the rival of `fastmoco bench step`, and what shows that the counters of the tests count.
+It is the rival of `benchmarks/compare.py step`, and shows that the counters of the tests count.
 """
 
 import copy

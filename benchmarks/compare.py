@@ -1,4 +1,9 @@
-"""The commands of `fastmoco bench`. Heavy modules are imported inside them."""
+"""Compares this program with what people use, in pairs, on this machine.
+
+    python benchmarks/compare.py pack|loader|step|train ... [--pairs N] [--out ROWS.jsonl]
+
+It needs psutil (`pip install 'fastmoco[bench]'`). Heavy modules are imported inside the commands.
+"""
 
 import signal
 import sys
@@ -6,16 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+
+from fastmoco.core.terminal import told
+from fastmoco.errors import FastmocoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastmoco.bench.harness import OnRow
-    from fastmoco.bench.report import Measurement, Report
+    from harness.compare import OnRow
+    from harness.report import Measurement, Report
 
 app = typer.Typer(
-    name="bench",
+    name="compare.py",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -51,10 +60,10 @@ def pack(
     out: _Out = None,
 ) -> None:
     """Pack a folder: ours against a loop of PIL and webdataset."""
-    from fastmoco.bench.harness import require_tools
+    from harness.compare import require_tools
 
     require_tools()
-    from fastmoco.bench.pack import Settings, bench_pack
+    from comparisons.pack import Settings, bench_pack
 
     settings = Settings(short_side=short_side, quality=quality, repeat=repeat, pool=pool)
     _run("pack", out, lambda on_row: bench_pack(source, settings, pairs, aa, on_row))
@@ -88,10 +97,10 @@ def loader(
     out: _Out = None,
 ) -> None:
     """Draw two views of every image: ours against the loaders that people use."""
-    from fastmoco.bench.harness import require_tools
+    from harness.compare import require_tools
 
     require_tools()
-    from fastmoco.bench.loader import Settings, bench_loader
+    from comparisons.loader import Settings, bench_loader
 
     rivals = tuple(against or ["imagefolder"])
     settings = Settings(size, short_side, batch, batches, repeat, workers, rivals, bound)
@@ -124,10 +133,10 @@ def step(
     out: _Out = None,
 ) -> None:
     """Train on synthetic batches: our step against the official one."""
-    from fastmoco.bench.harness import require_tools
+    from harness.compare import require_tools
 
     require_tools()
-    from fastmoco.bench.step import Settings, bench_step
+    from comparisons.step import Settings, bench_step
 
     for name in arch or ["resnet18"]:
         settings = Settings(name, size, batch, queue, precision, ranks, steps, device, tuned)
@@ -150,10 +159,10 @@ def train(
     out: _Out = None,
 ) -> None:
     """Train end to end: loader and step together, against the step alone and the loader alone."""
-    from fastmoco.bench.harness import require_tools
+    from harness.compare import require_tools
 
     require_tools()
-    from fastmoco.bench.train import bench_train
+    from comparisons.train import bench_train
 
     _run("train", out, partial(bench_train, recipe, overrides or [], data, steps, pairs, aa))
 
@@ -164,10 +173,9 @@ def _run(bench: str, out: Path | None, measure: "Callable[[OnRow], Report]") -> 
     Raises:
         DataError: the arms did not do the same work, or no pair counts.
     """
+    from harness.record import Record
+    from harness.table import line_of, show
     from rich.console import Console
-
-    from fastmoco.bench.record import Record
-    from fastmoco.bench.table import line_of, show
 
     record, errors = Record(out, bench), Console(stderr=True)
 
@@ -179,3 +187,21 @@ def _run(bench: str, out: Path | None, measure: "Callable[[OnRow], Report]") -> 
     record.report(report)
     show(report, Console())
     report.require_result()
+
+
+def main() -> int:
+    """Run a command; a user's error is told in plain lines."""
+    try:
+        app(standalone_mode=False)
+    except (FastmocoError, OSError) as error:
+        return told(error)
+    except typer.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

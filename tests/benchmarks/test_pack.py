@@ -1,4 +1,4 @@
-"""`fastmoco bench pack`: the arms do the same work, and the rows tell nothing of the machine."""
+"""`compare.py pack`: the arms do the same work, and the rows tell nothing of the machine."""
 
 import json
 import signal
@@ -8,17 +8,19 @@ import sys
 import time
 from getpass import getuser
 from io import BytesIO
+from pathlib import Path
 
+import compare
 import numpy as np
 import psutil
 import pytest
+from compare import app
+from comparisons import pack as bench
+from harness.arm import Section
+from harness.images import names_of, repeated
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastmoco.bench import pack as bench
-from fastmoco.bench.arm import Section
-from fastmoco.bench.commands import app
-from fastmoco.bench.source import names_of, repeated
 from fastmoco.core.environment import digest_of_inputs
 from fastmoco.errors import DataError, UsageError
 
@@ -185,8 +187,8 @@ def test_an_arm_against_itself_tells_the_smallest_effect(photos, tiny_arms):
 
 
 def test_a_bench_that_is_told_to_end_leaves_nothing_behind(photos):
-    main = "from fastmoco.cli import main; main()"
-    command = [sys.executable, "-c", main, "bench", "pack", str(photos), "--repeat=3000"]
+    script = Path(compare.__file__)
+    command = [sys.executable, str(script), "pack", str(photos), "--repeat=3000"]
     with subprocess.Popen(command) as bench_run:
         tree = arms_of(bench_run.pid)
         bench_run.terminate()
@@ -203,7 +205,7 @@ def arms_of(pid):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         tree = psutil.Process(pid).children(recursive=True)
-        if any("fastmoco.bench.arm" in process.cmdline() for process in tree[1:]):
+        if any("harness.arm" in process.cmdline() for process in tree[1:]):
             return tree
         time.sleep(0.05)
     raise AssertionError("no measurement began")

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from harness import report as reporting
+from harness.compare import Arm, ArmFailed, compare, measure, schedule
+from harness.report import Measurement, report_of
 
-from fastmoco.bench import report as reporting
-from fastmoco.bench.harness import Arm, ArmFailed, compare, measure, schedule
-from fastmoco.bench.report import Measurement, report_of
 from fastmoco.errors import DataError, UsageError
 
 BURN = """
@@ -130,7 +130,7 @@ def test_a_function_as_an_arm(tmp_path, monkeypatch):
 
 
 def test_without_psutil(monkeypatch, make_arm):
-    monkeypatch.setattr("fastmoco.bench.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.compare.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'fastmoco\[bench\]'"):
         compare({"a": make_arm()}, 1)
 

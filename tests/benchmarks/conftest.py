@@ -4,9 +4,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-
-from fastmoco.bench import report
-from fastmoco.bench.harness import Arm
+from harness import report
+from harness.compare import Arm
 
 END = """
 import json, os

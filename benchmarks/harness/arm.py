@@ -1,6 +1,6 @@
 """The inside of a measured process: it runs a function, times its section, prints one JSON line.
 
-    python -m fastmoco.bench.arm MODULE:FUNCTION '{"option": value}'
+    python -m harness.arm MODULE:FUNCTION '{"option": value}'
 
 The function is called as `function(section, **options)`. It does what is not to be measured
 (imports, warm-up), then its work inside `with section:`, then collects the proof of its work. It

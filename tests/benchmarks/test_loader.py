@@ -1,16 +1,16 @@
-"""`fastmoco bench loader`: every arm draws the same kind of views, and as many."""
+"""`benchmarks/compare.py loader`: every arm draws the same kind of views, and as many."""
 
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from baselines import loaders as rivals
+from compare import app
+from comparisons import loader as bench
+from harness.arm import Section
 from typer.testing import CliRunner
 
-from fastmoco.bench import loader as bench
-from fastmoco.bench import rivals
-from fastmoco.bench.arm import Section
-from fastmoco.bench.commands import app
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
@@ -115,10 +115,9 @@ def test_a_rival_that_is_not_installed_is_refused(name, photos, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # its own: it imports distutils
 @pytest.mark.parametrize("raw", [False, True])
 def test_ffcv_draws_what_we_draw(raw, packed, ours, tmp_path):
+    from baselines import ffcv_loader as beton
     from ffcv.fields import RGBImageField
     from ffcv.reader import Reader
-
-    from fastmoco.bench import beton
 
     path = tmp_path / "images"
     beton.write(packed, path, raw)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastmoco.bench.interval import Interval, interval_of
 from fastmoco.errors import DataError
+from harness.bootstrap import Interval, interval_of
 
 MAX_STEAL = 2.0  # percent; a pair with more is dropped
 

@@ -1,4 +1,4 @@
-"""The loaders that people train MoCo with, as arms of `fastmoco bench loader`.
+"""The loaders that people train MoCo with, as arms of `benchmarks/compare.py loader`.
 
 Each draws two views with the augmentation of MoCo v2, and normalizes them by ImageNet's statistics.
 """
@@ -10,10 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from harness.arm import Section
+from harness.view_timing import MEAN, STD, WARM_UP, Views, measured
 from torch.utils.data import DataLoader, RandomSampler
-
-from fastmoco.bench.arm import Section
-from fastmoco.bench.drawn import MEAN, STD, WARM_UP, Views, measured
 
 BUFFER = 1000  # samples that the webdataset pipeline shuffles among
 
@@ -193,7 +192,7 @@ def ffcv(
     section: Section, root: str, size: int, batch: int, batches: int, workers: int
 ) -> dict[str, Any]:
     """Draw with FFCV, from a file of JPEGs. It has no workers, but a thread for each core."""
-    from fastmoco.bench import beton
+    from baselines import ffcv_loader as beton
 
     def open_batches() -> Generator[Views]:
         return beton.views(root, size, batch, WARM_UP + batches)

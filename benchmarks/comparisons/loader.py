@@ -2,7 +2,7 @@
 
 Every arm reads the same images, draws two views with the augmentation of MoCo v2, and hands over
 normalized fp32 batches as torch tensors. Ours reads them from a shard set, which is packed before
-and not measured; `fastmoco.bench.rivals` has the others.
+and not measured; `baselines.loaders` has the others.
 """
 
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.arm import Section
+from harness.compare import Arm, OnRow, compare, measure
+from harness.images import names_of, repeated, scratch_beside, subject_of, warm
+from harness.report import Report
+from harness.view_timing import Views, measured
 
-from fastmoco.bench.arm import Section
-from fastmoco.bench.drawn import Views, measured
-from fastmoco.bench.harness import Arm, OnRow, compare, measure
-from fastmoco.bench.report import Report
-from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe, View
 from fastmoco.errors import UsageError
@@ -120,7 +120,7 @@ def _convert(root: Path, scratch: Path, rivals: tuple[str, ...]) -> None:
     same = scratch / "webdataset"
     _pack(root, same, None)
     for name in {"ffcv", "ffcv-raw"}.intersection(rivals):
-        from fastmoco.bench import beton
+        from baselines import ffcv_loader as beton
 
         beton.write(same, scratch / name, raw=name == "ffcv-raw")
 
@@ -133,7 +133,7 @@ def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
         crops = Arm.of(f"{__name__}:ours", **own, plain=True)
         arms["fastmoco, crops alone"] = replace(crops, bound=True)
     for name in settings.rivals:
-        function = f"fastmoco.bench.rivals:{name.replace('-', '_')}"
+        function = f"baselines.loaders:{name.replace('-', '_')}"
         data = scratch / name if name in _CONVERTED else root
         arms[name] = Arm.of(function, root=str(data), **work, workers=settings.workers)
     return arms
@@ -147,7 +147,7 @@ def _best_workers(root: Path, settings: Settings) -> int:
     work = {"size": settings.size, "batch": settings.batch, "batches": max(2, cores)}
     seconds = {}
     for workers in range(1, cores + 2):
-        arm = Arm.of("fastmoco.bench.rivals:imagefolder", root=str(root), **work, workers=workers)
+        arm = Arm.of("baselines.loaders:imagefolder", root=str(root), **work, workers=workers)
         seconds[workers] = measure("imagefolder", arm).seconds_per_image
     return min(seconds, key=lambda workers: seconds[workers])
 

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastmoco.bench.report import Measurement, Report
 from fastmoco.errors import UsageError
+from harness.report import Measurement, Report
 
 DIGITS = 6  # significant, of each float in a row
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness.arm import Section
+from harness.compare import Arm, OnRow, compare
+from harness.images import names_of, repeated, scratch_beside, subject_of, warm
+from harness.report import Report
 from PIL import Image
-
-from fastmoco.bench.arm import Section
-from fastmoco.bench.harness import Arm, OnRow, compare
-from fastmoco.bench.report import Report
-from fastmoco.bench.source import names_of, repeated, scratch_beside, subject_of, warm
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 CHUNK = 16  # images that a worker of the pool takes at a time

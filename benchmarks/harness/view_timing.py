@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.bench.arm import Section
+from harness.arm import Section
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARM_UP = 2  # batches before the section

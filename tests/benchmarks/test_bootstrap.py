@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from fastmoco.bench.interval import RESAMPLES, interval_of
+from harness.bootstrap import RESAMPLES, interval_of
 
 
 @pytest.mark.parametrize("count", [5, 6, 10])

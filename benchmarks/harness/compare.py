@@ -10,9 +10,9 @@ a command whose last line on stdout is a JSON object:
     first_batch_s  optional
     details        optional: recorded, not compared
 
-`fastmoco.bench.arm` makes such a command of a function. The first arm is the one in question: a
+`harness.arm` makes such a command of a function. The first arm is the one in question: a
 ratio above 1 says that it is so many times faster than the other one, or takes so many times less
-CPU. `fastmoco.bench.watch` says how costs are measured.
+CPU. `harness.resource_monitor` says how costs are measured.
 """
 
 import json
@@ -26,9 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastmoco.bench.report import Measurement, Report, report_of
 from fastmoco.errors import FastmocoError, UsageError
+from harness.report import Measurement, Report, report_of
 
+BENCHMARKS = Path(__file__).resolve().parents[1]  # whose modules the arms are
 TOLERANCE = 0.5  # of floats in `check`: half a level of 0..255, half a pixel
 LEAST_CPU = 1e-6  # seconds: a section that only waits must not divide by zero
 AGAIN = " (again)"
@@ -53,8 +54,8 @@ class Arm:
 
     @classmethod
     def of(cls, target: str, **options: Any) -> "Arm":
-        """Return the arm that calls `MODULE:FUNCTION`, see `fastmoco.bench.arm`."""
-        return cls((sys.executable, "-m", "fastmoco.bench.arm", target, json.dumps(options)))
+        """Return the arm that calls `MODULE:FUNCTION`, see `harness.arm`."""
+        return cls((sys.executable, "-m", "harness.arm", target, json.dumps(options)))
 
 
 OnRow = Callable[[Measurement], None]
@@ -109,10 +110,10 @@ def require_tools() -> None:
     """
     if not Path("/proc/self/smaps_rollup").exists():
         raise UsageError(
-            "fastmoco bench reads memory and CPU time as Linux tells them: run it there."
+            "A comparison reads memory and CPU time as Linux tells them: run it there."
         )
     if find_spec("psutil") is None:
-        raise UsageError("fastmoco bench needs psutil: pip install 'fastmoco[bench]'.")
+        raise UsageError("A comparison needs psutil: pip install 'fastmoco[bench]'.")
 
 
 def schedule(arms: Sequence[str], pairs: int) -> Iterator[tuple[int, str]]:
@@ -147,10 +148,16 @@ def measure(name: str, arm: Arm, pair: int = 0, seconds: float = 3600) -> Measur
 
 
 def _watched(name: str, arm: Arm, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fastmoco.bench.watch", *arm.command]
+    command = [sys.executable, "-m", "harness.resource_monitor", *arm.command]
     # A session of its own: whatever ends this measurement ends all of its processes.
+    paths = (str(BENCHMARKS), os.environ.get("PYTHONPATH", ""))
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     ) as process:
         try:
             out, err = process.communicate(timeout=seconds)

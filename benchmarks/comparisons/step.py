@@ -7,7 +7,7 @@ the loss of the first steps; on several ranks the two draw other shuffles, and i
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from multiprocessing import get_context
@@ -15,16 +15,16 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from harness.arm import Section
+from harness.compare import Arm, OnRow, compare
+from harness.report import Report
 
-from fastmoco.bench.arm import Section
-from fastmoco.bench.harness import Arm, OnRow, compare
-from fastmoco.bench.report import Report
+from fastmoco.check.throughput import BATCHES, synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, device_of, joined
 from fastmoco.errors import UsageError
 
-BATCHES = 4  # made once, used in turn
 WARM_UP = 3  # steps before the section, whose losses are the proof
 TIMEOUT_S = 300.0  # that a rank waits for another one, which may have failed
 TOLERANCE = 0.1  # of those losses, for bf16 and for other shuffles
@@ -177,18 +177,9 @@ def _step_of(engine: str, recipe: Recipe, ranks: World, device: torch.device) ->
 
         moco = Engine(recipe, ranks, device)
         return lambda query_view, key_view, step: moco.step(query_view, key_view, step).loss
-    from fastmoco.bench.official import OfficialMoCo
+    from baselines.reference_moco import OfficialMoCo
 
     return OfficialMoCo(recipe, ranks, device, tuned=engine == "tuned").step
-
-
-def synthetic(batch: int, size: int, count: int, seed: int = 0) -> Iterator[Views]:
-    """Yield `count` batches of two (batch, 3, size, size) fp32 views that look alike."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        image = torch.randn(batch, 3, size, size, generator=generator)
-        noise = torch.randn(2, *image.shape, generator=generator)
-        yield image + 0.3 * noise[0], image + 0.3 * noise[1]
 
 
 def _wait(ranks: World, device: torch.device) -> None:

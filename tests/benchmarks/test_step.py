@@ -1,16 +1,16 @@
-"""`fastmoco bench step`: the rival does the same work, and every arm says so. Nothing is timed."""
+"""`compare.py step`: the rival does the same work, and every arm says so. Nothing is timed."""
 
 import json
 
 import pytest
 import torch
+from baselines.reference_moco import OfficialMoCo
+from compare import app
+from comparisons import step as bench
+from harness.arm import Section
+from harness.compare import Arm, measure
 from typer.testing import CliRunner
 
-from fastmoco.bench import step as bench
-from fastmoco.bench.arm import Section
-from fastmoco.bench.commands import app
-from fastmoco.bench.harness import Arm, measure
-from fastmoco.bench.official import OfficialMoCo
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
@@ -87,7 +87,7 @@ def test_every_arm_proves_the_same_work():
 def test_two_ranks_share_the_batch():
     options = WORK | {"batch": 32, "queue": 64, "ranks": 2}
     ours, theirs = (
-        measure(engine, Arm.of("fastmoco.bench.step:arm", engine=engine, **options), seconds=240)
+        measure(engine, Arm.of("comparisons.step:arm", engine=engine, **options), seconds=240)
         for engine in ("ours", "official")
     )
     assert ours.images == theirs.images == 32

@@ -1,6 +1,6 @@
 """The outside of a measured process: starts a command, watches what it costs, prints it as JSON.
 
-    python -m fastmoco.bench.watch COMMAND...
+    python -m harness.resource_monitor COMMAND...
 
 It is a process of its own for each measurement, so that RUSAGE_CHILDREN holds this command and
 nothing else. It also adopts orphans: a worker that its parent left behind is waited for all the

@@ -1,0 +1,1 @@
+"""What others do, written or called as their users do."""

@@ -1,0 +1,1 @@
+"""One question a file: this program against what people use, in pairs, on one machine."""

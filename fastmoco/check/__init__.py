@@ -1,0 +1,1 @@
+"""Is this machine ready, and how fast is a recipe on it?"""
