@@ -9,6 +9,7 @@ class Moco(Strict):
     """Momentum Contrast (He et al. 2020).
 
     Attributes:
+        name: of the objective.
         queue: number of negative keys K.
         momentum: m of the key encoder.
         temperature: T of the loss.

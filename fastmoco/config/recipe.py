@@ -23,9 +23,13 @@ class View(Strict):
             differ by little more than their colors, and training learns next to nothing.
         scale: bounds of the crop's share of the image area.
         ratio: bounds of its aspect ratio, drawn log-uniformly.
+        flip: probability of a horizontal flip.
         jitter: strengths of brightness, contrast, saturation and hue.
+        jitter_p: probability that the jitter applies.
+        grayscale, blur: probability of each.
         blur_sigma: bounds of the Gaussian's standard deviation, in output pixels.
-        solarize: levels from 128 on are inverted, after the blur, as in BYOL and DINO.
+        solarize: probability that levels from 128 on are inverted, after the blur, as in BYOL and
+            DINO.
     """
 
     crop: Literal["random", "center", "none"] = "random"
@@ -112,12 +116,14 @@ class Optimizer(Strict):
     """The optimizer of the query encoder; those of apex need NVIDIA apex, built from source.
 
     Attributes:
+        name: see the docs on training; the defaults of the options are its own.
         lr: learning rate, of a whole step.
         lr_batch: images a step that `lr` is meant for: the rate used is lr * batch / lr_batch
             (Goyal et al. 2017); None: `lr` as it is.
         momentum: of SGD, LARS and RMSprop; None: 0.9.
         betas: of Adam, AdamW and LAMB; None: (0.9, 0.999).
         trust: the coefficient of LARS; None: 0.001.
+        weight_decay: of all weights.
         clip: largest norm of a step's gradient; None: not clipped.
     """
 
@@ -158,8 +164,10 @@ class Schedule(Strict):
     """The learning rate over a number of epochs or steps, whether or not the run stops before.
 
     Attributes:
+        name: of the curve of the rate.
         epochs, steps: length: one of the two; `milestones` are counted in the same unit.
         milestones: of the step schedule: from each on, the rate is times `gamma`.
+        gamma: see there.
         warmup_epochs, warmup_steps: linear rise from 0, before either schedule: one of the two.
         update: "epoch" sets the rate once an epoch, as the published code does, "step" each step;
             None: in the unit of the length.
@@ -199,7 +207,11 @@ class Monitor(Strict):
     """kNN accuracy during training: `queries` classified by their neighbors in `bank`.
 
     Attributes:
+        bank, queries: labelled sets.
         labels: a side table of the bank, see `labelled.labelled_pair`; None: the packed labels.
+        feature: of the head, as in the published notebook, or of the backbone.
+        k, t: neighbors that vote, and the temperature of their votes.
+        every: in epochs.
     """
 
     bank: Path
