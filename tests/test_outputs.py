@@ -90,7 +90,7 @@ def test_what_the_system_refuses_is_one_line(recipe, tmp_path, capsys, monkeypat
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "there")
 
-    for step in ("MoCo", "load_recipe"):
+    for step in ("Engine", "load_recipe"):
         monkeypatch.setattr(f"fastmoco.pretrain.{step}", refused)
         assert main([str(recipe), *SHORT]) == status(tmp_path / "run")["code"] == 2
         err = capsys.readouterr().err
