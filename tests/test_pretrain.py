@@ -85,7 +85,7 @@ def test_a_run_leaves_what_its_number_depends_on(recipe, tmp_path):
     done = run(recipe)
     assert done.returncode == 0, done.stderr
     folder = RunFolder(tmp_path / "run")
-    assert folder.recipe().mean is not None  # resolved
+    assert folder.recipe().encoder.mean is not None  # resolved
     assert (folder.root / "versions.json").is_file()
     assert '"code": 0' in (folder.root / "status.json").read_text()
     kinds = [row["kind"] for row in folder.rows()]
@@ -274,7 +274,7 @@ def test_two_ranks_know_of_the_same_damage(recipe, damaged, tmp_path):
 def test_the_ranks_share_one_budget(recipe, damaged, tmp_path):
     """Two damaged samples, of which one batch of two ranks holds one each."""
     values = yaml.safe_load(recipe.read_text())
-    root = Path(values["data"][0])
+    root = Path(values["data"]["sets"][0])
     shown = Plan(24, 8, 0).order(np.arange(24)).tolist()
     place = shown.index(damaged)
     other = shown[place - place % 8 + (place % 8 + 4) % 8]
