@@ -28,10 +28,11 @@ from torchvision.transforms import functional as F
 
 from fastmoco.config.recipe import View
 from fastmoco.core.environment import environment
+from fastmoco.core.rng import uniforms
 from fastmoco.load import dali_executor as dali
 from fastmoco.load.executor import EncodedBatch, PipelineSpec, Settings
 from fastmoco.load.loader import stages_of
-from fastmoco.load.view_params import ViewParams, draw, uniforms
+from fastmoco.load.view_params import ViewParams, draw
 
 Levels = npt.NDArray[np.float32]
 

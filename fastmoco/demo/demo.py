@@ -31,6 +31,7 @@ from rich.table import Table
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.files import new_folder, write_json
+from fastmoco.core.rng import Stream, raw_words
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import UsageError
@@ -240,7 +241,7 @@ def corners(height: int, width: int, split: Split, count: int) -> list[tuple[int
         count: of the patches.
     """
     boxes = cells(height, width)[split]
-    words = np.random.Philox(key=SPLITS.index(split)).random_raw((count, 2)).tolist()
+    words = raw_words(SPLITS.index(split), Stream.ORDER, 0, 2 * count).reshape(count, 2).tolist()
     found = []
     for number, (down, across) in enumerate(words):
         top, bottom, left, right = boxes[number % len(boxes)]

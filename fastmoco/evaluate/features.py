@@ -10,12 +10,12 @@ import torch
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Runtime
 from fastmoco.core.distributed import World
+from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DivergedError
 from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Triple, evaluation_batches
-from fastmoco.load.order import Ids
 from fastmoco.models.encoder import Encoder
 
 Feature = Literal["head", "backbone"]

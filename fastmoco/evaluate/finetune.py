@@ -18,6 +18,7 @@ from torch import nn
 from fastmoco.core.distributed import World
 from fastmoco.core.files import make_parent, new_folder, write_json
 from fastmoco.core.malloc import keep_freed_memory
+from fastmoco.core.rng import stratified
 from fastmoco.core.schedules import cosine
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
@@ -25,7 +26,6 @@ from fastmoco.evaluate.features import Preprocessing, embed_labelled
 from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import Triple
-from fastmoco.load.subset import stratified
 from fastmoco.models.encoder import Encoder, saved
 from fastmoco.runs.load_encoder import check_finite
 

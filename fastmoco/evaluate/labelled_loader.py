@@ -9,12 +9,13 @@ import torch
 
 from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
+from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.features import Preprocessing
 from fastmoco.load.loader import Loader
-from fastmoco.load.order import Ids, Shuffled, SubsetOrder
+from fastmoco.load.order import Shuffled, SubsetOrder
 from fastmoco.load.sampler import Plan
 
 # As in the paper's probe: RandomResizedCrop and flip, no color change.

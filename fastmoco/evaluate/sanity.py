@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
-from fastmoco.load.order import Ids
 
 _NAMED = 3
 

@@ -11,6 +11,7 @@ import torch
 
 from fastmoco.config.recipe import Recipe, View
 from fastmoco.core.distributed import World
+from fastmoco.core.rng import Ids, uniforms
 from fastmoco.dataset.reader import READERS, CorruptSamples, Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
@@ -23,9 +24,8 @@ from fastmoco.load.executor import (
     Settings,
     Source,
 )
-from fastmoco.load.order import Ids
 from fastmoco.load.sampler import Plan, plan_of
-from fastmoco.load.view_params import ViewParams, central, draw, uniforms
+from fastmoco.load.view_params import ViewParams, central, draw
 
 Triple = tuple[float, float, float]
 

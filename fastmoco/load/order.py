@@ -5,12 +5,11 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
-_ROUNDS = 10
-_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_WINDOW = 1 << 32  # keeps the permutations of windows apart from those of epochs
+from fastmoco.core.rng import Ids, Permutation, Stream
+
+# A loader asks for those of the current epoch with every batch.
+_permutation = lru_cache(maxsize=8)(Permutation)
 
 
 class Order(Protocol):
@@ -21,47 +20,6 @@ class Order(Protocol):
 
     def __call__(self, epoch: int, indices: Ids) -> Ids:
         """Return the sample ids at (n,) int64 `indices` of an epoch, each in 0..len - 1."""
-
-
-class Permutation:
-    """A seeded permutation of 0..size-1 in O(1) memory, evaluated at any indices.
-
-    A balanced Feistel network over the next even power of two, walked until it lands inside
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, method 3). Four rounds are
-    measurably non-uniform on small sets, hence more.
-
-    Args:
-        size: number of elements, 1 to 2**62.
-        key: two integers, such as (seed, epoch): different keys, unrelated permutations.
-    """
-
-    def __init__(self, size: int, key: tuple[int, int]) -> None:
-        self.size = size
-        half = (max(size - 1, 1).bit_length() + 1) // 2
-        self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
-        self._keys = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(_ROUNDS)
-
-    def __call__(self, indices: Ids) -> Ids:
-        """Return the elements at `indices`, an int64 array of any shape within 0..size-1."""
-        values = np.array(indices, dtype=np.uint64).reshape(-1)
-        outside = np.arange(len(values))
-        while len(outside):
-            values[outside] = self._encrypt(values[outside])
-            outside = outside[values[outside] >= self.size]
-        return values.astype(np.int64).reshape(np.shape(indices))
-
-    def _encrypt(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = values >> self._half, values & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_scramble(right ^ key) & self._mask)
-        return (left << self._half) | right
-
-
-def _scramble(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix 64-bit words (the finalizer of SplitMix64, Steele et al. 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * _MIX[0]
-    words = (words ^ (words >> np.uint64(27))) * _MIX[1]
-    return words ^ (words >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -81,7 +39,7 @@ class Shuffled:
 
     def __call__(self, epoch: int, indices: Ids) -> Ids:
         """See `Order`."""
-        return _permutation(self.samples, self.seed, epoch)(indices)
+        return _permutation(self.samples, self.seed, Stream.ORDER, epoch)(indices)
 
 
 @dataclass(frozen=True)
@@ -112,8 +70,9 @@ class Windowed:
             mask = windows == window
             first, last = window * self.window, min((window + 1) * self.window, len(order))
             start, stop = int(ends[first]), int(ends[last])
-            key = self.seed ^ _WINDOW, epoch * len(order) + window
-            within = _permutation(stop - start, *key)(indices[mask] - start)
+            number = epoch * len(order) + window
+            permuted = _permutation(stop - start, self.seed, Stream.WINDOW, number)
+            within = permuted(indices[mask] - start)
             shard = np.searchsorted(ends[first + 1 : last + 1], within + start, side="right")
             ids[mask] = self._starts[order[first + shard]] + within + start - ends[first + shard]
         return ids
@@ -125,7 +84,8 @@ class Windowed:
 
     def _epoch(self, epoch: int) -> tuple[Ids, Ids]:
         """Return the order of the shards, and the index at which each one begins."""
-        order = _permutation(len(self.shards), self.seed, epoch)(np.arange(len(self.shards)))
+        permuted = _permutation(len(self.shards), self.seed, Stream.ORDER, epoch)
+        order = permuted(np.arange(len(self.shards)))
         return order, np.cumsum([0, *np.array(self.shards)[order]], dtype=np.int64)
 
 
@@ -172,8 +132,3 @@ class Repeated:
             mask = rounds == number
             ids[mask] = self.order(epoch * self.times + number, within[mask])
         return ids
-
-
-@lru_cache(maxsize=8)
-def _permutation(size: int, seed: int, number: int) -> Permutation:
-    return Permutation(size, (seed, number))

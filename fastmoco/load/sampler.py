@@ -13,9 +13,10 @@ from functools import cached_property
 import numpy as np
 
 from fastmoco.config.recipe import Recipe
+from fastmoco.core.rng import Ids
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
-from fastmoco.load.order import Ids, Order, Repeated, Shuffled, SubsetOrder, Windowed
+from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
 from fastmoco.load.subset import chosen_ids
 
 _DIGESTED = 2**16  # ids that tell one order from another

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmoco.config.recipe import Subset
 from fastmoco.core.files import load_array
+from fastmoco.core.rng import Ids, stratified
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError
-from fastmoco.load.order import Ids, Permutation
-
-_STREAM = 1 << 33  # keeps these permutations apart from those of the order under one seed
 
 
 def chosen_ids(subset: Subset, data: ConcatShardSets) -> Ids:
@@ -54,22 +51,3 @@ def read_ids(path: Path, samples: int) -> Ids:
         odd = found[0] if found[0] < 0 else found[-1]
         raise DataError(f"{path} lists the id {odd}; those of the data are 0..{samples - 1}.")
     return found
-
-
-def stratified(labels: npt.NDArray[np.int32], fraction: float, seed: int) -> Ids:
-    """Return the ids of a share of every class, at least one of each, sorted.
-
-    The share of a smaller fraction is part of that of a larger one under the same seed.
-
-    Args:
-        labels: (N,) class numbers; -1, no label, counts as a class of its own.
-        fraction: of each class, in 0..1.
-        seed: of the choice.
-    """
-    chosen = []
-    for label in np.unique(labels).tolist():
-        ids = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(ids)))
-        order = Permutation(len(ids), (seed, _STREAM + label + 1))
-        chosen.append(ids[order(np.arange(count))])
-    return np.sort(np.concatenate(chosen))

@@ -15,9 +15,7 @@ from fastmoco.config.recipe import View
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
-DRAWS = 32  # numbers reserved for a view; a multiple of 4, the words of one Philox counter
 _TRIES = 10  # crops tried before the fallback, as in torchvision's RandomResizedCrop
-_STREAM = 0x766965777300  # keeps these numbers apart from the permutation's under one seed
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,6 @@ class ViewParams:
     def rows(self, which: slice | npt.NDArray[np.int64]) -> "ViewParams":
         """Return the numbers of some of the images."""
         return ViewParams(*(getattr(self, f.name)[which] for f in fields(self)))
-
-
-def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.float64]:
-    """Return (views, count, DRAWS) uniform numbers in [0, 1) of consecutive positions.
-
-    Args:
-        seed: of the run.
-        first: absolute position of the first sample.
-        count: number of consecutive positions.
-        views: views a sample; every position owns views * DRAWS numbers.
-    """
-    bits = np.random.Philox(key=np.array([seed, _STREAM], dtype=np.uint64))
-    bits.advance(first * views * DRAWS // 4)
-    raw = bits.random_raw(count * views * DRAWS) >> np.uint64(11)
-    return (raw * np.float64(2.0**-53)).reshape(count, views, DRAWS).transpose(1, 0, 2)
 
 
 def draw(view: View, u: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> ViewParams:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.core.rng import Stream, shuffled
 from fastmoco.pack.image import Rules
 from fastmoco.pack.sources.base import Source
 from fastmoco.pack.worker import TAR_BLOCK, Run
@@ -40,7 +41,7 @@ class Schedule:
 
     def __init__(self, source: Source, seed: int, shard_bytes: int, rules: Rules) -> None:
         self.source, self.rules = source, rules
-        self.order = shuffled(len(source), seed)
+        self.order = shuffled(seed, Stream.ORDER, 0, len(source))
         self.bounds = self._cut(shard_bytes - TAR_RECORD - 2 * TAR_BLOCK)
         small = source.inputs.sizes.mean() < SMALL_IMAGE
         self._stride = 1 if small else max(1, len(source) // MEASURED)
@@ -110,15 +111,6 @@ class Schedule:
         )
 
 
-def shuffled(count: int, seed: int, stream: int = 0) -> npt.NDArray[np.int64]:
-    """Return a permutation of 0..count-1 that is the same for ever.
-
-    Sorting a raw stream is what numpy promises never to change; `Generator.permutation` is not.
-    """
-    numbers = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(count)
-    return np.argsort(numbers, kind="stable")
-
-
 def divided(source: Source, fractions: dict[str, float], seed: int) -> dict[str, Source]:
     """Divide a source at random into parts, each with the same share of every class.
 
@@ -130,7 +122,7 @@ def divided(source: Source, fractions: dict[str, float], seed: int) -> dict[str,
     chosen: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in fractions}
     for label in np.unique(source.labels):
         rows = np.flatnonzero(source.labels == label)
-        rows = rows[shuffled(len(rows), seed, stream=int(label) + 2)]  # -1 is a label here
+        rows = rows[shuffled(seed, Stream.SPLIT, int(label), len(rows))]
         ends = np.round(np.cumsum([0.0, *fractions.values()]) * len(rows)).astype(int)
         for name, start, end in zip(fractions, ends, ends[1:], strict=False):
             chosen[name].append(rows[start:end])

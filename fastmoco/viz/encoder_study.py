@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.evaluate.evaluator import Evaluation
@@ -15,12 +16,10 @@ from fastmoco.evaluate.features import Pair, Preprocessing
 from fastmoco.evaluate.knn import KNNClassifier
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import evaluation_batches
-from fastmoco.load.order import Ids, Permutation
 from fastmoco.models.encoder import Encoder
 from fastmoco.plots import Images
 from fastmoco.viz.views import pixels_of
 
-_STREAM = 1 << 34  # keeps these permutations apart from those of the training under one seed
 _LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}
 _SHOWN_SIDE = 96  # pixels of an image on the page, at the most
 _PROJECTED = 2000  # points: more of them hide each other
@@ -73,7 +72,7 @@ class Study:
     def some(self, count: int) -> Ids:
         """Return the places of `count` test samples, drawn by the run's seed."""
         size = len(self.evaluation.test.ids)
-        draw = Permutation(size, (self.evaluation.seed, _STREAM + 1))
+        draw = Permutation(size, self.evaluation.seed, Stream.STUDY, 1)
         return draw(np.arange(min(count, size)))
 
     def pixels(self, one: Labelled, places: Ids) -> Images:
@@ -92,7 +91,7 @@ def thinned(one: Labelled, samples: int, seed: int) -> Labelled:
     """Return at most `samples` of the labelled samples, drawn by the seed, in id order."""
     if len(one.ids) <= samples:
         return one
-    kept = np.sort(Permutation(len(one.ids), (seed, _STREAM))(np.arange(samples)))
+    kept = np.sort(Permutation(len(one.ids), seed, Stream.STUDY)(np.arange(samples)))
     return replace(one, ids=one.ids[kept], labels=one.labels[kept])
 
 
@@ -156,7 +155,7 @@ def projected(
         labels: (N,) int64.
         seed: of the choice of samples and of t-SNE.
     """
-    chosen = Permutation(len(features), (seed, _STREAM + 2))(
+    chosen = Permutation(len(features), seed, Stream.STUDY, 2)(
         np.arange(min(len(features), _PROJECTED))
     )
     some = features[torch.from_numpy(chosen)].cpu()

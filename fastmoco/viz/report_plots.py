@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from fastmoco.load.order import Ids
+from fastmoco.core.rng import Ids
 from fastmoco.plots import INK, Images, draw_views, figure_of, grid_of
 
 _DPI = 150

@@ -13,9 +13,10 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from fastmoco.config.recipe import View
+from fastmoco.core.rng import uniforms
 from fastmoco.load import dali_executor as dali
 from fastmoco.load.executor import EnabledOps, EncodedBatch, PipelineSpec, Settings
-from fastmoco.load.view_params import draw, uniforms
+from fastmoco.load.view_params import draw
 
 REGISTERED = {
     "cpu": set(backend.RegisteredCPUOps()),

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from recipes import recipe_from
 
 from fastmoco.config.recipe import Recipe
+from fastmoco.core.rng import stratified
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
 from fastmoco.load.sampler import Plan, _shards, plan_of
-from fastmoco.load.subset import read_ids, stratified
+from fastmoco.load.subset import read_ids
 
 SHARDS = (7, 3, 11, 5, 1, 9, 4)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fastmoco.core.rng import Permutation, Stream
 from fastmoco.errors import DataError, UsageError
-from fastmoco.load.order import Permutation, Shuffled, SubsetOrder, Windowed
+from fastmoco.load.order import Shuffled, SubsetOrder, Windowed
 from fastmoco.load.sampler import Plan
 
 N, SEEDS = 1000, 200
@@ -17,7 +18,7 @@ BATCHES = 20  # an epoch, for the share of stored neighbors in one batch
 
 
 def whole(size: int, *key: int) -> np.ndarray:
-    return Permutation(size, key)(np.arange(size))
+    return Permutation(size, key[0], Stream.ORDER, key[1])(np.arange(size))
 
 
 def epoch_of(plan: Plan, epoch: int) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_every_small_size_is_permuted() -> None:
 def test_large_sizes_collide_nowhere(size: int, seed: int, epoch: int) -> None:
     # Each end in full, where a walk that stops too early would show, and a spread between.
     asked = np.unique(np.r_[0:150, size - 150 : size, np.linspace(0, size - 1, 500).astype(int)])
-    found = Permutation(size, (seed, epoch))(asked)
+    found = Permutation(size, seed, Stream.ORDER, epoch)(asked)
     assert found.min() >= 0 and found.max() < size
     assert len(np.unique(found)) == len(asked)
 
@@ -75,7 +76,7 @@ def test_a_large_size_is_permuted_in_full() -> None:
 @given(st.integers(1, 5000), st.data())
 def test_any_index_alone_gives_what_the_whole_gives(size: int, data: st.DataObject) -> None:
     index = data.draw(st.integers(0, size - 1))
-    assert Permutation(size, (1, 2))(np.array(index)) == whole(size, 1, 2)[index]
+    assert Permutation(size, 1, Stream.ORDER, 2)(np.array(index)) == whole(size, 1, 2)[index]
 
 
 @pytest.mark.parametrize("size", [1000, 50_000])
@@ -98,7 +99,9 @@ def test_the_check_of_randomness_rejects_an_affine_map(size: int) -> None:
 def test_all_pairs_of_values_are_equally_likely() -> None:
     """The indices are those that a Feistel network with few rounds confuses most."""
     keys = [(seed, epoch) for seed in range(400) for epoch in range(10)]
-    pairs = np.array([Permutation(50, key)(np.array([0, 8])) for key in keys])
+    pairs = np.array(
+        [Permutation(50, key[0], Stream.ORDER, key[1])(np.array([0, 8])) for key in keys]
+    )
     counts = np.bincount(pairs @ np.array([50, 1]), minlength=2500).reshape(50, 50)
     assert not counts.diagonal().any()
     assert stats.chisquare(counts[~np.eye(50, dtype=bool)]).pvalue > 0.01

@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config.recipe import View
-from fastmoco.load.view_params import DRAWS, ViewParams, central, color_maps, draw, uniforms
+from fastmoco.core.rng import DRAWS, uniforms
+from fastmoco.load.view_params import ViewParams, central, color_maps, draw
 
 MANY = 4000
 COLOUR = {"jitter": (0.4, 0.3, 0.2, 0.1), "jitter_p": 0.8, "grayscale": 0.2}

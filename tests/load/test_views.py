@@ -11,10 +11,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config.recipe import View
+from fastmoco.core.rng import uniforms
 from fastmoco.load import dali_executor as dali
 from fastmoco.load import torchvision_executor as portable
 from fastmoco.load.executor import EnabledOps, EncodedBatch, PipelineSpec, Settings
-from fastmoco.load.view_params import ViewParams, central, draw, uniforms
+from fastmoco.load.view_params import ViewParams, central, draw
 
 N, SIZE = 16, 32
 EVERY = EnabledOps(color=True, blur=True, solarize=True)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmoco.core.rng import Stream, shuffled
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack, pack_sources, sources_for
-from fastmoco.pack.shard_layout import shuffled
 
 Make = Callable[..., Path]
 
@@ -170,8 +170,8 @@ def test_bytes_depend_on_nothing_but_input_and_options(make_images: Make, tmp_pa
 
 
 def test_the_shuffle_is_frozen() -> None:
-    assert shuffled(10, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    many = shuffled(10_000, 1)
+    assert shuffled(0, Stream.ORDER, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    many = shuffled(1, Stream.ORDER, 0, 10_000)
     assert np.array_equal(np.sort(many), np.arange(10_000))
     assert abs(np.corrcoef(many, np.arange(10_000))[0, 1]) < 0.05
 

@@ -13,10 +13,10 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from fastmoco.core.rng import Stream, shuffled
 from fastmoco.errors import UsageError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
-from fastmoco.pack.shard_layout import shuffled
 from fastmoco.pack.worker import make_fragment
 
 Make = Callable[..., Path]
@@ -133,7 +133,7 @@ def test_values_that_filled_their_range_before_the_stop_still_do(tmp_path: Path)
     """One 16-bit image does, in the first shard; those that are left are nearly black."""
     source, generator = tmp_path / "in", np.random.default_rng(0)
     source.mkdir()
-    bright = shuffled(40, seed=0)[0]
+    bright = shuffled(0, Stream.ORDER, 0, 40)[0]
     for number in range(40):
         noise = generator.integers(0, 65536 if number == bright else 4096, (200, 200), np.uint16)
         Image.fromarray(noise).save(source / f"{number:02d}.png", compress_level=1)

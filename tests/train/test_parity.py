@@ -64,9 +64,7 @@ def test_twenty_steps_equal_algorithm_1(run_ranks, worker, ranks, nodes, options
         assert torch.allclose(in_plan_order(row["loss"], ranks, recipe), loss, rtol=0, atol=1e-9)
         gradients = {n: p.grad for n, p in theirs.f_q.named_parameters()}
         assert largest_difference(row["gradients"], gradients) < 1e-9, step
-        assert torch.allclose(
-            row["queue"], torch.stack(theirs.queue), rtol=0, atol=1e-9
-        ), step
+        assert torch.allclose(row["queue"], torch.stack(theirs.queue), rtol=0, atol=1e-9), step
         assert row["pointer"] == theirs.pointer
     theirs.momentum_update()  # ours moves the key encoder at the end of a step
     # Of groups, a rank knows its own statistics until they are averaged: tested below.

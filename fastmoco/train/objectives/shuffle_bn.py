@@ -13,12 +13,11 @@ import numpy.typing as npt
 import torch
 
 from fastmoco.core.distributed import World
+from fastmoco.core.rng import Stream, raw_words
 
 Scope = Literal["global", "node", "off"]
 Exchange = Literal["all_to_all", "all_gather"]
 Rows = npt.NDArray[np.int64]
-
-_STREAM = 1 << 63  # keeps these permutations apart from the data's order under one seed
 
 
 def permutation(seed: int, step: int, batch: int, blocks: int) -> Rows:
@@ -30,8 +29,8 @@ def permutation(seed: int, step: int, batch: int, blocks: int) -> Rows:
         blocks: equal contiguous blocks of it: 1: everyone changes places with everyone; as many as
             rows: nobody moves.
     """
-    numbers = np.random.Philox(key=np.array([seed, _STREAM + step], dtype=np.uint64))
-    within = np.argsort(numbers.random_raw(batch).reshape(blocks, -1), axis=1, kind="stable")
+    words = raw_words(seed, Stream.SHUFFLE_BN, step, batch)
+    within = np.argsort(words.reshape(blocks, -1), axis=1, kind="stable")
     size = batch // blocks
     return (within + size * np.arange(blocks)[:, None]).ravel()
 
