@@ -24,14 +24,14 @@ from PIL import Image
 from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World
+from fastmoco.core.distributed import AsyncAnyFlag, World
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Loader
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.pretrain import resolve
-from fastmoco.runs.run_folder import RunFolder, fingerprint
+from fastmoco.runs.run_folder import RunFolder, get_fingerprint
 from fastmoco.train.engine import Engine
 from fastmoco.train.loop import Trainer
 
@@ -145,24 +145,25 @@ def recipe_of_run(folder: Path, steps: int, every: int) -> Recipe:
     pack(folder / "images", folder / "set", PackOptions(workers=1))
     epochs = -(-steps * BATCH // IMAGES)
     options = {
-        "data": json.dumps([str(folder / "set")]),
+        "data.sets": json.dumps([str(folder / "set")]),
         "out": json.dumps(str(folder / "run")),
         "schedule.epochs": epochs,
-        "log_every": every,
-        "checkpoint_every": every,
+        "runtime.log_every": every,
+        "checkpoints.every": every,
     }
     return load_recipe("moco_v2_imagenet_r50", [*TINY, *(f"{k}={v}" for k, v in options.items())])
 
 
 def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     """Return the loop of a run, as `fastmoco.pretrain` assembles it, that shows itself to us."""
-    ranks, device = World(), torch.device("cpu")
+    world, device = World(), torch.device("cpu")
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    loader = Loader.of(recipe, data, settings_of(recipe.runtime, ranks, device))
-    marks = fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
-    moco = Engine(recipe, ranks, device)
-    return Trainer(recipe, moco, loader, RunFolder(recipe.out), marks, [Watcher(sample)])
+    loader = Loader.of(recipe, data, settings_of(recipe.runtime, world, device))
+    fingerprint = get_fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
+    engine, run = Engine(recipe, world, device), RunFolder(recipe.out)
+    flag, displays = AsyncAnyFlag(world), [Watcher(sample)]
+    return Trainer(recipe, engine, loader, run, fingerprint, flag, displays)
 
 
 class Watcher:
@@ -171,18 +172,10 @@ class Watcher:
     def __init__(self, sample: Sample) -> None:
         self._sample = sample
 
-    def step(self, row: dict[str, Any]) -> None:
+    def show(self, row: dict[str, Any]) -> None:
         """Look at this process."""
-        self._sample(row["step"])
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Show nothing."""
-
-    def bad(self, row: dict[str, Any]) -> None:
-        """Show nothing."""
-
-    def unsaved(self, row: dict[str, Any]) -> None:
-        """Show nothing."""
+        if row["kind"] == "step":
+            self._sample(row["step"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Monitor, Recipe
-from fastmoco.core.distributed import World, joined
+from fastmoco.core.distributed import AsyncAnyFlag, World, init_distributed
 from fastmoco.core.streams import Spared, lasting_output
 from fastmoco.core.terminal import echo, speaks, told
 from fastmoco.dataset.labels import Labelled, labelled_pair
@@ -28,7 +28,7 @@ from fastmoco.loggers.console import LiveDisplay
 from fastmoco.loggers.trackers import trackers
 from fastmoco.models.encoder import Encoder
 from fastmoco.plots import draw_curves
-from fastmoco.runs.run_folder import Fingerprint, RunFolder, State, fingerprint
+from fastmoco.runs.run_folder import Fingerprint, RunFolder, State, get_fingerprint
 from fastmoco.train import loop
 from fastmoco.train.engine import Engine, check_bn_group
 from fastmoco.train.estimate import outlook
@@ -76,10 +76,10 @@ def dry_run(recipe: Recipe) -> None:
     Raises:
         FastmocoError: why it would not start.
     """
-    with joined(recipe.runtime.device) as (ranks, device):
-        recipe, loader = _prepared(recipe, ranks, device)
-        if ranks.leads:
-            for name, value in outlook(recipe, loader.plan, ranks, device).items():
+    with init_distributed(recipe.runtime.device) as (world, device):
+        recipe, loader = _prepared(recipe, world, device)
+        if world.is_main:
+            for name, value in outlook(recipe, loader.plan, world, device).items():
                 echo(f"{name:<28}{value}")
 
 
@@ -92,36 +92,36 @@ def pretrain(recipe: Recipe) -> RunFolder:
     Raises:
         FastmocoError: what went wrong, in words; it is in the folder's status.json too.
     """
-    with joined(recipe.runtime.device, recipe.runtime.stall_s) as (ranks, device):
+    with init_distributed(recipe.runtime.device, recipe.runtime.stall_s) as (world, device):
         # Refuses what does not fit, before the run folder is made.
-        recipe, loader = _prepared(recipe, ranks, device)
+        recipe, loader = _prepared(recipe, world, device)
         run = RunFolder(recipe.out)
-        with run.locked() if ranks.leads else nullcontext(), _reported(run, ranks):
-            done = _train(recipe, loader, run, ranks, device)
-            if ranks.leads:
+        with run.locked() if world.is_main else nullcontext(), _reported(run, world):
+            done = _train(recipe, loader, run, world, device)
+            if world.is_main:
                 _finish(recipe, run, done, loader.plan)
     return run
 
 
 @contextmanager
-def _reported(run: RunFolder, ranks: World) -> Iterator[None]:
+def _reported(run: RunFolder, world: World) -> Iterator[None]:
     """Write down why a run ended early, as far as the disk still can."""
     try:
         yield
     except FastmocoError as error:
         # A damaged image is met by one rank alone; the first sees only that one gone. A start that
         # is refused leaves the word of a run that has ended.
-        if (ranks.leads or isinstance(error, DataError)) and not run.ended():
+        if (world.is_main or isinstance(error, DataError)) and not run.ended():
             with suppress(OSError):
                 run.finish(error.exit_code, str(error))
         raise
     except KeyboardInterrupt as error:
-        if ranks.leads:
+        if world.is_main:
             with suppress(OSError):
                 run.finish(130, _interrupted(error))
         raise
     except Exception as error:
-        if ranks.leads and not run.ended():
+        if world.is_main and not run.ended():
             code = UsageError.exit_code if isinstance(error, OSError) else 1  # see `told`
             with suppress(OSError):
                 run.finish(code, f"{type(error).__name__}: {error}. {run.last_good()}")
@@ -133,11 +133,11 @@ def _interrupted(error: KeyboardInterrupt) -> str:
     return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
-def _prepared(recipe: Recipe, ranks: World, device: torch.device) -> tuple[Recipe, Loader]:
-    check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
+def _prepared(recipe: Recipe, world: World, device: torch.device) -> tuple[Recipe, Loader]:
+    check_bn_group(recipe, world.size, world.size // world.local_size)
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    return recipe, Loader.of(recipe, data, settings_of(recipe.runtime, ranks, device), ranks)
+    return recipe, Loader.of(recipe, data, settings_of(recipe.runtime, world, device), world)
 
 
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
@@ -164,39 +164,48 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
 
 
 def _train(
-    recipe: Recipe, loader: Loader, run: RunFolder, ranks: World, device: torch.device
+    recipe: Recipe, loader: Loader, run: RunFolder, world: World, device: torch.device
 ) -> int:
     """Return the steps done at the end."""
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.runtime.deterministic)
     sight = sight_of(
-        recipe.encoder, recipe.runtime.precision, settings_of(recipe.runtime, ranks, device)
+        recipe.encoder, recipe.runtime.precision, settings_of(recipe.runtime, world, device)
     )
-    marks = fingerprint(recipe, loader.data.set_ids, loader.plan.samples, loader.plan.digest())
-    state, start = _begin(run, marks, ranks)
-    if ranks.leads:
-        for sentence in run.begin(recipe, versions(ranks, device), start):
+    plan = loader.plan
+    fingerprint = get_fingerprint(recipe, loader.data.set_ids, plan.samples, plan.digest())
+    state, start = _begin(run, fingerprint, world)
+    if world.is_main:
+        for sentence in run.begin(recipe, versions(world, device), start):
             echo(sentence)
-    monitor = _monitor(recipe.monitor, sight, ranks) if recipe.monitor else None
+    monitor = _monitor(recipe.monitor, sight, world) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
-        if ranks.leads:
+        if world.is_main:
             live = LiveDisplay(recipe, start, loader.plan.steps_per_epoch)
             displays.append(stack.enter_context(live))
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
-        moco = Engine(recipe, ranks, device)
-        trainer = loop.Trainer(recipe, moco, loader, run, marks, displays, monitor)
+        trainer = loop.Trainer(
+            recipe,
+            Engine(recipe, world, device),
+            loader,
+            run,
+            fingerprint,
+            AsyncAnyFlag(world),
+            displays,
+            monitor,
+        )
         if state:
             trainer.load(state)
         state = None  # not to be held for the whole run
         return trainer.train(start)
 
 
-def _begin(run: RunFolder, marks: Fingerprint, ranks: World) -> tuple[State | None, int]:
+def _begin(run: RunFolder, fingerprint: Fingerprint, world: World) -> tuple[State | None, int]:
     """Return the state to go on from and its step, on all ranks the same."""
-    state, start = run.latest(marks) or (None, 0)
-    if len(starts := ranks.union({start})) > 1:
+    state, start = run.latest(fingerprint) or (None, 0)
+    if len(starts := world.union({start})) > 1:
         raise CheckpointError(
             f"The ranks find different checkpoints in {run.root} (steps {sorted(starts)}): put "
             "out= on a disk that all machines share."
@@ -206,7 +215,7 @@ def _begin(run: RunFolder, marks: Fingerprint, ranks: World) -> tuple[State | No
             f"{run.root} is of a run that ended, and its checkpoints are gone: choose another "
             "out=DIR."
         )
-    if ranks.leads:
+    if world.is_main:
         for name in run.damaged:
             echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
@@ -220,38 +229,38 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
     return recipe.model_copy(update={"encoder": encoder})
 
 
-def _monitor(monitor: Monitor, sight: Preprocessing, ranks: World) -> loop.Monitor:
+def _monitor(monitor: Monitor, sight: Preprocessing, world: World) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
-    if ranks.leads:
+    if world.is_main:
         for caution in cautions(bank, queries):
             echo(f"warning: {caution}", err=True)
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
         def features(one: Labelled) -> Pair:
-            return embed_labelled(encoder, one, monitor.feature, sight, ranks, stop)
+            return embed_labelled(encoder, one, monitor.feature, sight, world, stop)
 
         classes = len(bank.classes)
         try:
-            neighbors = KNNClassifier(*features(bank), classes, monitor.k, monitor.t, ranks)
+            neighbors = KNNClassifier(*features(bank), classes, monitor.k, monitor.t, world)
             return {"knn_top1": neighbors.accuracy(*features(queries), stop)}
         except Stopped:
             return {}
         except DivergedError as error:  # met by all ranks alike; the guard looks after the run
-            if ranks.leads:
+            if world.is_main:
                 echo(f"warning: no kNN number. {error}", err=True)
             return {}
 
     return knn
 
 
-def versions(ranks: World, device: torch.device) -> dict[str, Any]:
+def versions(world: World, device: torch.device) -> dict[str, Any]:
     """Return what a number depends on beside its recipe."""
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "machine": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "cores": os.cpu_count(),
-        "ranks": ranks.size,
+        "ranks": world.size,
         **{name: _version(name) for name in ("fastmoco", "torch", "torchvision", "numpy")},
         "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
     }

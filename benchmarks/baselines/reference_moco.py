@@ -32,12 +32,12 @@ class OfficialModel(nn.Module):
     Args:
         recipe: its `arch`, `head`, `dim`, `queue`, `momentum`, `temperature` and `seed` count.
             Weights and queue start as those of our engine.
-        ranks: that share each global batch; one needs no process group.
+        world: that share each global batch; one needs no process group.
     """
 
-    def __init__(self, recipe: Recipe, ranks: World) -> None:
+    def __init__(self, recipe: Recipe, world: World) -> None:
         super().__init__()
-        self.m, self.t, self.ranks = recipe.objective.momentum, recipe.objective.temperature, ranks
+        self.m, self.t, self.world = recipe.objective.momentum, recipe.objective.temperature, world
         self.encoder_q = plain_encoder(recipe)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue: torch.Tensor
@@ -71,13 +71,13 @@ class OfficialModel(nn.Module):
         """Return this rank's rows of the shuffled global batch, and the way back."""
         everything = self._gather(images)
         order = torch.randperm(len(everything), device=images.device)
-        if self.ranks.size > 1:
+        if self.world.size > 1:
             dist.broadcast(order, src=0)
-        own = order.view(self.ranks.size, -1)[self.ranks.rank]
+        own = order.view(self.world.size, -1)[self.world.rank]
         return everything[own], torch.argsort(order)
 
     def _unshuffle(self, keys: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        own = back.view(self.ranks.size, -1)[self.ranks.rank]
+        own = back.view(self.world.size, -1)[self.world.rank]
         return self._gather(keys)[own]
 
     @torch.no_grad()
@@ -88,9 +88,9 @@ class OfficialModel(nn.Module):
         self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.ranks.size == 1:
+        if self.world.size == 1:
             return rows
-        parts = [torch.ones_like(rows) for _ in range(self.ranks.size)]
+        parts = [torch.ones_like(rows) for _ in range(self.world.size)]
         dist.all_gather(parts, rows)
         return torch.cat(parts)
 
@@ -100,20 +100,20 @@ class OfficialMoCo:
 
     Args:
         recipe: of the run; `precision` counts for a tuned one only.
-        ranks: that share each global batch.
+        world: that share each global batch.
         device: where everything lives.
         tuned: with the two changes of a line each that anyone would make: channels-last, and
             autocast at the recipe's precision.
     """
 
     def __init__(
-        self, recipe: Recipe, ranks: World, device: torch.device, tuned: bool = False
+        self, recipe: Recipe, world: World, device: torch.device, tuned: bool = False
     ) -> None:
         self._device, self._bf16 = device, tuned and recipe.runtime.precision == "bf16"
-        self.model = OfficialModel(recipe, ranks).to(device).train()
+        self.model = OfficialModel(recipe, world).to(device).train()
         if tuned:
             self.model.to(memory_format=torch.channels_last)
-        self._forward = DistributedDataParallel(self.model) if ranks.size > 1 else self.model
+        self._forward = DistributedDataParallel(self.model) if world.size > 1 else self.model
         options = recipe.optimizer
         self.optimizer = torch.optim.SGD(
             self.model.encoder_q.parameters(),

@@ -22,7 +22,7 @@ from harness.report import Report
 from fastmoco.check.throughput import BATCHES, synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of, joined
+from fastmoco.core.distributed import World, device_of, init_distributed
 from fastmoco.errors import UsageError
 
 WARM_UP = 3  # steps before the section, whose losses are the proof
@@ -150,20 +150,20 @@ def _other_rank(rank: int, engine: str, settings: Settings) -> None:
 def _run_rank(section: Section, engine: str, settings: Settings) -> dict[str, Any]:
     recipe = settings.recipe()
     torch.manual_seed(recipe.seed)
-    with joined(settings.device, TIMEOUT_S) as (ranks, device):
-        step = _step_of(engine, recipe, ranks, device)
+    with init_distributed(settings.device, TIMEOUT_S) as (world, device):
+        step = _step_of(engine, recipe, world, device)
         layout = torch.contiguous_format if engine == "official" else torch.channels_last
-        share = ranks.share(recipe.batch)
+        share = world.share(recipe.batch)
         batches = [
             (q[share].to(device, memory_format=layout), k[share].to(device, memory_format=layout))
             for q, k in synthetic(recipe.batch, recipe.encoder.image_size, BATCHES)
         ]
-        losses = [float(ranks.mean_(step(*batches[i], i).mean())) for i in range(WARM_UP)]
-        _wait(ranks, device)
+        losses = [float(world.mean_(step(*batches[i], i).mean())) for i in range(WARM_UP)]
+        _wait(world, device)
         with section:
             for number, views in enumerate(islice(cycle(batches), settings.steps), WARM_UP):
                 step(*views, number)
-            _wait(ranks, device)
+            _wait(world, device)
     return {
         "images": settings.steps * recipe.batch,
         "check": {"losses": losses},
@@ -171,19 +171,19 @@ def _run_rank(section: Section, engine: str, settings: Settings) -> dict[str, An
     }
 
 
-def _step_of(engine: str, recipe: Recipe, ranks: World, device: torch.device) -> Step:
+def _step_of(engine: str, recipe: Recipe, world: World, device: torch.device) -> Step:
     if engine == "ours":
         from fastmoco.train.engine import Engine
 
-        moco = Engine(recipe, ranks, device)
+        moco = Engine(recipe, world, device)
         return lambda query_view, key_view, step: moco.step(query_view, key_view, step).loss
     from baselines.reference_moco import OfficialMoCo
 
-    return OfficialMoCo(recipe, ranks, device, tuned=engine == "tuned").step
+    return OfficialMoCo(recipe, world, device, tuned=engine == "tuned").step
 
 
-def _wait(ranks: World, device: torch.device) -> None:
+def _wait(world: World, device: torch.device) -> None:
     """Wait until every rank has done all that it was given."""
-    ranks.mean_(torch.zeros(1, device=device))
+    world.mean_(torch.zeros(1, device=device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)

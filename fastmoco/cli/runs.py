@@ -196,12 +196,12 @@ def _evaluation(
     precision: str | None,
 ) -> Iterator["Evaluation"]:
     """Open a run and its labelled sets, on the ranks that torchrun started."""
-    from fastmoco.core.distributed import joined
+    from fastmoco.core.distributed import init_distributed
     from fastmoco.evaluate.evaluator import Evaluation
 
-    with joined(device) as (ranks, _):
-        opened = Evaluation.open(run, train, test, device, labels, precision, ranks)
-        if ranks.leads:
+    with init_distributed(device) as (world, _):
+        opened = Evaluation.open(run, train, test, device, labels, precision, world)
+        if world.is_main:
             for caution in opened.cautions:
                 echo(f"warning: {caution}", err=True)
         yield opened
@@ -209,7 +209,7 @@ def _evaluation(
 
 def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     """Print a result on the first rank."""
-    if not opened.ranks.leads:
+    if not opened.world.is_main:
         return
     echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
     for score in found.get("learning_rates", []):

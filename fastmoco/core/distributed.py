@@ -55,7 +55,7 @@ class World:
         return replace(self, rank=self.local_rank, size=self.local_size, group=group)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes and talks."""
         return self.rank == 0
 
@@ -164,14 +164,14 @@ class AsyncAnyFlag:
     hosts, runs beside the work in between.
 
     Args:
-        ranks: that vote; creating it is a collective of all of them.
+        world: that vote; creating it is a collective of all of them.
     """
 
-    def __init__(self, ranks: World) -> None:
+    def __init__(self, world: World) -> None:
         # Between hosts even where tensors live on GPUs: reading a GPU's would wait for its work.
         self._group: dist.ProcessGroup | None = None
-        if ranks.size > 1:
-            group = dist.new_group(backend="gloo", timeout=ranks.timeout)
+        if world.size > 1:
+            group = dist.new_group(backend="gloo", timeout=world.timeout)
             self._group = cast(dist.ProcessGroup, group)
         self._cast: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -242,7 +242,9 @@ def _number_in_environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def joined(device_choice: str, timeout_s: float = 1800.0) -> Iterator[tuple[World, torch.device]]:
+def init_distributed(
+    device_choice: str, timeout_s: float = 1800.0
+) -> Iterator[tuple[World, torch.device]]:
     """Join the ranks that torchrun started, or be the only one.
 
     Args:

@@ -28,7 +28,7 @@ class Precision:
         return torch.float64 if self.name == "fp64" else torch.float32
 
     @property
-    def wire(self) -> torch.dtype:
+    def comm_dtype(self) -> torch.dtype:
         """What a key view is cast to before ranks exchange it: what the network computes in."""
         return _COMPUTE.get(self.name, self.weights)
 

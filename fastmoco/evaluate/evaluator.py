@@ -46,7 +46,7 @@ class Evaluation:
         step: of the checkpoint.
         sight: how images are shown.
         train, test: labelled samples with equal class lists.
-        ranks: the first one writes; all of them get every number.
+        world: the first one writes; all of them get every number.
         cautions: what makes the numbers say less than it seems, in words.
     """
 
@@ -58,7 +58,7 @@ class Evaluation:
     sight: Preprocessing
     train: Labelled
     test: Labelled
-    ranks: World = field(default_factory=World)
+    world: World = field(default_factory=World)
     cautions: tuple[str, ...] = ()
 
     @classmethod
@@ -70,7 +70,7 @@ class Evaluation:
         device: str = "auto",
         labels: str | None = None,
         precision: str | None = None,
-        ranks: World = World(),
+        world: World = World(),
     ) -> "Evaluation":
         """Open a run and two labelled sets, by default those of its monitor.
 
@@ -81,7 +81,7 @@ class Evaluation:
             labels: a side table of the training set, see `labelled.labelled_pair`; None: that of
                 the monitor if both sets are the monitor's, else the packed labels.
             precision: of the encoder's forward pass, "bf16" or "fp32"; None: see `frozen_sight`.
-            ranks: of this evaluation.
+            world: of this evaluation.
 
         Raises:
             UsageError: no run there, or no sets named.
@@ -89,7 +89,7 @@ class Evaluation:
             DataError: the sets do not fit together.
         """
         run = RunFolder(root)
-        where = device_of(device, ranks.local_rank)
+        where = device_of(device, world.local_rank)
         encoder, spec, step = load_encoder(run, where)
         recipe = run.recipe()
         if recipe and recipe.monitor:
@@ -99,11 +99,11 @@ class Evaluation:
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
         runtime = run.runtime()
-        sight = frozen_sight(spec, runtime, settings_of(runtime, ranks, where))
+        sight = frozen_sight(spec, runtime, settings_of(runtime, world, where))
         sight = replace(sight, precision=precision or sight.precision)
         pair = labelled_pair(train, test, labels)
         told = tuple(cautions(*pair, None if run.imported else step))  # imported: no steps of ours
-        return cls(run, spec, recipe, encoder, step, sight, *pair, ranks, told)
+        return cls(run, spec, recipe, encoder, step, sight, *pair, world, told)
 
     @property
     def seed(self) -> int:
@@ -117,11 +117,11 @@ class Evaluation:
 
     def features(self, one: Labelled, feature: Feature) -> Pair:
         """Return features and labels of this rank's share of the samples, on the device."""
-        return embed_labelled(self.encoder, one, feature, self.sight, self.ranks)
+        return embed_labelled(self.encoder, one, feature, self.sight, self.world)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
         """Classify the test set by its nearest neighbors in the training set, and record it."""
-        bank = KNNClassifier(*self.features(self.train, feature), self.classes, k, t, self.ranks)
+        bank = KNNClassifier(*self.features(self.train, feature), self.classes, k, t, self.world)
         found = bank.predict(*self.features(self.test, feature))
         protocol = {"feature": feature, "k": k, "t": t, "precision": self.sight.precision}
         return self.record({"kind": "knn", "protocol": protocol}, found)
@@ -145,7 +145,7 @@ class Evaluation:
                 heads = self._train_cached(protocol, on_epoch)
             else:
                 heads = self._train_augmented(protocol, on_epoch)
-        found = [one.gathered(self.ranks) for one in judge(heads, *test)]
+        found = [one.gathered(self.world) for one in judge(heads, *test)]
         result = record(scores(heads, found), protocol)
         result["protocol"]["precision"] = self.sight.precision
         sound = (one for one in found if one.finite())
@@ -155,7 +155,7 @@ class Evaluation:
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
         # Shared out, each step would have to average gradients 40 times as large as its batch.
         features, labels = (
-            self.ranks.gather_shares(rows, len(self.train.ids))
+            self.world.gather_shares(rows, len(self.train.ids))
             for rows in self.features(self.train, "backbone")
         )
         return train_cached((features, labels), self.classes, protocol, on_epoch)
@@ -166,12 +166,12 @@ class Evaluation:
         crops = self._crops(protocol)
         epochs = self._augmented_epochs(crops, protocol.epochs)
         per_epoch = crops.plan.steps_per_epoch
-        train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.ranks)
+        train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.world)
         return heads
 
     def _crops(self, protocol: Protocol) -> Crops:
         return Crops(
-            self.train, self.train.ids, protocol.batch, protocol.seed, self.sight, self.ranks
+            self.train, self.train.ids, protocol.batch, protocol.seed, self.sight, self.world
         )
 
     def _augmented_epochs(self, crops: Crops, epochs: int) -> Iterator[Iterator[Pair]]:
@@ -196,7 +196,7 @@ class Evaluation:
         result |= {"run": self.run.name, "step": self.step, "sets": sets}
         result |= {"cautions": list(self.cautions)}
         result |= found.summary()
-        if not self.ranks.leads:
+        if not self.world.is_main:
             return result
         try:
             return append(self.run, result, found, self.test)

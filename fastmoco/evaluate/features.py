@@ -71,7 +71,7 @@ def embed(
     data: ConcatShardSets,
     feature: Feature,
     sight: Preprocessing,
-    ranks: World = World(),
+    world: World = World(),
     ids: Ids | None = None,
     stop: Callable[[], bool] = never,
 ) -> torch.Tensor:
@@ -82,7 +82,7 @@ def embed(
         data: the sets.
         feature: the head's output or the backbone's; neither is normalized.
         sight: how images are shown.
-        ranks: each embeds its share, see `World.share`.
+        world: each embeds its share, see `World.share`.
         ids: int64, of the samples; None: all, in id order.
         stop: whether to give up, the same on all ranks; asked before each batch, equally often
             on every rank.
@@ -92,7 +92,7 @@ def embed(
         DivergedError: on all ranks alike, if a feature is not a finite number; names its sample.
     """
     count = len(data) if ids is None else len(ids)
-    own = ranks.share(count)
+    own = world.share(count)
     network = encoder if feature == "head" else encoder.backbone
     width = encoder.dim if feature == "head" else encoder.features
     rows = torch.empty(own.stop - own.start, width, device=sight.settings.device)
@@ -107,7 +107,7 @@ def embed(
         batch=_BATCH,
         settings=sight.settings,
     )
-    longest = -(-count // ranks.size)  # of the shares: all ranks ask equally often
+    longest = -(-count // world.size)  # of the shares: all ranks ask equally often
     for first in range(0, longest, _BATCH):
         if stop():
             raise Stopped
@@ -119,16 +119,16 @@ def embed(
         here = slice(first, first + len(batch.ids))
         rows[here] = features
         finite[here] = rows[here].isfinite().all(dim=1)  # not waited for
-    _check(finite, own.start, data, ids, ranks)
+    _check(finite, own.start, data, ids, world)
     return rows
 
 
 def _check(
-    finite: torch.Tensor, start: int, data: ConcatShardSets, ids: Ids | None, ranks: World
+    finite: torch.Tensor, start: int, data: ConcatShardSets, ids: Ids | None, world: World
 ) -> None:
     """Refuse features that are no numbers, whichever rank has them."""
     places = (~finite).nonzero()[:, 0].tolist()
-    bad = sorted(ranks.union({start + place for place in places}))
+    bad = sorted(world.union({start + place for place in places}))
     if bad:
         sample = int(bad[0] if ids is None else ids[bad[0]])
         raise DivergedError(
@@ -142,12 +142,12 @@ def embed_labelled(
     one: Labelled,
     feature: Feature,
     sight: Preprocessing,
-    ranks: World = World(),
+    world: World = World(),
     stop: Callable[[], bool] = never,
 ) -> Pair:
     """Return features and labels of this rank's share of labelled samples; see `embed`."""
-    features = embed(encoder, ConcatShardSets([one.set]), feature, sight, ranks, one.ids, stop)
-    labels = torch.from_numpy(one.labels[ranks.share(len(one.labels))])
+    features = embed(encoder, ConcatShardSets([one.set]), feature, sight, world, one.ids, stop)
+    labels = torch.from_numpy(one.labels[world.share(len(one.labels))])
     return features, labels.to(features.device)
 
 

@@ -116,23 +116,23 @@ def finetune(
         raise UsageError(f"{save} exists: choose another folder by --save.")
     if save:
         make_parent(save)
-    train, ranks = evaluation.train, evaluation.ranks
+    train, world = evaluation.train, evaluation.world
     places = stratified(train.labels.astype(np.int32), tuning.fraction, tuning.seed)
     protocol = tuning.resolved(len(places), evaluation.sight.size)
     sight = _sight(evaluation, protocol)
-    if protocol.batch < 2 * ranks.size:
+    if protocol.batch < 2 * world.size:
         raise UsageError(
-            f"{protocol.batch} images on {ranks.size} processes leave BatchNorm nothing to "
+            f"{protocol.batch} images on {world.size} processes leave BatchNorm nothing to "
             "average: start fewer, or use more labels."
         )
-    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, sight, ranks)
+    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, sight, world)
     network = _network(evaluation, protocol)
     _train(network, crops, protocol, on_step)
     found = _tested(network, evaluation, sight)
     counts = np.bincount(train.labels[places], minlength=evaluation.classes)
-    row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), ranks)
+    row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), world)
     recorded = evaluation.record(row, found)  # first: the number is what the time went into
-    if save and ranks.leads:
+    if save and world.is_main:
         try:
             _save(save, network, evaluation, sight)
         except OSError as error:
@@ -186,7 +186,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step, protocol.steps or 1)
     )
-    module = crops.ranks.wrap(network.train())
+    module = crops.world.wrap(network.train())
     for done, (images, labels) in enumerate(islice(crops.batches(), protocol.steps), 1):
         with crops.sight.autocast():
             logits = module(images)
@@ -199,17 +199,17 @@ def _train(
             check_finite(dict(network.named_parameters()), f"the network of step {done}")
     for statistic in network.buffers():
         if statistic.is_floating_point():
-            crops.ranks.mean_(statistic)
+            crops.world.mean_(statistic)
 
 
 def _tested(network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> Predictions:
-    ranks = evaluation.ranks
-    logits, labels = embed_labelled(network.eval(), evaluation.test, "head", sight, ranks)
-    return Predictions.of_logits(logits, labels).gathered(ranks)
+    world = evaluation.world
+    logits, labels = embed_labelled(network.eval(), evaluation.test, "head", sight, world)
+    return Predictions.of_logits(logits, labels).gathered(world)
 
 
 def _row(
-    protocol: FinetuneConfig, sight: Preprocessing, counts: dict[str, int], ranks: World
+    protocol: FinetuneConfig, sight: Preprocessing, counts: dict[str, int], world: World
 ) -> dict[str, Any]:
     """Return the result's row before its numbers: the whole protocol and what it cost."""
     images = sum(counts.values())
@@ -224,7 +224,7 @@ def _row(
             "precision": sight.precision,
             "mean": sight.mean,
             "std": sight.std,
-            "bn_batch": protocol.batch // ranks.size,
+            "bn_batch": protocol.batch // world.size,
         },
         "budget": {"steps": protocol.steps, "images_seen": seen},
         "labels": {"images": images, "per_class": counts},

@@ -26,7 +26,7 @@ class KNNClassifier:
         classes: their number.
         k: neighbors that vote; the whole bank where it is smaller.
         t: temperature of their weights exp(similarity / t).
-        ranks: that hold the bank.
+        world: that hold the bank.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class KNNClassifier:
         classes: int,
         k: int = 200,
         t: float = 0.1,
-        ranks: World = World(),
+        world: World = World(),
     ) -> None:
-        shares = ranks.gather_object(len(features))
+        shares = world.gather_object(len(features))
         self.k, self.t = min(k, sum(shares)), t
         self._bank, self._labels, self._classes = normalize(features, dim=1), labels, classes
-        self._ranks, self._longest = ranks, max(shares)
+        self._world, self._longest = world, max(shares)
 
     def predict(
         self, queries: torch.Tensor, labels: torch.Tensor, stop: Callable[[], bool] = never
@@ -62,7 +62,7 @@ class KNNClassifier:
         for votes in self.scores(queries, stop):
             parts.append(Predictions.of_votes(votes, labels[done : done + len(votes)]))
             done += len(votes)
-        return Predictions.cat(parts).gathered(self._ranks)
+        return Predictions.cat(parts).gathered(self._world)
 
     def accuracy(
         self, queries: torch.Tensor, labels: torch.Tensor, stop: Callable[[], bool] = never
@@ -78,8 +78,8 @@ class KNNClassifier:
         All ranks take equally many chunks; those of a rank with fewer queries end empty. See
         `predict`.
         """
-        chunk = -(-_CHUNK // self._ranks.size)
-        longest = max(self._ranks.gather_object(len(queries)))
+        chunk = -(-_CHUNK // self._world.size)
+        longest = max(self._world.gather_object(len(queries)))
         for first in range(0, longest, chunk):
             own = queries[first : first + chunk]
             # The ranks gather equally many.
@@ -102,13 +102,13 @@ class KNNClassifier:
         self, queries: torch.Tensor, stop: Callable[[], bool]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (n, k) similarities and labels in the whole bank of this rank's n queries."""
-        ranks, count = self._ranks, len(queries)
-        found = self._nearest(ranks.gather(queries), self.k, self._labels, stop)
-        if ranks.size == 1:
+        world, count = self._world, len(queries)
+        found = self._nearest(world.gather(queries), self.k, self._labels, stop)
+        if world.size == 1:
             return found
         similarity, labels = (
-            ranks.gather(part)
-            .view(ranks.size, ranks.size, count, self.k)[:, ranks.rank]
+            world.gather(part)
+            .view(world.size, world.size, count, self.k)[:, world.rank]
             .transpose(0, 1)
             .reshape(count, -1)
             for part in found

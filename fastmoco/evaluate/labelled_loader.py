@@ -32,7 +32,7 @@ class Crops:
         batch: images a step over all ranks; all of them where there are fewer.
         seed: of order and crops.
         sight: size and normalization.
-        ranks: each draws its contiguous slice of every batch.
+        world: each draws its contiguous slice of every batch.
 
     Raises:
         UsageError: the ranks cannot share a batch evenly.
@@ -43,12 +43,12 @@ class Crops:
     batch: int
     seed: int
     sight: Preprocessing
-    ranks: World = field(default_factory=World)
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        if self.plan.batch % self.ranks.size:
+        if self.plan.batch % self.world.size:
             raise UsageError(
-                f"{self.ranks.size} processes cannot share a batch of {self.plan.batch} evenly: "
+                f"{self.world.size} processes cannot share a batch of {self.plan.batch} evenly: "
                 "choose another --batch, or start one process."
             )
 
@@ -69,8 +69,8 @@ class Crops:
             mean=sight.mean,
             std=sight.std,
             settings=sight.settings,
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
+            rank=self.world.rank,
+            ranks=self.world.size,
         )
         for batch in loader.batches():
             labels = self._labels_of(batch.ids).to(sight.settings.device)

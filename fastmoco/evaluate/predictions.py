@@ -61,7 +61,7 @@ class Predictions:
             parts[0].classes,
         )
 
-    def gathered(self, ranks: World) -> "Predictions":
+    def gathered(self, world: World) -> "Predictions":
         """Return the predictions of all ranks in rank order, in host memory."""
         own = replace(
             self,
@@ -70,7 +70,7 @@ class Predictions:
             place=self.place.cpu(),
             confidence=self.confidence.cpu(),
         )
-        return Predictions.cat(ranks.gather_object(own))
+        return Predictions.cat(world.gather_object(own))
 
     def finite(self) -> bool:
         """Return whether all scores were numbers: of others no accuracy is one."""

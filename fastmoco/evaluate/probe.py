@@ -104,7 +104,7 @@ def train_heads(
     per_epoch: int,
     protocol: Protocol,
     on_epoch: Callable[[int], None] = lambda done: None,
-    ranks: World = World(),
+    world: World = World(),
 ) -> None:
     """Train the heads in place.
 
@@ -114,7 +114,7 @@ def train_heads(
         per_epoch: number of batches in each.
         protocol: see `Protocol`.
         on_epoch: called with the epochs done.
-        ranks: each has an equal share of every batch.
+        world: each has an equal share of every batch.
     """
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
     for epoch, batches in enumerate(epochs):
@@ -124,7 +124,7 @@ def train_heads(
             heads.loss(features, labels).backward()  # type: ignore[no-untyped-call]
             for parameter in heads.parameters():
                 if parameter.grad is not None:
-                    ranks.mean_(parameter.grad)
+                    world.mean_(parameter.grad)
             optimizer.step()
         on_epoch(epoch + 1)
 

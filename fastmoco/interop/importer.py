@@ -70,7 +70,7 @@ def import_weights(
     with new_folder(out) as folder:
         run = RunFolder(folder)
         run.describe_encoder(spec, {name: version(name) for name in ("fastmoco", "torch")})
-        run.save({"encoder_q": found.weights}, step=0, marks={}, keep=1)
+        run.save({"encoder_q": found.weights}, step=0, fingerprint={}, keep=1)
         write_json(folder / ORIGIN, origin)
     behind = f"behind {found.prefix}, " if found.prefix else ""
     return Imported(spec, f"{behind}by the names of {found.naming.name}", notes)

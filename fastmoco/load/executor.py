@@ -62,7 +62,7 @@ class Settings:
     hw_decoder_load: float = 0.65
 
 
-def settings_of(runtime: Runtime, ranks: World, device: torch.device) -> Settings:
+def settings_of(runtime: Runtime, world: World, device: torch.device) -> Settings:
     """Return how batches are made here.
 
     Raises:
@@ -72,7 +72,7 @@ def settings_of(runtime: Runtime, ranks: World, device: torch.device) -> Setting
         raise UsageError(
             "runtime.decode: mixed needs a GPU and runtime.executor: dali. Set runtime.decode=auto."
         )
-    threads = runtime.threads or min(_MOST_THREADS, cores_of(ranks.local_size))
+    threads = runtime.threads or min(_MOST_THREADS, cores_of(world.local_size))
     return Settings(
         runtime.executor,
         device,

@@ -89,7 +89,7 @@ class Loader:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, data: ConcatShardSets, settings: Settings, ranks: World = World()
+        cls, recipe: Recipe, data: ConcatShardSets, settings: Settings, world: World = World()
     ) -> "Loader":
         """Return the training stream of a resolved recipe.
 
@@ -106,8 +106,8 @@ class Loader:
             mean=recipe.encoder.mean,
             std=recipe.encoder.std,
             settings=settings,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=world.rank,
+            ranks=world.size,
             max_bad=recipe.data.max_bad_images,
         )
 

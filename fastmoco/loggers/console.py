@@ -61,8 +61,22 @@ class LiveDisplay:
     def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show a logged step."""
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics.jsonl."""
+        match row["kind"]:
+            case "step":
+                self._step(row)
+            case "epoch":
+                self._epoch(row)
+            case "bad":
+                for sample in row["samples"]:
+                    words = printable(f"goes on without {sample}: damaged")
+                    self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+            case "unsaved":
+                words = escape(printable(row["message"]))
+                self._console.print(f"[bold red]{words}[/bold red]", soft_wrap=True)
+
+    def _step(self, row: dict[str, Any]) -> None:
         numbers = (
             f"loss {row['loss']:.3f}  lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s  "
             f"data wait {row['data_wait_percent']:.0f} %"
@@ -74,25 +88,13 @@ class LiveDisplay:
         if not self._console.is_terminal:
             self._console.print(f"step {row['step']}  epoch {epoch}  {numbers}", highlight=False)
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Show the end of an epoch, and what the monitor found."""
+    def _epoch(self, row: dict[str, Any]) -> None:
         parts = [f"epoch {row['epoch']:g}/{self._epochs}" if row["epoch"] else "untrained"]
         if row["loss"] is not None:
             parts.append(f"mean loss {row['loss']:.3f}")
         if "knn_top1" in row:
             parts.append(f"kNN {row['knn_top1']:.2f} %")
         self._console.print("  ".join(parts), highlight=False)
-
-    def bad(self, row: dict[str, Any]) -> None:
-        """Show damaged samples that the run goes on without."""
-        for sample in row["samples"]:
-            words = printable(f"goes on without {sample}: damaged")
-            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
-
-    def unsaved(self, row: dict[str, Any]) -> None:
-        """Show that a checkpoint could not be written."""
-        words = escape(printable(row["message"]))
-        self._console.print(f"[bold red]{words}[/bold red]", soft_wrap=True)
 
 
 def _for_ablations_only(recipe: Recipe) -> list[str]:

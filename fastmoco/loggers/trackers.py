@@ -35,21 +35,11 @@ class Tracker:
         with self._spared:
             self._close()
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Hand on a logged step."""
-        self._numbers("train", row)
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Hand on the end of an epoch."""
-        self._numbers("epoch", row)
-
-    def bad(self, row: dict[str, Any]) -> None:
-        """Damaged samples are no number."""
-
-    def unsaved(self, row: dict[str, Any]) -> None:
-        """A failed checkpoint is no number."""
-
-    def _numbers(self, group: str, row: dict[str, Any]) -> None:
+    def show(self, row: dict[str, Any]) -> None:
+        """Hand on the numbers of a logged step or of an epoch; other rows have none."""
+        group = {"step": "train", "epoch": "epoch"}.get(row["kind"])
+        if group is None:
+            return
         numbers = {
             f"{group}/{name}": value
             for name, value in row.items()

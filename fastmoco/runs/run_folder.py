@@ -52,7 +52,7 @@ Fingerprint = dict[str, Any]
 State = dict[str, Any]
 
 
-def fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
+def get_fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
     """Return what must not change under a run: it decides what every later step means.
 
     Args:
@@ -274,7 +274,7 @@ class RunFolder:
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         write_bytes(self.metrics, "".join(kept).encode())
 
-    def save(self, state: State, step: int, marks: Fingerprint, keep: int) -> Path:
+    def save(self, state: State, step: int, fingerprint: Fingerprint, keep: int) -> Path:
         """Write a checkpoint, whole or not at all, then drop all but the newest `keep`.
 
         Older ones go only once the new one has been read back.
@@ -294,7 +294,7 @@ class RunFolder:
                 "format_version": CHECKPOINT_VERSION,
                 "step": step,
                 "sha256": digest,
-                "fingerprint": marks,
+                "fingerprint": fingerprint,
             }
             manifest["own"] = _digest(manifest)
             write_json(folder / "manifest.json", manifest)
@@ -313,13 +313,13 @@ class RunFolder:
     def _folders(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"))
 
-    def latest(self, marks: Fingerprint | None = None) -> tuple[State, int] | None:
+    def latest(self, fingerprint: Fingerprint | None = None) -> tuple[State, int] | None:
         """Return the newest checkpoint that its hash vouches for, and its step; None: none yet.
 
         Those that had to be passed over are named in `damaged`.
 
         Args:
-            marks: the fingerprint that it must have.
+            fingerprint: the fingerprint that it must have.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or one is of another run or format.
@@ -330,8 +330,8 @@ class RunFolder:
             if manifest is None:
                 damaged.append(folder.name)
                 continue
-            if marks is not None:
-                _compare(folder, manifest["fingerprint"], marks)
+            if fingerprint is not None:
+                _compare(folder, manifest["fingerprint"], fingerprint)
             # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             return state, int(manifest["step"])

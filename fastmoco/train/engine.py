@@ -46,22 +46,22 @@ class Engine:
 
     Args:
         recipe: of the run.
-        ranks: that share each global batch.
+        world: that share each global batch.
         device: where everything lives.
 
     Raises:
         UsageError: a rank would not hold a whole number of `bn_group`.
     """
 
-    def __init__(self, recipe: Recipe, ranks: World, device: torch.device) -> None:
-        check_bn_group(recipe, ranks.size, ranks.size // ranks.local_size)
+    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+        check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
-        self.recipe, self.ranks, self.device = recipe, ranks, device
+        self.recipe, self.world, self.device = recipe, world, device
         self._precision = Precision(recipe.runtime.precision, device.type)
-        encoder = build_encoder(recipe, ranks).to(device, self._precision.weights)
+        encoder = build_encoder(recipe, world).to(device, self._precision.weights)
         self.encoder_q = encoder
         make = OBJECTIVES[type(recipe.objective)]
-        self.objective: Objective = make(recipe, encoder, self._precision, ranks)
+        self.objective: Objective = make(recipe, encoder, self._precision, world)
         networks = [encoder, *self.objective.networks]
         self.statistics = RunningStatistics(networks)
         self.guard = Guard(recipe.runtime.max_skipped).to(device)
@@ -73,7 +73,7 @@ class Engine:
         if device.type == "cuda":
             # All batches have one shape: the fastest convolution is looked for once.
             torch.backends.cudnn.benchmark = not recipe.runtime.deterministic
-        self._query = ranks.wrap(encoder)
+        self._query = world.wrap(encoder)
         self._params: list[torch.Tensor] = list(encoder.parameters())
         self.train()
 
@@ -120,7 +120,7 @@ class Engine:
             rows = slice(part * count // parts, (part + 1) * count // parts)
             images = torch.cat([v[rows] for v in views]) if len(views) > 1 else views[0][rows]
             last = part == parts - 1
-            with nullcontext() if last else self.ranks.no_sync(self._query):
+            with nullcontext() if last else self.world.no_sync(self._query):
                 with self._precision.autocast():
                     projected = self._query(images.to(self._precision.weights))
                 q = unit(projected, self._precision)
@@ -135,9 +135,9 @@ class Engine:
         for network in (self.encoder_q, *self.objective.networks):
             network.train()
 
-    def settle(self) -> None:
+    def all_reduce_buffers(self) -> None:
         """Average the running statistics over the ranks: before they are read or saved."""
-        self.ranks.mean_(self.statistics.flat)
+        self.world.mean_(self.statistics.flat)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors under bare names."""
@@ -163,7 +163,7 @@ class Engine:
             group.update(given | {"params": group["params"]})  # the recipe's, not the checkpoint's
 
 
-def build_encoder(recipe: Recipe, ranks: World = World()) -> Encoder:
+def build_encoder(recipe: Recipe, world: World = World()) -> Encoder:
     """Return an encoder with the initial weights of the recipe's seed, equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -171,7 +171,7 @@ def build_encoder(recipe: Recipe, ranks: World = World()) -> Encoder:
     if recipe.objective.bn == "groups":
         set_bn_group(encoder, recipe.objective.bn_group)
     else:
-        set_bn_group(encoder, 0, ranks)
+        set_bn_group(encoder, 0, world)
     return encoder
 
 

@@ -12,28 +12,28 @@ from fastmoco.load.sampler import Plan
 from fastmoco.models.encoder import Encoder
 
 
-def outlook(recipe: Recipe, plan: Plan, ranks: World, device: torch.device) -> dict[str, str]:
+def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> dict[str, str]:
     """Return the resolved plan of a run by name, in words.
 
     Args:
         recipe: resolved.
         plan: of its data.
-        ranks: that would run it.
+        world: that would run it.
         device: of this one.
     """
     queue = recipe.objective.queue
     last_step = recipe.last_step(plan.steps_per_epoch)
-    rows = recipe.keys_per_step // ranks.size // recipe.runtime.accumulate
+    rows = recipe.keys_per_step // world.size // recipe.runtime.accumulate
     encoder, activations = footprint(recipe, rows)
-    among = ranks.size if ranks.size > 1 else 8  # alone nothing travels: say what would
+    among = world.size if world.size > 1 else 8  # alone nothing travels: say what would
     sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
     return {
         "run folder": str(recipe.out),
         "samples an epoch": f"{plan.samples:,}",
         "steps": f"{last_step:,} ({plan.steps_per_epoch:,} an epoch)",
         "images seen": f"{last_step * recipe.batch:,}",
-        "ranks": f"{ranks.size} on {device.type}, {recipe.batch // ranks.size} images each a step",
-        "BatchNorm": _batch_norm(recipe, ranks),
+        "ranks": f"{world.size} on {device.type}, {recipe.batch // world.size} images each a step",
+        "BatchNorm": _batch_norm(recipe, world),
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
         "precision": recipe.runtime.precision,
         "queue": f"{queue:,} x {recipe.encoder.dim}, {_mb(queue * recipe.encoder.dim * 4)}, "
@@ -47,10 +47,10 @@ def outlook(recipe: Recipe, plan: Plan, ranks: World, device: torch.device) -> d
     }
 
 
-def _batch_norm(recipe: Recipe, ranks: World) -> str:
+def _batch_norm(recipe: Recipe, world: World) -> str:
     if recipe.objective.bn == "whole":
         return "over the whole batch (for ablations)"
-    groups = recipe.batch // ranks.size // recipe.objective.bn_group
+    groups = recipe.batch // world.size // recipe.objective.bn_group
     shuffle = recipe.objective.shuffle
     return f"groups of {recipe.objective.bn_group}, {groups} per rank; shuffle {shuffle}"
 
@@ -70,7 +70,7 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
         exchange: "all_gather": the images of all other ranks; "all_to_all": those of its own
             places that they hold.
     """
-    value = Precision(recipe.runtime.precision, "cpu").wire.itemsize
+    value = Precision(recipe.runtime.precision, "cpu").comm_dtype.itemsize
     if recipe.objective.shuffle == "off":
         return 0
     views = 2 if recipe.objective.symmetric else 1

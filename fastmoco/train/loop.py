@@ -1,23 +1,22 @@
-"""The loop around the step: fetch, step, maybe log, maybe monitor, maybe save."""
+"""The loop around the step: fetch, step, log, evaluate, save, stop."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import AsyncAnyFlag
 from fastmoco.core.streams import Spared
-from fastmoco.errors import CheckpointError, DataError, DivergedError
+from fastmoco.errors import DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import Fingerprint, RunFolder, State
-from fastmoco.train.engine import Engine
+from fastmoco.train.checkpoint_writer import CheckpointWriter
+from fastmoco.train.engine import Engine, StepOutput
 from fastmoco.train.interrupts import StopSignal
 from fastmoco.train.meter import Meter
 from fastmoco.train.optimizers import learning_rate, set_learning_rate
-from fastmoco.train.snapshot import snapshot
 from fastmoco.train.watchdog import Watchdog
 
 Monitor = Callable[[Encoder, Callable[[], bool]], dict[str, float]]
@@ -30,17 +29,8 @@ then returns no numbers."""
 class Display(Protocol):
     """Whoever wants to see the run."""
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show a logged step."""
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Show the end of an epoch."""
-
-    def bad(self, row: dict[str, Any]) -> None:
-        """Show damaged samples that the run goes on without."""
-
-    def unsaved(self, row: dict[str, Any]) -> None:
-        """Show that a checkpoint could not be written."""
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics.jsonl; its `kind` is step, epoch, bad (images) or unsaved."""
 
 
 @dataclass
@@ -49,33 +39,36 @@ class Trainer:
 
     Attributes:
         recipe: what to do.
-        moco: the engine.
+        engine: takes the steps.
         loader: the training stream.
         run: where it is written; rank 0 alone writes.
-        marks: fingerprint put into checkpoints.
+        fingerprint: put into checkpoints.
+        any_flag: tells all ranks of a signal to one of them.
         displays: show rows on rank 0.
         monitor: called every `recipe.monitor.every` epochs, and before the first.
     """
 
     recipe: Recipe
-    moco: Engine
+    engine: Engine
     loader: Loader
     run: RunFolder
-    marks: Fingerprint
+    fingerprint: Fingerprint
+    any_flag: AsyncAnyFlag
     displays: Sequence[Display] = ()
     monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
-        self._meter = Meter(self.recipe, self.moco.ranks, self.moco.device)
+        self._is_main = self.engine.world.is_main
+        self._meter = Meter(self.recipe, self.engine.world, self.engine.device)
         self._per_epoch = self.loader.plan.steps_per_epoch
         self._known_bad: set[int] = set()
         self._metrics = Spared("rows of metrics.jsonl")
-        self._vote = AsyncAnyFlag(self.moco.ranks)
         self._watchdog = Watchdog(self.recipe.runtime.stall_s)
-        self._signal = StopSignal(answers=self.moco.ranks.leads)
-        self._interrupted = self._due = False
-        self._last_due = time.monotonic()
-        self._saving: tuple[int, Future[None]] | None = None
+        self._signal = StopSignal(answers=self._is_main)
+        keep = self.recipe.checkpoints.keep
+        self._writer = CheckpointWriter(self.run, self.fingerprint, keep, self._log_unsaved)
+        self._interrupted = self._save_by_clock = False
+        self._last_save_by_clock = time.monotonic()
         self.last_step = self.recipe.last_step(self._per_epoch)
 
     def train(self, start: int) -> int:
@@ -88,75 +81,54 @@ class Trainer:
             KeyboardInterrupt: on rank 0 at a Ctrl-C, once the checkpoint is written.
         """
         try:
-            with self._watchdog, self._signal, ThreadPoolExecutor(1, "checkpoint") as self._writer:
-                return self._steps(start)
+            with self._watchdog, self._signal, self._writer:
+                done = self._loop(start)
+                self._writer.wait(last=True)
         except DivergedError as error:
             raise DivergedError(f"{error} {self.run.last_good()}") from None
+        if self._interrupted and done < self.last_step and self._is_main:
+            raise KeyboardInterrupt(f"at step {done} of {self.last_step}, which is saved")
+        return done
 
-    def _steps(self, start: int) -> int:
+    def _loop(self, start: int) -> int:
         if start == 0 and self.monitor:
-            self._end_epoch(0, loss=None)
+            self._log_epoch(0, loss=None)
         batches = self.loader.batches(start)
-        for step in range(start, self.last_step):
-            self._step(step, *_timed(batches))
-            done = step + 1
-            if self._asked_to_stop() or done == self.last_step:
+        for done in range(start + 1, self.last_step + 1):
+            batch, waited_s = _fetch(batches)
+            lr = learning_rate(self.recipe.schedule, self.recipe.lr, done - 1, self._per_epoch)
+            output = self._step(batch, done - 1, lr)
+            self._meter.count(output, waited_s)
+
+            last = done == self.last_step
+            if last or done % self.recipe.runtime.log_every == 0:
+                self._log("step", done, {"lr": lr, **self._meter.read(output, self.engine)})
+            if last or done % self._per_epoch == 0:
+                self._log_epoch(done, self._meter.end_epoch())
+
+            stop = self._stop_requested() or last
+            if stop or self._checkpoint_is_due(done):
                 self._save(done)
-                self._finish_saving(final=True)
-                if self._interrupted and done < self.last_step and self.moco.ranks.leads:
-                    raise KeyboardInterrupt(f"at step {done} of {self.last_step}, which is saved")
+            if stop:
                 return done
-            if self._checkpoint_is_due(done):
-                self._save(done)
-            elif self._saving and self._saving[1].done():
-                self._finish_saving()
+            self._writer.poll()
         return start
 
-    def _asked_to_stop(self) -> bool:
-        """Return whether a signal has come to any rank; every rank must ask equally often."""
-        self._watchdog.alive()
-        stop, self._interrupted, due = self._vote(
-            self._signal.received, self._signal.interrupted, self._minutes_are_over()
-        )
-        self._due |= due
-        return stop
-
-    def _minutes_are_over(self) -> bool:
-        """Return once an interval whether a checkpoint is due by the clock of rank 0."""
-        minutes = self.recipe.checkpoints.minutes
-        now = time.monotonic()
-        if not self.moco.ranks.leads or not minutes or now - self._last_due < 60 * minutes:
-            return False
-        self._last_due = now
-        return True
-
-    def _checkpoint_is_due(self, done: int) -> bool:
-        every = self.recipe.checkpoints.every
-        due, self._due = self._due or bool(every and done % every == 0), False
-        return due
-
-    def _step(self, step: int, batch: Batch, waited_s: float) -> None:
-        lr = learning_rate(self.recipe.schedule, self.recipe.lr, step, self._per_epoch)
-        set_learning_rate(self.moco.optimizer, lr)
+    def _step(self, batch: Batch, step: int, lr: float) -> StepOutput:
+        set_learning_rate(self.engine.optimizer, lr)
         query_view, key_view = batch.views
-        outcome = self.moco.step(query_view, key_view, step)
-        self._meter.count(outcome, waited_s)
-        done = step + 1
-        if done % self.recipe.runtime.log_every == 0 or done == self.last_step:
-            self._log("step", done, {"lr": lr, **self._meter.read(outcome, self.moco)})
-        if done % self._per_epoch == 0 or done == self.last_step:
-            self._end_epoch(done, self._meter.end_epoch())
+        return self.engine.step(query_view, key_view, step)
 
     def _log(self, kind: str, done: int, numbers: dict[str, Any]) -> None:
         """Write a row down and show it."""
-        if self.moco.ranks.leads:
+        if self._is_main:
             row = {"kind": kind, "step": done, "epoch": done / self._per_epoch, **numbers}
             with self._metrics:
                 self.run.log(row)
             for display in self.displays:
-                getattr(display, kind)(row)
+                display.show(row)
 
-    def _end_epoch(self, done: int, loss: float | None) -> None:
+    def _log_epoch(self, done: int, loss: float | None) -> None:
         whole, part = divmod(done, self._per_epoch)
         numbers: dict[str, Any] = {"epoch": done / self._per_epoch if part else whole, "loss": loss}
         every = self.recipe.monitor.every if self.recipe.monitor else 1
@@ -164,47 +136,51 @@ class Trainer:
             numbers |= self._evaluate(self.monitor)
         self._log("epoch", done, numbers)
 
+    def _log_unsaved(self, done: int, message: str) -> None:
+        self._log("unsaved", done, {"message": message})
+
     def _evaluate(self, monitor: Monitor) -> dict[str, float]:
-        self.moco.settle()
-        self.moco.encoder_q.eval()
-        numbers = monitor(self.moco.encoder_q, self._asked_to_stop)
-        self.moco.train()
+        self.engine.all_reduce_buffers()
+        self.engine.encoder_q.eval()
+        numbers = monitor(self.engine.encoder_q, self._stop_requested)
+        self.engine.train()
         self._meter.restart_clock()
         return numbers
 
-    def _save(self, done: int) -> None:
-        """Copy the state and let it be written beside the next steps, one checkpoint at a time."""
+    def _stop_requested(self) -> bool:
+        """Return whether a signal has come to any rank; every rank must ask equally often."""
         self._watchdog.alive()
-        self._share_bad(done)
-        self.moco.settle()
-        self._meter.settle()
-        if self.moco.ranks.leads:
-            self._finish_saving()
-            copied = snapshot(self.state(), self.moco.device)
-            self._saving = done, self._writer.submit(self._write, copied, done)
+        stop, self._interrupted, by_clock = self.any_flag(
+            self._signal.received, self._signal.interrupted, self._minutes_are_over()
+        )
+        self._save_by_clock |= by_clock
+        return stop
 
-    def _write(self, copied: Callable[[], State], done: int) -> None:
-        self.run.save(copied(), done, self.marks, self.recipe.checkpoints.keep)
+    def _minutes_are_over(self) -> bool:
+        """Return once an interval whether a checkpoint is due by the clock of rank 0."""
+        minutes = self.recipe.checkpoints.minutes
+        now = time.monotonic()
+        if not self._is_main or not minutes or now - self._last_save_by_clock < 60 * minutes:
+            return False
+        self._last_save_by_clock = now
+        return True
 
-    def _finish_saving(self, final: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is."""
-        if self._saving:
-            (done, written), self._saving = self._saving, None
-            try:
-                written.result()
-            except OSError as error:
-                self._go_on_unsaved(done, error, final)
+    def _checkpoint_is_due(self, done: int) -> bool:
+        every = self.recipe.checkpoints.every
+        due, self._save_by_clock = self._save_by_clock or bool(every and done % every == 0), False
+        return due
 
-    def _go_on_unsaved(self, done: int, error: OSError, final: bool) -> None:
-        """A full disk costs a checkpoint, not the run: whoever watches may make room in time."""
-        words = f"No checkpoint of step {done} ({error.strerror or error}): make room."
-        if final:
-            raise CheckpointError(f"{words} {self.run.last_good()}") from error
-        self._log("unsaved", done, {"message": f"{words} {self.run.last_good()}"})
+    def _save(self, done: int) -> None:
+        self._watchdog.alive()
+        self._share_corrupt_ids(done)
+        self.engine.all_reduce_buffers()
+        self._meter.all_reduce()
+        if self._is_main:
+            self._writer.save(self.state(), done, self.engine.device)
 
-    def _share_bad(self, done: int) -> None:
+    def _share_corrupt_ids(self, done: int) -> None:
         """Let every rank know the damaged samples that any of them met, and write down new ones."""
-        bad = self.moco.ranks.union(self.loader.bad)
+        bad = self.engine.world.union(self.loader.bad)
         self.loader.avoid(bad)
         new = sorted(bad - self._known_bad)
         self._known_bad = bad
@@ -219,20 +195,17 @@ class Trainer:
 
     def state(self) -> State:
         """Return all that a resumed run needs beside the step number."""
-        return {
-            **self.moco.state(),
-            "epoch_loss": self._meter.epoch,
-            "bad": sorted(self.loader.bad),
-        }
+        return {**self.engine.state(), **self._meter.state(), "bad": sorted(self.loader.bad)}
 
     def load(self, state: State) -> None:
         """Take over a state that `state` returned."""
-        self.moco.load(state)
-        self._meter.epoch.copy_(state["epoch_loss"])
+        self.engine.load(state)
+        self._meter.load(state)
         self.loader.avoid(state["bad"])
         self._known_bad = set(state["bad"])
 
 
-def _timed(batches: Iterator[Batch]) -> tuple[Batch, float]:
+def _fetch(batches: Iterator[Batch]) -> tuple[Batch, float]:
+    """Return the next batch, and the seconds that it was waited for."""
     began = time.perf_counter()
     return next(batches), time.perf_counter() - began

@@ -9,7 +9,7 @@ import torch
 from fastmoco.config.loading import load_recipe
 from fastmoco.core import cores, distributed
 from fastmoco.core.cores import cores_of
-from fastmoco.core.distributed import World, joined
+from fastmoco.core.distributed import World, init_distributed
 from fastmoco.errors import UsageError
 from fastmoco.load.executor import settings_of
 
@@ -82,18 +82,18 @@ def test_torch_has_its_share_of_the_cores(device: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed, "device_of", lambda *_: torch.device(device))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
-    with joined("auto"):
+    with init_distributed("auto"):
         assert found == [64]
     monkeypatch.setattr(distributed, "dist", Concat())
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
-    with joined("auto"):
+    with init_distributed("auto"):
         assert found == [64, 8]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with joined("auto"):
+    with init_distributed("auto"):
         assert found[2] == 2, "no more than OMP_NUM_THREADS says"
 
 

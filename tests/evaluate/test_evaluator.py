@@ -116,7 +116,7 @@ def test_several_ranks_find_what_one_does(
     protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
 
     def work(ranks: World) -> list[dict[str, Any]]:
-        own = replace(whole, ranks=ranks)
+        own = replace(whole, world=ranks)
         return [own.probe(protocol), own.knn("backbone", k=5, t=0.1)]
 
     (one,), several = on_ranks(1, work), on_ranks(7, work)

@@ -114,7 +114,7 @@ def test_ranks_do_not_matter(
     def work(ranks: World) -> tuple[Predictions, int]:
         held, own = ranks.share(bank_size), ranks.share(asked)
         calls: list[None] = []
-        neighbors = KNNClassifier(bank[held], labels[held], CLASSES, k, ranks=ranks)
+        neighbors = KNNClassifier(bank[held], labels[held], CLASSES, k, world=ranks)
         found = neighbors.predict(queries[own], wanted[own], lambda: bool(calls.append(None)))
         return found, len(calls)
 
@@ -131,7 +131,7 @@ def test_of_equal_neighbors_the_first_ranks_vote() -> None:
     row = torch.ones(1, DIM)
 
     def work(ranks: World) -> torch.Tensor:
-        bank = KNNClassifier(row, torch.tensor([ranks.rank]), classes=5, k=2, ranks=ranks)
+        bank = KNNClassifier(row, torch.tensor([ranks.rank]), classes=5, k=2, world=ranks)
         return torch.cat(list(bank.scores(row)))
 
     assert all(votes.tolist() == [[1, 1, 0, 0, 0]] for votes in on_ranks(5, work))
@@ -210,7 +210,7 @@ def test_memory_of_a_rank_for_imagenet_on_eight() -> None:
     with FakeTensorMode(), Memory() as memory:
         labels = torch.zeros(bank, dtype=torch.int64, device="cuda")
         features = torch.zeros(bank, width, device="cuda")
-        neighbors = KNNClassifier(features, labels, 1000, ranks=ranks)
+        neighbors = KNNClassifier(features, labels, 1000, world=ranks)
         share = features.nbytes
         del features
         assert 2 * share < memory.peak < 2.01 * share < 2.65e9

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastmoco.check.throughput import synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, joined
+from fastmoco.core.distributed import World, init_distributed
 from fastmoco.train.engine import Engine
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
@@ -116,12 +116,12 @@ def layout_of(t: torch.Tensor) -> str:
 Step = Callable[[int], object]
 
 
-def steps_of(engine: str, recipe: Recipe, ranks: World = World()) -> tuple[Any, Step]:
+def steps_of(engine: str, recipe: Recipe, world: World = World()) -> tuple[Any, Step]:
     """Return the engine "ours" or "official", and a function that takes its step by number."""
     kind = Engine if engine == "ours" else OfficialMoCo
-    made = kind(recipe, ranks, torch.device("cpu"))
+    made = kind(recipe, world, torch.device("cpu"))
     layout = torch.channels_last if engine == "ours" else torch.contiguous_format
-    share = ranks.share(recipe.batch)
+    share = world.share(recipe.batch)
     (whole,) = synthetic(recipe.batch, recipe.encoder.image_size, 1)
     views = [view[share].contiguous(memory_format=layout) for view in whole]
     return made, lambda number: made.step(*views, number)
@@ -151,12 +151,12 @@ def recipe_of(**changes: Any) -> Recipe:
 
 def main(out: Path, spec: dict[str, Any]) -> None:
     recipe = recipe_of(**spec.get("recipe", {}))
-    with joined("cpu", timeout_s=120) as (ranks, _):
-        made, step = steps_of(spec["engine"], recipe, ranks)
+    with init_distributed("cpu", timeout_s=120) as (world, _):
+        made, step = steps_of(spec["engine"], recipe, world)
         for number in range(2):  # DDP settles its buckets in the first two
             step(number)
         counter = counted(lambda: step(2))
-        if ranks.leads:
+        if world.is_main:
             rows = [(call.name, [t.bytes for t in call.inputs]) for call in counter.collectives()]
             parameters = sum(4 * p.numel() for p in trained(made))
             torch.save({"collectives": rows, "parameter_bytes": parameters}, out)

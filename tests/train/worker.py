@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from recipes import recipe_from
 
-from fastmoco.core.distributed import joined
+from fastmoco.core.distributed import init_distributed
 from fastmoco.train.engine import Engine
 from fastmoco.train.optimizers import set_learning_rate
 
@@ -48,13 +48,13 @@ def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Te
 def main(out: Path, spec: dict) -> None:
     recipe = recipe_from(DEFAULTS | spec.get("recipe", {}))
     nan_step, nan_rank = spec.get("nan", (-1, -1))
-    with joined("cpu", timeout_s=60) as (ranks, device):
-        moco = Engine(recipe, ranks, device)
+    with init_distributed("cpu", timeout_s=60) as (world, device):
+        moco = Engine(recipe, world, device)
         set_learning_rate(moco.optimizer, recipe.optimizer.lr)
         log = []
         for step in range(spec["steps"]):
-            q, k = (view[ranks.share(recipe.batch)] for view in images(recipe.batch, step))
-            if (step, ranks.rank) == (nan_step, nan_rank):
+            q, k = (view[world.share(recipe.batch)] for view in images(recipe.batch, step))
+            if (step, world.rank) == (nan_step, nan_rank):
                 k[0, 0, 0, 0] = torch.nan
             outcome = moco.step(q, k, step)
             gradients = {n: p.grad.clone() for n, p in moco.encoder_q.named_parameters()}
@@ -64,7 +64,7 @@ def main(out: Path, spec: dict) -> None:
                     weights[name] = {n: t.clone() for n, t in encoder.state_dict().items()}
             log.append(
                 {
-                    "loss": ranks.gather(outcome.loss.clone()),
+                    "loss": world.gather(outcome.loss.clone()),
                     "gradients": gradients,
                     "ok": outcome.ok.clone(),
                     "queue": moco.objective.queue.keys.clone(),
@@ -72,8 +72,8 @@ def main(out: Path, spec: dict) -> None:
                     **weights,
                 }
             )
-        moco.settle()
-        if ranks.leads:
+        moco.all_reduce_buffers()
+        if world.is_main:
             torch.save({"log": log, "state": moco.state()}, out)
 
 

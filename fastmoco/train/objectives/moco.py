@@ -25,9 +25,9 @@ class Moco:
     """
 
     def __init__(
-        self, recipe: Recipe, encoder: Encoder, precision: Precision, ranks: World
+        self, recipe: Recipe, encoder: Encoder, precision: Precision, world: World
     ) -> None:
-        self._recipe, self._precision, self._ranks = recipe, precision, ranks
+        self._recipe, self._precision, self._world = recipe, precision, world
         self._device = next(encoder.parameters()).device
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         size, dim = recipe.objective.queue, recipe.encoder.dim
@@ -50,7 +50,9 @@ class Moco:
         objective, parts = self._recipe.objective, self._recipe.runtime.accumulate
         shown = views[::-1] if objective.symmetric else views[1:]
         shuffle = self._shuffle(step)
-        shares = shuffle.scatter([view.to(self._precision.wire) for view in shown]).chunk(parts)
+        shares = shuffle.scatter([view.to(self._precision.comm_dtype) for view in shown]).chunk(
+            parts
+        )
         keys = []
         for part in statistics.over(parts):
             with self._precision.autocast():
@@ -61,7 +63,7 @@ class Moco:
         self, q: torch.Tensor, keys: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return InfoNCE of the queries against their keys and the queue."""
-        own = keys[:, self._ranks.share(keys.shape[1])]
+        own = keys[:, self._world.share(keys.shape[1])]
         positives = own[:, rows].flatten(0, 1)
         return info_nce(q, positives, self.queue.keys, self._recipe.objective.temperature)
 
@@ -78,7 +80,7 @@ class Moco:
             recipe.seed,
             step,
             recipe.batch,
-            self._ranks,
+            self._world,
             self._device,
             recipe.objective.shuffle,
             recipe.objective.exchange,

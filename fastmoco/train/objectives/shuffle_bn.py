@@ -42,7 +42,7 @@ class Shuffle:
         seed: of the run.
         step: of the run.
         batch: rows of the global batch.
-        ranks: each holds a contiguous, equal slice of it.
+        world: each holds a contiguous, equal slice of it.
         device: where the rows live.
         scope: who changes places, see `Recipe.shuffle`.
         exchange: how the rows travel, see `Recipe.exchange`.
@@ -53,19 +53,19 @@ class Shuffle:
         seed: int,
         step: int,
         batch: int,
-        ranks: World,
+        world: World,
         device: torch.device,
         scope: Scope = "global",
         exchange: Exchange = "all_to_all",
     ) -> None:
-        self._ranks, self._device = ranks, device
-        self._peers = ranks.node if scope == "node" else ranks
+        self._world, self._device = world, device
+        self._peers = world.node if scope == "node" else world
         self._exchange = exchange if self._peers.size > 1 else "all_gather"  # alone: one copy
         self._moves = scope != "off"
-        blocks = {"global": 1, "node": ranks.size // self._peers.size, "off": batch}[scope]
+        blocks = {"global": 1, "node": world.size // self._peers.size, "off": batch}[scope]
         self._order = permutation(seed, step, batch, blocks)
         self._inverse = self._to_device(np.argsort(self._order))
-        self._own = ranks.share(batch)
+        self._own = world.share(batch)
 
     def _to_device(self, rows: Rows) -> torch.Tensor:
         index = torch.from_numpy(rows)
@@ -127,5 +127,5 @@ class Shuffle:
         Returns:
             (V, batch, dim).
         """
-        rows = self._ranks.gather(keys.transpose(0, 1).flatten(1))[self._inverse]
+        rows = self._world.gather(keys.transpose(0, 1).flatten(1))[self._inverse]
         return rows.view(len(rows), len(keys), -1).transpose(0, 1)
