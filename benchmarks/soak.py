@@ -31,7 +31,8 @@ from fastmoco.load.loader import Loader
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.pretrain import resolve
-from fastmoco.runs.run_folder import RunFolder, get_fingerprint
+from fastmoco.runs.checkpoints import get_fingerprint
+from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train.engine import Engine
 from fastmoco.train.loop import Trainer
 

@@ -28,7 +28,8 @@ from fastmoco.loggers.console import LiveDisplay
 from fastmoco.loggers.trackers import trackers
 from fastmoco.models.encoder import Encoder
 from fastmoco.plots import draw_curves
-from fastmoco.runs.run_folder import Fingerprint, RunFolder, State, get_fingerprint
+from fastmoco.runs.checkpoints import Fingerprint, State, get_fingerprint
+from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train import loop
 from fastmoco.train.engine import Engine, check_bn_group
 from fastmoco.train.estimate import outlook

@@ -149,3 +149,23 @@ def validate(values: Any, origin: str) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return the dotted keys in which two nested values differ, with both values."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [
+            found
+            for key in keys
+            for found in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where}: {shortened(old)} -> {shortened(new)}"]
+
+
+def shortened(value: Any) -> str:
+    """Return a value as text of at most 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -12,8 +12,6 @@ stopped                          there if a signal stopped it before its end: to
 checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
 """
 
-import errno
-import hashlib
 import itertools
 import json
 import math
@@ -23,58 +21,27 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.loading import in_sections, to_yaml, validate
+from fastmoco.config.loading import differences, in_sections, to_yaml, validate
 from fastmoco.config.recipe import Recipe, Runtime
-from fastmoco.core.files import new_folder, sha256_of, sync, write_bytes, write_json
+from fastmoco.core.files import write_bytes, write_json
 from fastmoco.core.strict_yaml import parse_yaml, validate_as
 from fastmoco.errors import CheckpointError, UsageError
+from fastmoco.runs.checkpoints import (
+    Fingerprint,
+    State,
+    check_fingerprint,
+    read_manifest,
+    write_checkpoint,
+)
 
-CHECKPOINT_VERSION = 1
 ORIGIN = "origin.json"  # in the folder of a run whose weights another program trained
-
-# What a checkpoint older than these keys of the fingerprint was made with.
-_BEFORE = {
-    "objective": "moco",
-    "bn": "groups",
-    "shuffle": "global",
-    "symmetric": False,
-    "optimizer": "sgd",
-}
-
-Fingerprint = dict[str, Any]
-State = dict[str, Any]
-
-
-def get_fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
-    """Return what must not change under a run: it decides what every later step means.
-
-    Args:
-        recipe: of the run.
-        set_ids: of its sets.
-        samples: of an epoch.
-        order: digest of their order.
-    """
-    return {
-        "sets": set_ids,
-        "samples": samples,
-        "order": order,
-        "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
-        **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
-        **recipe.encoder.model_dump(
-            mode="json", include={"arch", "stem", "head", "dim", "image_size"}
-        ),
-        "objective": recipe.objective.name,
-        **recipe.objective.model_dump(
-            mode="json", include={"bn", "bn_group", "shuffle", "symmetric", "queue"}
-        ),
-    }
 
 
 class RunFolder:
@@ -226,7 +193,7 @@ class RunFolder:
         changes = []
         if step and config.is_file():
             before = ([config] + [path for path in kept if path < now])[-1].read_text()
-            changes = _differences(in_sections(yaml.safe_load(before)), yaml.safe_load(text))
+            changes = differences(in_sections(yaml.safe_load(before)), yaml.safe_load(text))
         if changes:
             self.configs.mkdir(exist_ok=True)
             if not kept:
@@ -284,20 +251,7 @@ class RunFolder:
         """
         final = self.checkpoints / f"step-{step:09d}"
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
-        with new_folder(final) as folder:
-            with (folder / "state.pt").open("wb") as file:
-                digest = _save_hashed(state, file)
-            sync(folder / "state.pt")
-            if sha256_of(folder / "state.pt") != digest:
-                raise OSError(errno.EIO, "the disk gives back other bytes than were written")
-            manifest = {
-                "format_version": CHECKPOINT_VERSION,
-                "step": step,
-                "sha256": digest,
-                "fingerprint": fingerprint,
-            }
-            manifest["own"] = _digest(manifest)
-            write_json(folder / "manifest.json", manifest)
+        write_checkpoint(final, state, step, fingerprint)
         # Newer ones are damaged, else the run had gone on from them: they do not count.
         for old in [folder for folder in self._folders() if folder <= final][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -306,7 +260,7 @@ class RunFolder:
     def last_good(self) -> str:
         """Say which checkpoint a run would go on from."""
         for folder in reversed(self._folders()):
-            if _verified(folder):
+            if read_manifest(folder):
                 return f"The last good checkpoint is {folder}."
         return "There is no checkpoint yet."
 
@@ -326,12 +280,12 @@ class RunFolder:
         """
         damaged = self.damaged = []
         for folder in reversed(self._folders()):
-            manifest = _verified(folder)
+            manifest = read_manifest(folder)
             if manifest is None:
                 damaged.append(folder.name)
                 continue
             if fingerprint is not None:
-                _compare(folder, manifest["fingerprint"], fingerprint)
+                check_fingerprint(folder, manifest["fingerprint"], fingerprint)
             # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             return state, int(manifest["step"])
@@ -348,83 +302,6 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _save_hashed(state: State, file: BinaryIO) -> str:
-    """Write a state by torch.save and return the hex SHA-256 of what the file was given.
-
-    Raises:
-        OSError: the file does not take it.
-    """
-    sink = _Sink(file)
-    torch.save(state, cast(BinaryIO, sink))
-    if sink.error:
-        raise sink.error
-    return sink.sha256.hexdigest()
-
-
-class _Sink:
-    """Hashes bytes before the disk has touched them, and keeps an error for later.
-
-    torch calls it from C++, which would make a RuntimeError of it.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        if self.error is None:
-            try:
-                self._file.write(content)
-            except OSError as error:
-                self.error = error
-        return len(content)
-
-    def flush(self) -> None:
-        """Do nothing: whoever opened the file flushes it."""
-
-
-def _verified(folder: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's manifest if its content is what was written, else None.
-
-    Raises:
-        CheckpointError: it was written by a newer version.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        if (version := int(manifest["format_version"])) > CHECKPOINT_VERSION:
-            raise CheckpointError(
-                f"{folder} has checkpoint version {version}, this fastmoco reads up to "
-                f"{CHECKPOINT_VERSION}: upgrade fastmoco."
-            )
-        own = manifest.pop("own", None)  # checkpoints older than this key have none
-        whole = own in (None, _digest(manifest)) and "fingerprint" in manifest
-        whole = whole and sha256_of(folder / "state.pt") == manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if whole else None
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """Return the hash of what a manifest says, as it will be read back."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return the dotted keys in which two nested values differ, with both values."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = {**old, **new}
-        return [
-            found
-            for key in keys
-            for found in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
-
-
 def row_of(line: str) -> dict[str, Any] | None:
     """Return a line of a .jsonl; None: it was cut short by a kill or a full disk."""
     try:
@@ -432,18 +309,3 @@ def row_of(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if line.endswith("\n") else None
-
-
-def _compare(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    found = _BEFORE | found
-    for field in wanted:
-        if found.get(field) != wanted[field]:
-            raise CheckpointError(
-                f"{folder} is of another run: {field} was {_short(found.get(field))}, "
-                f"now it is {_short(wanted[field])}. Restore it, or choose another out=DIR."
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from fastmoco.errors import CheckpointError
-from fastmoco.runs.run_folder import Fingerprint, RunFolder, State
+from fastmoco.runs.checkpoints import Fingerprint, State
+from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train.snapshot import snapshot
 
 

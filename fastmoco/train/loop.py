@@ -11,7 +11,8 @@ from fastmoco.core.streams import Spared
 from fastmoco.errors import DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.encoder import Encoder
-from fastmoco.runs.run_folder import Fingerprint, RunFolder, State
+from fastmoco.runs.checkpoints import Fingerprint, State
+from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train.checkpoint_writer import CheckpointWriter
 from fastmoco.train.engine import Engine, StepOutput
 from fastmoco.train.interrupts import StopSignal

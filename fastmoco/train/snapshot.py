@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.runs.run_folder import State
+from fastmoco.runs.checkpoints import State
 
 
 def snapshot(state: State, device: torch.device) -> Callable[[], State]:

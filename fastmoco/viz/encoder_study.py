@@ -12,7 +12,7 @@ from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.features import Pair, Preprocessing
+from fastmoco.evaluate.features import Feature, Pair, Preprocessing
 from fastmoco.evaluate.knn import KNNClassifier
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import evaluation_batches
@@ -22,20 +22,23 @@ from fastmoco.viz.views import pixels_of
 
 _LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}
 _SHOWN_SIDE = 96  # pixels of an image on the page, at the most
+_WITHOUT_MONITOR: tuple[int, float, Feature] = (200, 0.1, "backbone")
 _PROJECTED = 2000  # points: more of them hide each other
 
 
 @dataclass(frozen=True)
 class Study:
-    """Labelled samples and the backbone's features of them.
+    """Labelled samples and an encoder's features of them.
 
     Attributes:
         evaluation: encoder, sight and the samples that are looked at.
+        feature: which features: those of the run's monitor, else of the backbone.
         bank: the features of the training samples.
         queries: those of the test samples, with their labels.
     """
 
     evaluation: Evaluation
+    feature: Feature
     bank: KNNClassifier
     queries: Pair
 
@@ -49,8 +52,12 @@ class Study:
         seed = evaluation.seed
         train, test = (thinned(one, samples, seed) for one in (evaluation.train, evaluation.test))
         evaluation = replace(evaluation, train=train, test=test)
-        bank = KNNClassifier(*evaluation.features(train, "backbone"), evaluation.classes)
-        return cls(evaluation, bank, evaluation.features(test, "backbone"))
+        monitor = evaluation.recipe.monitor if evaluation.recipe else None
+        k, t, feature = (monitor.k, monitor.t, monitor.feature) if monitor else _WITHOUT_MONITOR
+        # More neighbors than a class has images cannot but vote for other classes.
+        k = min(k, -(-len(train.ids) // evaluation.classes))
+        bank = KNNClassifier(*evaluation.features(train, feature), evaluation.classes, k, t)
+        return cls(evaluation, feature, bank, evaluation.features(test, feature))
 
     def predictions(self) -> Predictions:
         """Return what the neighbors of each test sample vote for."""
@@ -60,7 +67,7 @@ class Study:
     def classifier(self) -> str:
         """Who predicts, in words."""
         return (
-            f"votes of the {self.bank.k} nearest neighbors (backbone features, "
+            f"votes of the {self.bank.k} nearest neighbors ({self.feature} features, "
             f"T {self.bank.t:g}) among {len(self.evaluation.train.ids):,} training images"
         )
 

@@ -231,6 +231,7 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
         "train": study.evaluation.train,
         "test": study.evaluation.test,
         "classifier": study.classifier,
+        "feature": study.feature,
         "top1": found.top(1),
         "queries": _queries(folder, study),
         "best": _extremes(folder, study, found, right=True),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.loading import RECIPES, recipe_names
-from fastmoco.config.recipe import Recipe
+from fastmoco.config.loading import differences, load_recipe, recipe_names
+from fastmoco.config.recipe import Recipe, Runtime
 from fastmoco.plots import curves_in
 from fastmoco.runs.run_folder import ORIGIN, RunFolder, row_of
 
@@ -60,7 +60,8 @@ class Facts:
         name: of the run.
         spec: of its encoder.
         recipe: the resolved one; None: the weights were imported.
-        claim: the header of the recipe, if it is one that ships; else empty.
+        changed: what differs from the shipped recipe of its name, as "key: shipped -> here"; None:
+            no such recipe ships, or it came without one.
         config: the text of config.yaml, or of an import's encoder.json.
         versions: what the run ran on.
         status: how its last start ended, in words.
@@ -73,7 +74,7 @@ class Facts:
     name: str
     spec: EncoderSpec
     recipe: Recipe | None
-    claim: str
+    changed: list[str] | None
     config: str
     versions: dict[str, str]
     status: str
@@ -96,7 +97,7 @@ def gather(run: RunFolder) -> Facts:
         run.name,
         run.spec(),
         recipe,
-        _claim(recipe.name) if recipe else "",
+        _changed(recipe) if recipe else None,
         described.read_text(),
         {name: _in_words(value) for name, value in sorted(versions.items()) if value},
         _status(_json(run.root / "status.json")),
@@ -107,13 +108,24 @@ def gather(run: RunFolder) -> Facts:
     )
 
 
-def _claim(name: str) -> str:
-    """Return the comment that a shipped recipe opens with."""
-    if name not in recipe_names():
-        return ""
-    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
-    comments = lines[: next((i for i, line in enumerate(lines) if line[:1] != "#"), len(lines))]
-    return "\n".join(line.lstrip("# ") for line in comments)
+def _changed(recipe: Recipe) -> list[str] | None:
+    """Return how a run's recipe differs from the shipped one in what decides its number."""
+    if recipe.name not in recipe_names():
+        return None
+    shipped, here = (
+        one.model_dump(
+            mode="json",
+            # Where things lie, what the machine is, and what the set says of its colors.
+            exclude={
+                "data": {"sets"},
+                "encoder": {"mean", "std"},
+                "runtime": set(Runtime.model_fields) - {"precision", "accumulate"},
+                **dict.fromkeys(("out", "monitor", "checkpoints"), True),
+            },
+        )
+        for one in (load_recipe(recipe.name), recipe)
+    )
+    return differences(shipped, here)
 
 
 def _status(status: Row) -> str:

@@ -96,7 +96,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["torch.save", "fastmoco.runs.run_folder.write_json", "pathlib.Path.rename"]
+    "moment", ["torch.save", "fastmoco.runs.checkpoints.write_json", "pathlib.Path.rename"]
 )
 def test_sigkill_while_saving_keeps_the_last_good_one(run, moment):
     save(run, 1)
@@ -194,7 +194,7 @@ def test_damaged_newer_ones_do_not_push_out_good_ones(run):
 
 def test_a_checkpoint_that_reads_back_otherwise_is_no_checkpoint(run, monkeypatch):
     save(run, 1, 2)
-    monkeypatch.setattr("fastmoco.runs.run_folder.sha256_of", lambda path: "another")
+    monkeypatch.setattr("fastmoco.runs.checkpoints.sha256_of", lambda path: "another")
     with pytest.raises(OSError, match="other bytes than were written"):
         save(run, 3)
     monkeypatch.undo()

@@ -45,7 +45,11 @@ def make_run(sets: dict[str, Path]) -> Callable[..., RunFolder]:
             "name": "tiny <i>run</i>",
             "data": [str(sets["train"])],
             "out": str(root),
-            "monitor": {"bank": str(sets["train"]), "queries": str(sets["test"])},
+            "monitor": {
+                "bank": str(sets["train"]),
+                "queries": str(sets["test"]),
+                **{"feature": "backbone", "k": 7, "t": 0.2},
+            },
             "arch": "resnet10",
             "stem": "small-stride2",
             "dim": 8,

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 from PIL import Image
 
 from fastmoco import cli
+from fastmoco.config.loading import load_recipe
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.runs.run_folder import RunFolder
 from fastmoco.viz import encoder_study as study_module
 from fastmoco.viz import report as module
 from fastmoco.viz.report import report
+from fastmoco.viz.run_facts import gather
 
 SECTIONS = (
     *("run", "curves", "numbers", "views", "neighbors", "extremes"),
@@ -80,8 +83,8 @@ def votes(evaluation: Evaluation) -> np.ndarray:
     similarity = similarities(evaluation)
     shares = np.zeros((len(similarity), 4))
     for row, line in enumerate(similarity):
-        for place in np.argsort(-line)[:200]:
-            shares[row, evaluation.train.labels[place]] += np.exp(line[place] / 0.1)
+        for place in np.argsort(-line)[:7]:
+            shares[row, evaluation.train.labels[place]] += np.exp(line[place] / 0.2)
     return shares / shares.sum(axis=1, keepdims=True)
 
 
@@ -166,6 +169,26 @@ def test_best_and_worst_are_sorted_by_confidence(
     assert samples(parsed.alts["extremes"]) == evaluation.test.ids[best + worst].tolist()
     said = re.findall(r"(\d+) %\s", parsed.text["extremes"].split("Right and surest")[1])
     assert list(map(int, said)) == [round(100 * votes[place].max()) for place in best + worst]
+
+
+def test_no_more_neighbors_vote_than_a_class_has_images(evaluation: Evaluation) -> None:
+    monitor = evaluation.recipe.monitor.model_copy(update={"k": 200, "feature": "head"})
+    recipe = evaluation.recipe.model_copy(update={"monitor": monitor})
+    study = study_module.Study.of(replace(evaluation, recipe=recipe), 1000)
+    assert study.bank.k == len(evaluation.train.ids) // 4 and study.feature == "head"
+    assert f"votes of the {study.bank.k} nearest neighbors (head features" in study.classifier
+
+
+def test_a_shipped_recipe_says_what_was_changed(make_run, tmp_path: Path) -> None:
+    changes = {"name": "moco_v2_imagenet_r50"}
+    changed = gather(make_run(tmp_path / "changed", checkpoint=False, **changes)).changed
+    assert {"encoder.arch: resnet50 -> resnet10", "batch: 256 -> 8"} <= set(changed)
+    assert not any(line.startswith(("out", "monitor", "runtime.device")) for line in changed)
+    shipped = load_recipe("moco_v2_imagenet_r50", [f"out={tmp_path}/same", "runtime.threads=3"])
+    run = RunFolder(tmp_path / "same")
+    run.root.mkdir()
+    run.describe(shipped, {})
+    assert gather(run).changed == []
 
 
 def test_confusion_is_that_of_scikit_learn(

@@ -1,0 +1,153 @@
+"""Checkpoints: the state of a run and the manifest that vouches for it, whole or not there."""
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from fastmoco.config.loading import shortened
+from fastmoco.config.recipe import Recipe
+from fastmoco.core.files import new_folder, sha256_of, sync, write_json
+from fastmoco.errors import CheckpointError
+
+CHECKPOINT_VERSION = 1
+
+# What a checkpoint older than these keys of the fingerprint was made with.
+_BEFORE = {
+    "objective": "moco",
+    "bn": "groups",
+    "shuffle": "global",
+    "symmetric": False,
+    "optimizer": "sgd",
+}
+
+Fingerprint = dict[str, Any]
+State = dict[str, Any]
+
+
+def get_fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
+    """Return what must not change under a run: it decides what every later step means.
+
+    Args:
+        recipe: of the run.
+        set_ids: of its sets.
+        samples: of an epoch.
+        order: digest of their order.
+    """
+    return {
+        "sets": set_ids,
+        "samples": samples,
+        "order": order,
+        "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
+        **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
+        **recipe.encoder.model_dump(
+            mode="json", include={"arch", "stem", "head", "dim", "image_size"}
+        ),
+        "objective": recipe.objective.name,
+        **recipe.objective.model_dump(
+            mode="json", include={"bn", "bn_group", "shuffle", "symmetric", "queue"}
+        ),
+    }
+
+
+def write_checkpoint(final: Path, state: State, step: int, fingerprint: Fingerprint) -> None:
+    """Write a checkpoint, whole or not at all, and read it back.
+
+    Raises:
+        OSError: it cannot be written, or the disk gives back other bytes.
+    """
+    with new_folder(final) as folder:
+        with (folder / "state.pt").open("wb") as file:
+            digest = _save_hashed(state, file)
+        sync(folder / "state.pt")
+        if sha256_of(folder / "state.pt") != digest:
+            raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+        manifest = {
+            "format_version": CHECKPOINT_VERSION,
+            "step": step,
+            "sha256": digest,
+            "fingerprint": fingerprint,
+        }
+        manifest["own"] = _digest(manifest)
+        write_json(folder / "manifest.json", manifest)
+
+
+def _save_hashed(state: State, file: BinaryIO) -> str:
+    """Write a state by torch.save and return the hex SHA-256 of what the file was given.
+
+    Raises:
+        OSError: the file does not take it.
+    """
+    sink = _Sink(file)
+    torch.save(state, cast(BinaryIO, sink))
+    if sink.error:
+        raise sink.error
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """Hashes bytes before the disk has touched them, and keeps an error for later.
+
+    torch calls it from C++, which would make a RuntimeError of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        if self.error is None:
+            try:
+                self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: whoever opened the file flushes it."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest if its content is what was written, else None.
+
+    Raises:
+        CheckpointError: it was written by a newer version.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        if (version := int(manifest["format_version"])) > CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{folder} has checkpoint version {version}, this fastmoco reads up to "
+                f"{CHECKPOINT_VERSION}: upgrade fastmoco."
+            )
+        own = manifest.pop("own", None)  # checkpoints older than this key have none
+        whole = own in (None, _digest(manifest)) and "fingerprint" in manifest
+        whole = whole and sha256_of(folder / "state.pt") == manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the hash of what a manifest says, as it will be read back."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    """Check that a checkpoint is of the run that would go on from it.
+
+    Raises:
+        CheckpointError: it is of another one; names the first key that differs.
+    """
+    found = _BEFORE | found
+    for field in wanted:
+        if found.get(field) != wanted[field]:
+            raise CheckpointError(
+                f"{folder} is of another run: {field} was {shortened(found.get(field))}, "
+                f"now it is {shortened(wanted[field])}. Restore it, or choose another out=DIR."
+            )
