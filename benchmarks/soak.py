@@ -161,7 +161,8 @@ def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
     loader = Loader.of(recipe, data, settings_of(recipe.runtime, world, device))
-    fingerprint = get_fingerprint(recipe, data.set_ids, loader.plan.samples, loader.plan.digest())
+    plan, executor = loader.plan, loader.settings.executor
+    fingerprint = get_fingerprint(recipe, data.set_ids, plan.samples, plan.digest(), executor)
     engine, run = Engine(recipe, world, device), RunFolder(recipe.out)
     flag, displays = AsyncAnyFlag(world), [Watcher(sample)]
     return Trainer(recipe, engine, loader, run, fingerprint, flag, displays)

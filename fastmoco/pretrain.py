@@ -175,7 +175,10 @@ def _train(
         recipe.encoder, recipe.runtime.precision, settings_of(recipe.runtime, world, device)
     )
     plan = loader.plan
-    fingerprint = get_fingerprint(recipe, loader.data.set_ids, plan.samples, plan.digest())
+    executor = loader.settings.executor
+    fingerprint = get_fingerprint(
+        recipe, loader.data.set_ids, plan.samples, plan.digest(), executor
+    )
     state, start = _begin(run, fingerprint, world)
     if world.is_main:
         for sentence in run.begin(recipe, versions(world, device), start):

@@ -16,7 +16,7 @@ from fastmoco.loggers import trackers
 from fastmoco.pretrain import main
 from fastmoco.runs.run_folder import RunFolder
 
-SHORT = ("schedule.epochs=1", "monitor=null", "runtime.executor=torchvision", "runtime.log_every=1")
+SHORT = ("schedule.epochs=1", "monitor=null", "runtime.executor=fused", "runtime.log_every=1")
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])
@@ -144,7 +144,7 @@ def test_plots_replace_plots_of_ours_alone(small_set, run, tmp_path, monkeypatch
         small_set.root,
         "--recipe",
         "cifar10_r18",
-        "runtime.executor=torchvision",
+        "runtime.executor=fused",
         "--count",
         1,
     )

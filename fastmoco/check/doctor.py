@@ -70,7 +70,7 @@ def _dali() -> Finding:
         "DALI",
         "missing",
         "pip install 'fastmoco[cuda13]' (Linux; [cuda12] for a driver older than 580), or train "
-        "with runtime.executor=torchvision, which is slower",
+        "with runtime.executor=fused",
     )
 
 

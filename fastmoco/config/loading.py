@@ -58,19 +58,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe without sections in sections; others as they are."""
-    if not _moved(values):
-        return dict(values)
-    sorted_in: dict[str, Any] = {}
+    """Return the recipe of an older run in the sections and words of today."""
+    recipe = _sorted_in(values) if _moved(values) else dict(values)
+    if recipe.get("runtime", {}).get("executor") == "torchvision":
+        # It drew the same views, rounded after each operator.
+        recipe["runtime"] = recipe["runtime"] | {"executor": "fused"}
+    return recipe
+
+
+def _sorted_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    recipe: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = MOVED.get(key, key).partition(".")
         if name:
-            sorted_in[section] = sorted_in.get(section, {}) | {name: value}
+            recipe[section] = recipe.get(section, {}) | {name: value}
         elif isinstance(value, Mapping):  # the optimizer, which has gained a key
-            sorted_in[section] = {**value, **sorted_in.get(section, {})}
+            recipe[section] = {**value, **recipe.get(section, {})}
         else:
-            sorted_in[section] = value
-    return sorted_in
+            recipe[section] = value
+    return recipe
 
 
 def _moved(values: Mapping[str, Any]) -> list[str]:

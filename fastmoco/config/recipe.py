@@ -260,7 +260,8 @@ class Runtime(Strict):
         accumulate: parts that a rank's share of a step goes through the network in, to save
             memory; BatchNorm's groups being fixed, the step stays the same.
         device: "auto": a GPU if there is one.
-        executor: who decodes and augments; "torchvision" needs no DALI.
+        executor: who decodes and augments: "dali", or "fused", a compiled pass of our own on the
+            CPU, whose hue is that of torchvision; "auto": fused on a CPU, dali on a GPU.
         threads: decoding threads per rank; 0: its share of the cores that this process may keep
             busy (affinity, CPU quota), at most 16.
         prefetch: batches that are made ahead.
@@ -280,7 +281,7 @@ class Runtime(Strict):
     deterministic: bool = False
     accumulate: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    executor: Literal["dali", "torchvision"] = "dali"
+    executor: Literal["auto", "dali", "fused"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     prefetch: Count = 3
     decode: Literal["auto", "cpu", "mixed"] = "auto"

@@ -15,6 +15,7 @@ PACKAGES = (
     "fastmoco",
     "torch",
     "torchvision",
+    "numba",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
     "webdataset",

@@ -19,7 +19,7 @@ SOFTWARE = "fastmoco"
 """What the PNGs that are drawn here say of their origin, by the key of that name."""
 
 
-def hash_of(content: bytes) -> int:
+def hash_of(content: bytes | memoryview) -> int:
     """Return the first 64 bits of the SHA-256, as the column `hash` of the table holds them."""
     # Little-endian, as the table is: the stored bytes are those of the digest.
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")

@@ -109,7 +109,9 @@ class Reader:
     ) -> npt.NDArray[np.uint8] | None:
         try:
             opened = self._open(number, shard)  # held, lest another thread close it
-            content = os.pread(opened.descriptor, size, offset)
+            content = np.empty(size, np.uint8)
+            if os.preadv(opened.descriptor, [content.data], offset) < size:
+                return None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about the shard
                 raise DataError(
@@ -118,7 +120,7 @@ class Reader:
             return None
         # Before a decoder sees them: DALI fails a whole batch for one image, does not say which,
         # and may crash on what is no image. It takes 50 us for 100 kB, on a thread of the pool.
-        return np.frombuffer(content, dtype=np.uint8) if hash_of(content) == packed else None
+        return content if hash_of(content.data) == packed else None
 
 
 def _most_open() -> int:

@@ -208,7 +208,7 @@ def render(
         raise UsageError(
             "The NVIDIA driver is too old for this DALI: update it (580 or newer for CUDA 13), or "
             "`pip uninstall nvidia-dali-cuda130` and `pip install 'fastmoco[cuda12]'`, or set "
-            "runtime.runtime.executor=torchvision."
+            "runtime.executor=fused."
         ) from error
     kept: deque[tuple[torch.cuda.Event, DecodedBatch]] = deque()
     while (outputs := _next(pipeline, settings.device)) is not None:

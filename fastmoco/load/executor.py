@@ -47,14 +47,14 @@ class Settings:
     """How batches are made; none of it changes what they hold, but for a decoder's rounding.
 
     Attributes:
-        executor: "dali", or "torchvision" where DALI does not exist.
+        executor: "dali" or "fused".
         device: where the views end up.
         threads: decoding threads.
         prefetch: batches made ahead.
         decode, hw_decoder_load: see `config.Recipe`; without a GPU neither counts.
     """
 
-    executor: Literal["dali", "torchvision"] = "dali"
+    executor: Literal["dali", "fused"] = "dali"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
     prefetch: int = 3
@@ -68,13 +68,16 @@ def settings_of(runtime: Runtime, world: World, device: torch.device) -> Setting
     Raises:
         UsageError: what it asks for needs a GPU and DALI.
     """
-    if runtime.decode == "mixed" and (device.type == "cpu" or runtime.executor != "dali"):
+    executor = runtime.executor
+    if executor == "auto":
+        executor = "fused" if device.type == "cpu" else "dali"
+    if runtime.decode == "mixed" and (device.type == "cpu" or executor != "dali"):
         raise UsageError(
             "runtime.decode: mixed needs a GPU and runtime.executor: dali. Set runtime.decode=auto."
         )
     threads = runtime.threads or min(_MOST_THREADS, cores_of(world.local_size))
     return Settings(
-        runtime.executor,
+        executor,
         device,
         threads,
         runtime.prefetch,

@@ -62,6 +62,7 @@ class Loader:
         max_bad: damaged samples to go on without; the next good one stands in for each.
 
     Attributes:
+        settings: how batches are made, the decoder decided.
         bad: ids of the damaged samples met so far.
     """
 
@@ -83,7 +84,7 @@ class Loader:
         self._look = PipelineSpec(size, mean, std, tuple(stages_of(view) for view in views))
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
-        self._settings = _decided(settings, self._reader)
+        self.settings = _decided(settings, self._reader)
         self._max_bad = max_bad
         self.bad: set[int] = set()
 
@@ -166,7 +167,7 @@ class Loader:
                     return self.work(start + number)  # it was read before they were known
                 return work
 
-            drawn = _draw_all(source, self._look, share, self._settings)
+            drawn = _draw_all(source, self._look, share, self.settings)
             for step, rendered in enumerate(drawn, start):
                 yield Batch(rendered.work.ids, rendered.views, step)
 
@@ -289,16 +290,16 @@ def _draw_all(
 
 
 def _executor(name: str) -> Executor:
-    if name == "torchvision":
-        from fastmoco.load import torchvision_executor as portable
+    if name == "fused":
+        from fastmoco.load import fused_executor as fused
 
-        return portable.render
+        return fused.render
     try:
         from fastmoco.load import dali_executor as dali
     except ImportError as error:
         raise UsageError(
             "DALI is not installed: `pip install 'fastmoco[cuda13]'` (Linux; [cuda12] for a driver "
-            "older than 580), or set runtime.executor=torchvision."
+            "older than 580), or set runtime.executor=fused."
         ) from error
     return dali.render
 

@@ -17,6 +17,7 @@ CHECKPOINT_VERSION = 1
 
 # What a checkpoint older than these keys of the fingerprint was made with.
 _BEFORE = {
+    "executor": "dali",
     "objective": "moco",
     "bn": "groups",
     "shuffle": "global",
@@ -28,7 +29,9 @@ Fingerprint = dict[str, Any]
 State = dict[str, Any]
 
 
-def get_fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str) -> Fingerprint:
+def get_fingerprint(
+    recipe: Recipe, set_ids: list[str], samples: int, order: str, executor: str
+) -> Fingerprint:
     """Return what must not change under a run: it decides what every later step means.
 
     Args:
@@ -36,11 +39,13 @@ def get_fingerprint(recipe: Recipe, set_ids: list[str], samples: int, order: str
         set_ids: of its sets.
         samples: of an epoch.
         order: digest of their order.
+        executor: that draws the views: each has its own rounding, and its own turn of the hue.
     """
     return {
         "sets": set_ids,
         "samples": samples,
         "order": order,
+        "executor": executor,
         "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
         **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
         **recipe.encoder.model_dump(

@@ -120,7 +120,7 @@ def test_what_an_error_about_labels_tells_to_do_works(
 def test_views(run: Run, copied: Path, tmp_path: Path) -> None:
     png = tmp_path / "views.png"
     arguments = ("--recipe", "cifar10_r18", "--count", 2, "--out", png)
-    code, out, err = run("views", copied, "runtime.executor=torchvision", *arguments)
+    code, out, err = run("views", copied, "runtime.executor=fused", *arguments)
     assert code == 0, err
     assert out.count("view 1: crop") == out.count("view 2: crop") == 2 and png.exists()
 
@@ -136,7 +136,7 @@ def test_names_give_a_terminal_no_orders(
     arguments = ("--recipe", "cifar10_r18", "--out", tmp_path / "views.png")
     for command in (
         ("inspect", tmp_path / "set"),
-        ("views", tmp_path / "set", "runtime.executor=torchvision", *arguments),
+        ("views", tmp_path / "set", "runtime.executor=fused", *arguments),
         ("label", tmp_path / "set", tmp_path / "l.csv", "--name", "x"),
         ("shard", tmp_path / odd, tmp_path / "other"),
     ):

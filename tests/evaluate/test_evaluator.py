@@ -111,7 +111,7 @@ def test_several_ranks_find_what_one_does(
     make_run: Make, small_set: ShardSet, unseen_set: ShardSet
 ) -> None:
     """The last of seven has no training image, the last two have no test image."""
-    run = make_run(executor="torchvision")
+    run = make_run(executor="fused")
     whole = Evaluation.open(run.root, small_set.root, unseen_set.root)
     protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
 

@@ -17,7 +17,7 @@ from fastmoco.load.executor import Settings
 from fastmoco.models.encoder import Encoder
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-EXECUTORS = pytest.mark.parametrize("executor", ["dali", "torchvision"])
+EXECUTORS = pytest.mark.parametrize("executor", ["dali", "fused"])
 
 
 def sight(size: int = 16, precision: str = "fp32", executor: str = "dali") -> Preprocessing:

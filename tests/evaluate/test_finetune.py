@@ -48,7 +48,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def evaluation(make_run: Make, sets: tuple[Path, Path]) -> Evaluation:
-    return Evaluation.open(make_run(executor="torchvision").root, *sets)
+    return Evaluation.open(make_run(executor="fused").root, *sets)
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])
@@ -161,7 +161,7 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
     make_run: Make, sets: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Gradients are averaged, bank and queries divided; rank 0 alone writes and talks."""
-    run = make_run(executor="torchvision").root
+    run = make_run(executor="fused").root
     which = ["--train", str(sets[0]), "--test", str(sets[1])]
     probe = ["probe", str(run), *which, "--epochs", "2", "--batch", "12", "--lr", "0.1"]
     knn = ["knn", str(run), *which, "--k", "7"]

@@ -14,7 +14,7 @@ from fastmoco.runs.run_folder import RunFolder
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Make = Callable[..., RunFolder]
-PLAIN = {"executor": "torchvision"}
+PLAIN = {"executor": "fused"}
 
 
 def commands(root: Path, train: ShardSet, test: ShardSet, out: Path) -> list[tuple[object, ...]]:

@@ -25,13 +25,13 @@ settings.load_profile("steady")
 
 STEPS = 7  # of 4 an epoch
 VIEWS = (View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, blur=0.5), View(flip=0.5))
-EXECUTORS = pytest.mark.parametrize("executor", ["dali", "torchvision"])
+EXECUTORS = pytest.mark.parametrize("executor", ["dali", "fused"])
 LOOK = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
 
 
 def encoded(image: Image.Image, kind: str = "png", **options: object) -> np.ndarray:
     """Return the bytes of an image file."""
-    return np.frombuffer(tars.encoded(image, kind, **options), np.uint8)
+    return np.frombuffer(bytearray(tars.encoded(image, kind, **options)), np.uint8)
 
 
 @pytest.fixture(scope="session")

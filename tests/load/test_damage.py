@@ -12,7 +12,7 @@ from nvidia.dali.pipeline import Pipeline
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError
 from fastmoco.load import dali_executor as dali
-from fastmoco.load import torchvision_executor as portable
+from fastmoco.load import fused_executor as fused
 from fastmoco.load.executor import EncodedBatch, Settings, Source
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
@@ -133,7 +133,7 @@ def test_a_failure_without_damage_is_raised_as_it_is(
             raise RuntimeError("std::bad_alloc")
         return original(*arguments)
 
-    owner, name = (Pipeline, "run") if executor == "dali" else (portable, "_decode")
+    owner, name = (Pipeline, "run") if executor == "dali" else (fused, "_decode")
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, fails_once)
     settings = Settings(executor, threads=1)
@@ -153,7 +153,7 @@ def test_no_executor_sees_a_damaged_image(
     with (copied.root / copied.manifest.shards[int(entry["shard"])].name).open("r+b") as shard:
         shard.seek(int(entry["offset"]) + 14)  # the density in its JFIF header
         shard.write(b"\1\2")
-    module = dali if executor == "dali" else portable
+    module = dali if executor == "dali" else fused
     shown: list[int] = []
     render = module.render
 

@@ -26,7 +26,7 @@ from fastmoco.pack.packer import pack
 from .conftest import EXECUTORS, LOOK, STEPS, VIEWS, assert_equal, evaluated, joined, stream
 
 
-@pytest.fixture(scope="module", params=["dali", "torchvision"])
+@pytest.fixture(scope="module", params=["dali", "fused"])
 def expected(request: pytest.FixtureRequest, both: ConcatShardSets) -> tuple[str, list[Batch]]:
     """The executor and its batches on one thread and one rank, from the start."""
     return request.param, stream(both, Settings(request.param, threads=1, prefetch=1))
@@ -112,7 +112,7 @@ def test_no_two_epochs_share_their_numbers(both: ConcatShardSets) -> None:
 
 def test_executors_yield_the_same_batches_up_to_color(both: ConcatShardSets) -> None:
     one, two = (
-        stream(both, Settings(executor, threads=1), stop=3) for executor in ("dali", "torchvision")
+        stream(both, Settings(executor, threads=1), stop=3) for executor in ("dali", "fused")
     )
     for a, b in zip(one, two, strict=True):
         assert np.array_equal(a.ids, b.ids)
@@ -218,9 +218,9 @@ def test_without_dali_the_remedy_is_named(
     monkeypatch.delitem(sys.modules, "fastmoco.load.dali_executor", raising=False)
     monkeypatch.delattr(load, "dali_executor", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UsageError, match=r"'fastmoco\[cuda13\]'.*executor=torchvision"):
+    with pytest.raises(UsageError, match=r"'fastmoco\[cuda13\]'.*executor=fused"):
         stream(both)
-    assert len(stream(both, Settings("torchvision"), stop=1)) == 1
+    assert len(stream(both, Settings("fused"), stop=1)) == 1
 
 
 def test_a_driver_too_old_for_dali_is_named(

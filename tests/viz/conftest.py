@@ -62,7 +62,7 @@ def make_run(sets: dict[str, Path]) -> Callable[..., RunFolder]:
             "schedule": {"epochs": 2},
             "precision": "fp32",
             "device": "cpu",
-            "executor": "torchvision",
+            "executor": "fused",
             "threads": 1,
         }
         run = RunFolder(root)

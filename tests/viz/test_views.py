@@ -26,7 +26,7 @@ def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path
         "objective.bn_group=8",
         "encoder.image_size=40",
     ]
-    recipe = load_recipe("cifar10_r18", [*overrides, "runtime.executor=torchvision"])
+    recipe = load_recipe("cifar10_r18", [*overrides, "runtime.executor=fused"])
     shown = preview(recipe, tmp_path / "views.png", COUNT, "title")
     assert recipe.encoder.mean and recipe.encoder.std
     loader = Loader(
@@ -36,7 +36,7 @@ def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path
         size=40,
         mean=recipe.encoder.mean,
         std=recipe.encoder.std,
-        settings=Settings(executor="torchvision"),
+        settings=Settings(executor="fused"),
     )
     batch, work = next(loader.batches()), loader.work(0)
     plot = np.asarray(Image.open(tmp_path / "views.png").convert("RGB"))
@@ -63,7 +63,7 @@ def test_a_set_that_cannot_be_read_is_named(small_set: ShardSet, tmp_path: Path)
     table = np.load(root / "samples.npy")
     table["offset"] += 10**9  # behind the end of the shard
     np.save(root / "samples.npy", table)
-    recipe = load_recipe("cifar10_r18", [f"data.sets=['{root}']", "runtime.executor=torchvision"])
+    recipe = load_recipe("cifar10_r18", [f"data.sets=['{root}']", "runtime.executor=fused"])
     with pytest.raises(DataError, match=r"3 image.s. of a batch cannot be read: sample"):
         preview(recipe, tmp_path / "views.png", COUNT, "title")
     assert not (tmp_path / "views.png").exists()

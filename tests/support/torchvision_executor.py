@@ -1,7 +1,4 @@
-"""The same views from the same numbers, drawn by torchvision.
-
-The oracle of the tests, and the executor where DALI does not exist (macOS, Windows).
-"""
+"""The same views from the same numbers, drawn by torchvision, batch by batch: the tests' oracle."""
 
 import io
 from collections.abc import Iterator, Sequence

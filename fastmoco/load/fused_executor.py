@@ -1,0 +1,145 @@
+"""Views on the CPU, one pass per image: a thread decodes it and draws its views into the batch."""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torchvision.io  # registers torch.ops.image
+from PIL import Image
+
+from fastmoco.dataset.reader import CorruptSamples
+from fastmoco.load.executor import DecodedBatch, EncodedBatch, PipelineSpec, Settings, Source
+from fastmoco.load.fused_views import Table, render_views, table
+
+# Pillow's pixels in two thirds of the time. The function around it warns that torchvision will give
+# up its decoders: then Pillow takes over.
+_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
+_RGB = torchvision.io.ImageReadMode.RGB.value
+
+Pixels = npt.NDArray[np.uint8]
+
+_FORMATS = ("JPEG", "PNG", "WEBP")  # what a set may hold
+_CHUNK_IMAGES, _CHUNK_BYTES = 64, 128 * 1024  # one small image a task loses half in hand-overs
+
+
+def render(
+    source: Source, look: PipelineSpec, batch: int, settings: Settings
+) -> Iterator[DecodedBatch]:
+    """Draw batches ahead of their use, fp32 on every device; see `executor.Executor`.
+
+    Raises:
+        CorruptSamples: images cannot be decoded, or have another size than their set says.
+    """
+    ahead: deque[_Drawing] = deque()
+    with ThreadPoolExecutor(settings.threads, "views") as pool:
+        try:
+            for number in count():
+                work = source(number)
+                if work is None:
+                    break
+                ahead.append(_Drawing(work, look, pool, settings.threads))
+                if len(ahead) > settings.prefetch:
+                    yield ahead.popleft().wait(settings.device)
+            while ahead:
+                yield ahead.popleft().wait(settings.device)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Drawing:
+    """A batch in the making.
+
+    Args:
+        work: what to draw.
+        look: what all batches have in common.
+        pool: draws it.
+        threads: of the pool.
+    """
+
+    def __init__(
+        self, work: EncodedBatch, look: PipelineSpec, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
+        self._work = work
+        shape = len(work.ids), look.size, look.size, 3
+        # numpy asks for huge pages where torch does not: fewer page faults in a new batch.
+        self._views = [np.empty(shape, np.float32) for _ in work.numbers]
+        scale = (1 / (255 * np.array(look.std))).astype(np.float32)
+        shift = (-np.array(look.mean) / look.std).astype(np.float32)
+        tables = [table(params) for params in work.numbers]
+        self._parts: list[tuple[slice, Future[None]]] = []
+        for rows in _chunks(work.encoded, threads):
+            given = [params[rows] for params in tables], [view[rows] for view in self._views]
+            part = pool.submit(_draw, work.encoded[rows], *given, scale, shift)
+            self._parts.append((rows, part))
+
+    def wait(self, device: torch.device) -> DecodedBatch:
+        """Return the batch once it is drawn."""
+        corrupt: list[int] = []
+        for rows, part in self._parts:
+            try:
+                part.result()
+            except _NotAsPacked as failure:
+                corrupt += self._work.ids[rows][failure.places].tolist()
+        if corrupt:
+            raise CorruptSamples(corrupt)
+        views = (torch.from_numpy(view).permute(0, 3, 1, 2).to(device) for view in self._views)
+        return DecodedBatch(self._work, tuple(views))
+
+
+def _chunks(encoded: list[Pixels], threads: int) -> Iterator[slice]:
+    """Cut a batch into tasks: some small images, or one photograph."""
+    most = max(1, min(_CHUNK_IMAGES, -(-len(encoded) // threads)))
+    start = size = 0
+    for place, image in enumerate(encoded):
+        if place > start and (place - start == most or size + len(image) > _CHUNK_BYTES):
+            yield slice(start, place)
+            start = place
+            size = 0
+        size += len(image)
+    yield slice(start, len(encoded))
+
+
+class _NotAsPacked(Exception):
+    def __init__(self, places: list[int]) -> None:
+        self.places = places
+
+
+def _draw(
+    encoded: list[Pixels],
+    tables: list[Table],
+    views: list[npt.NDArray[np.float32]],
+    scale: npt.NDArray[np.float32],
+    shift: npt.NDArray[np.float32],
+) -> None:
+    images = [_decode(image) for image in encoded]
+    sizes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], np.int64)
+    # A crop beyond the edge, of an image that is not the one of the table, would read elsewhere.
+    inside = [(params[:, :2] + params[:, 2:4] <= sizes).all(axis=1) for params in tables]
+    if not np.all(inside):
+        raise _NotAsPacked(np.flatnonzero(~np.all(inside, axis=0)).tolist())
+    flat = [image.reshape(-1) for image in images if image is not None]
+    starts = np.cumsum([0, *map(len, flat)])[:-1]
+    pixels = flat[0] if len(flat) == 1 else np.concatenate(flat)
+    for params, view in zip(tables, views, strict=True):
+        render_views(pixels, starts, sizes, params, scale, shift, view)
+
+
+def _decode(encoded: Pixels) -> Pixels | None:
+    """Return (H, W, 3) RGB pixels; None: it is no image."""
+    if _decode_jpeg and encoded[:2].tobytes() == b"\xff\xd8":
+        try:
+            planes: torch.Tensor = _decode_jpeg(torch.from_numpy(encoded), _RGB)
+            pixels: Pixels = planes.permute(1, 2, 0).contiguous().numpy()
+            return pixels
+        except RuntimeError:
+            pass  # Pillow reads some that it refuses
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes()), formats=_FORMATS) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError):
+        return None
