@@ -12,6 +12,7 @@ import torch
 import torchvision.io  # registers torch.ops.image
 from PIL import Image
 
+from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.dataset.reader import CorruptSamples
 from fastmoco.load.executor import DecodedBatch, EncodedBatch, PipelineSpec, Settings, Source
 from fastmoco.load.fused_views import Table, render_views, table
@@ -35,6 +36,7 @@ def render(
     Raises:
         CorruptSamples: images cannot be decoded, or have another size than their set says.
     """
+    keep_freed_memory(settings.device)  # or each batch's pages are filled with zeros first
     ahead: deque[_Drawing] = deque()
     with ThreadPoolExecutor(settings.threads, "views") as pool:
         try:

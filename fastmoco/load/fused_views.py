@@ -82,43 +82,43 @@ def render_views(
 
 
 @jit
-def _taps(length: int, side: int) -> tuple[Any, Any, Any]:
+def _taps(length: int, side: int) -> tuple[Any, Any]:
     """Return how an axis is resized with antialiasing, as torch and Pillow do it: by triangles.
 
     Returns:
-        (side,) the first pixel that each output pixel takes, (side,) how many, and (side, most)
-        their weights, which sum to 1.
+        (side,) the first pixel that each output pixel takes, and (side, taps) weights of it and of
+        those behind it, which sum to 1. Of equal number: a loop of unforeseeable length is slow.
     """
     scale = length / side
     support = max(scale, 1.0)
-    first, count = np.empty(side, np.int64), np.empty(side, np.int64)
-    weights = np.empty((side, 2 * math.ceil(support) + 1), np.float32)
+    taps = min(math.ceil(2 * support), length)
+    first, weights = np.empty(side, np.int64), np.empty((side, taps), np.float32)
     for place in range(side):
         center = (place + 0.5) * scale
-        low = max(int(center - support + 0.5), 0)
-        high = min(int(center + support + 0.5), length)
+        low = min(max(int(center - support + 0.5), 0), length - taps)
         total = 0.0
-        for k in range(high - low):
-            total += max(1.0 - abs((low + k + 0.5 - center) / support), 0.0)
-        for k in range(high - low):
+        for k in range(taps):
             weight = max(1.0 - abs((low + k + 0.5 - center) / support), 0.0)
-            weights[place, k] = weight / total
-        first[place], count[place] = low, high - low
-    return first, count, weights
+            weights[place, k] = weight
+            total += weight
+        for k in range(taps):
+            weights[place, k] /= total
+        first[place] = low
+    return first, weights
 
 
 @jit
 def _resize(rows: Any, p: Any, planes: Any) -> None:
-    """Cut out the crop, and resize it to (side, 3, side) `planes`."""
+    """Cut out the crop and resize it to (side, 3, side) `planes`."""
     side = len(planes)
     top, left = int(p[_TOP]), int(p[_LEFT])
     height, width = int(p[_HEIGHT]), int(p[_WIDTH])
-    down, down_count, down_weights = _taps(height, side)
-    across, across_count, across_weights = _taps(width, side)
+    down, down_weights = _taps(height, side)
+    across, across_weights = _taps(width, side)
     row = np.empty(width * 3, np.float32)
     for y in range(side):
         row[:] = _ZERO
-        for k in range(down_count[y]):
+        for k in range(down_weights.shape[1]):
             weight = down_weights[y, k]
             pixels = rows[top + down[y] + k, 3 * left : 3 * (left + width)]
             for z in range(3 * width):
@@ -126,7 +126,7 @@ def _resize(rows: Any, p: Any, planes: Any) -> None:
         for x in range(side):
             red, green, blue = _ZERO, _ZERO, _ZERO
             start = 3 * across[x]
-            for k in range(across_count[x]):
+            for k in range(across_weights.shape[1]):
                 weight = across_weights[x, k]
                 red += weight * row[start + 3 * k]
                 green += weight * row[start + 3 * k + 1]
@@ -151,21 +151,23 @@ def _jitter(planes: Any, brightness: Any, contrast: Any, saturation: Any, hue: A
     side = len(planes)
     total = 0.0
     for y in range(side):
-        reds, greens, blues = planes[y, 0], planes[y, 1], planes[y, 2]
-        sum_of_row: Any = _ZERO
-        for x in range(side):
-            red, green, blue = (
-                _clamp(brightness * reds[x]),
-                _clamp(brightness * greens[x]),
-                _clamp(brightness * blues[x]),
-            )
-            reds[x], greens[x], blues[x] = red, green, blue
-            sum_of_row += _luma(red, green, blue)
-        total += sum_of_row
+        total += _brighten(planes[y, 0], planes[y, 1], planes[y, 2], brightness)
     gray = (_ONE - contrast) * np.float32(total / (side * side))
     turn = _SEXTANTS * (hue % _ONE)
     for y in range(side):
         _recolor(planes[y, 0], planes[y, 1], planes[y, 2], contrast, gray, saturation, turn)
+
+
+@jit
+def _brighten(reds: Any, greens: Any, blues: Any, brightness: Any) -> Any:
+    """Apply the brightness to a row; return the sum of its luma."""
+    total: Any = _ZERO
+    for x in range(len(reds)):
+        red, green, blue = brightness * reds[x], brightness * greens[x], brightness * blues[x]
+        red, green, blue = _clamp(red), _clamp(green), _clamp(blue)
+        reds[x], greens[x], blues[x] = red, green, blue
+        total += _luma(red, green, blue)
+    return total
 
 
 @jit
