@@ -129,7 +129,7 @@ def undrawn(
     for number in count():
         work = source(number)
         assert work
-        sum(int(image.sum()) for image in work.encoded)
+        sum(int(image.sum()) for image in work.images)
         yield DecodedBatch(work, ())
 
 

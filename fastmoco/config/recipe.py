@@ -269,6 +269,11 @@ class Runtime(Strict):
             GPU together; "auto": mixed for JPEGs of the area of 128 x 128 pixels and more.
         hw_decoder_load: with mixed, the share of them for the JPEG engine that an A100, H100 or
             newer GPU has.
+        pixels: with the fused executor: "cached": each set is decoded once, into a file beside its
+            shards that is mapped into memory; "decoded": images are decoded as they come; "auto":
+            cached for sets of one size of at most 128 x 128 pixels that fit into half of the free
+            disk. What is drawn is the same.
+        cache: folder for such files where the set's own cannot be written to.
         log_every: in steps.
         trackers: where the metrics go beside metrics.jsonl; each needs its package.
         stall_s: seconds without a step, or a batch of the monitor, after which the run ends with
@@ -286,6 +291,8 @@ class Runtime(Strict):
     prefetch: Count = 3
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     hw_decoder_load: Unit = 0.65
+    pixels: Literal["auto", "cached", "decoded"] = "auto"
+    cache: Path | None = None
     log_every: Count = 50
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     stall_s: Positive = 1800

@@ -186,7 +186,7 @@ def render(
             raise StopIteration
         pending.append(work)
         views = zip(work.numbers, look.views, strict=True)
-        return [work.encoded, *(x for numbers, stages in views for x in inputs(numbers, stages))]
+        return [work.images, *(x for numbers, stages in views for x in inputs(numbers, stages))]
 
     on_gpu = settings.device.type == "cuda"
     pipeline = build(

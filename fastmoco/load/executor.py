@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -52,6 +53,7 @@ class Settings:
         threads: decoding threads.
         prefetch: batches made ahead.
         decode, hw_decoder_load: see `config.Recipe`; without a GPU neither counts.
+        pixels, cache: see `config.Recipe`.
     """
 
     executor: Literal["dali", "fused"] = "dali"
@@ -60,6 +62,8 @@ class Settings:
     prefetch: int = 3
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     hw_decoder_load: float = 0.65
+    pixels: Literal["auto", "cached", "decoded"] = "decoded"
+    cache: Path | None = None
 
 
 def settings_of(runtime: Runtime, world: World, device: torch.device) -> Settings:
@@ -83,15 +87,44 @@ def settings_of(runtime: Runtime, world: World, device: torch.device) -> Setting
         runtime.prefetch,
         runtime.decode,
         runtime.hw_decoder_load,
+        runtime.pixels,
+        runtime.cache,
     )
 
 
 @dataclass(frozen=True)
+class ResidentImages:
+    """Decoded images of a batch, in files that are mapped into memory.
+
+    Attributes:
+        files: flat pixels of each set.
+        which: (n,) the file of each image.
+        starts: (n,) int64, where it begins there.
+        sizes: (n, 2) int64 height and width.
+    """
+
+    files: list[npt.NDArray[np.uint8]]
+    which: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def __getitem__(self, rows: slice) -> "ResidentImages":
+        return ResidentImages(self.files, self.which[rows], self.starts[rows], self.sizes[rows])
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+
+Images = list[npt.NDArray[np.uint8]] | ResidentImages
+"""Encoded images, each its bytes; or decoded ones, for the fused executor alone."""
+
+
+@dataclass(frozen=True)
 class EncodedBatch:
-    """One batch to render: encoded images and, for each view, the numbers that draw it."""
+    """One batch to render: images and, for each view, the numbers that draw it."""
 
     ids: npt.NDArray[np.int64]
-    encoded: list[npt.NDArray[np.uint8]]
+    images: Images
     numbers: list[ViewParams]
 
 

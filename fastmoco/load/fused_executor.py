@@ -1,6 +1,5 @@
 """Views on the CPU, one pass per image: a thread decodes it and draws its views into the batch."""
 
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,22 +8,21 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision.io  # registers torch.ops.image
-from PIL import Image
 
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.dataset.reader import CorruptSamples
-from fastmoco.load.executor import DecodedBatch, EncodedBatch, PipelineSpec, Settings, Source
+from fastmoco.load.decode import Pixels, decode
+from fastmoco.load.executor import (
+    DecodedBatch,
+    EncodedBatch,
+    Images,
+    PipelineSpec,
+    ResidentImages,
+    Settings,
+    Source,
+)
 from fastmoco.load.fused_views import Table, render_views, table
 
-# Pillow's pixels in two thirds of the time. The function around it warns that torchvision will give
-# up its decoders: then Pillow takes over.
-_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
-_RGB = torchvision.io.ImageReadMode.RGB.value
-
-Pixels = npt.NDArray[np.uint8]
-
-_FORMATS = ("JPEG", "PNG", "WEBP")  # what a set may hold
 _CHUNK_IMAGES, _CHUNK_BYTES = 64, 128 * 1024  # one small image a task loses half in hand-overs
 
 
@@ -74,9 +72,9 @@ class _Drawing:
         shift = (-np.array(look.mean) / look.std).astype(np.float32)
         tables = [table(params) for params in work.numbers]
         self._parts: list[tuple[slice, Future[None]]] = []
-        for rows in _chunks(work.encoded, threads):
+        for rows in _chunks(work.images, threads):
             given = [params[rows] for params in tables], [view[rows] for view in self._views]
-            part = pool.submit(_draw, work.encoded[rows], *given, scale, shift)
+            part = pool.submit(_draw, work.images[rows], *given, scale, shift)
             self._parts.append((rows, part))
 
     def wait(self, device: torch.device) -> DecodedBatch:
@@ -93,17 +91,17 @@ class _Drawing:
         return DecodedBatch(self._work, tuple(views))
 
 
-def _chunks(encoded: list[Pixels], threads: int) -> Iterator[slice]:
+def _chunks(images: Images, threads: int) -> Iterator[slice]:
     """Cut a batch into tasks: some small images, or one photograph."""
-    most = max(1, min(_CHUNK_IMAGES, -(-len(encoded) // threads)))
+    most = max(1, min(_CHUNK_IMAGES, -(-len(images) // threads)))
     start = size = 0
-    for place, image in enumerate(encoded):
-        if place > start and (place - start == most or size + len(image) > _CHUNK_BYTES):
+    for place in range(len(images)):
+        bytes_ = 0 if isinstance(images, ResidentImages) else len(images[place])
+        if place > start and (place - start == most or size + bytes_ > _CHUNK_BYTES):
             yield slice(start, place)
-            start = place
-            size = 0
-        size += len(image)
-    yield slice(start, len(encoded))
+            start, size = place, 0
+        size += bytes_
+    yield slice(start, len(images))
 
 
 class _NotAsPacked(Exception):
@@ -112,36 +110,29 @@ class _NotAsPacked(Exception):
 
 
 def _draw(
-    encoded: list[Pixels],
+    images: Images,
     tables: list[Table],
     views: list[npt.NDArray[np.float32]],
     scale: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32],
 ) -> None:
-    images = [_decode(image) for image in encoded]
-    sizes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], np.int64)
+    resident = images if isinstance(images, ResidentImages) else _in_memory(images)
     # A crop beyond the edge, of an image that is not the one of the table, would read elsewhere.
-    inside = [(params[:, :2] + params[:, 2:4] <= sizes).all(axis=1) for params in tables]
+    inside = [(p[:, :2] + p[:, 2:4] <= resident.sizes).all(axis=1) for p in tables]
     if not np.all(inside):
         raise _NotAsPacked(np.flatnonzero(~np.all(inside, axis=0)).tolist())
-    flat = [image.reshape(-1) for image in images if image is not None]
-    starts = np.cumsum([0, *map(len, flat)])[:-1]
+    for number in np.unique(resident.which):
+        places = np.flatnonzero(resident.which == number)
+        lies = resident.files[number], resident.starts, resident.sizes
+        for params, view in zip(tables, views, strict=True):
+            render_views(*lies, params, places, scale, shift, view)
+
+
+def _in_memory(encoded: list[Pixels]) -> ResidentImages:
+    """Decode images; one that cannot be has no pixels."""
+    images = [decode(image) for image in encoded]
+    sizes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], np.int64)
+    flat = [np.zeros(0, np.uint8) if image is None else image.reshape(-1) for image in images]
+    starts = np.cumsum([0, *map(len, flat)], dtype=np.int64)[:-1]
     pixels = flat[0] if len(flat) == 1 else np.concatenate(flat)
-    for params, view in zip(tables, views, strict=True):
-        render_views(pixels, starts, sizes, params, scale, shift, view)
-
-
-def _decode(encoded: Pixels) -> Pixels | None:
-    """Return (H, W, 3) RGB pixels; None: it is no image."""
-    if _decode_jpeg and encoded[:2].tobytes() == b"\xff\xd8":
-        try:
-            planes: torch.Tensor = _decode_jpeg(torch.from_numpy(encoded), _RGB)
-            pixels: Pixels = planes.permute(1, 2, 0).contiguous().numpy()
-            return pixels
-        except RuntimeError:
-            pass  # Pillow reads some that it refuses
-    try:
-        with Image.open(io.BytesIO(encoded.tobytes()), formats=_FORMATS) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):
-        return None
+    return ResidentImages([pixels], np.zeros(len(images), np.int64), starts, sizes)

@@ -44,23 +44,25 @@ def render_views(
     starts: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
     params: Table,
+    places: npt.NDArray[np.int64],
     scale: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
 ) -> None:
-    """Draw one view of each of n images.
+    """Draw one view of some of n images.
 
     Args:
         pixels: flat RGB images, (H, W, 3) each.
         starts: (n,) where each image begins in `pixels`.
         sizes: (n, 2) height and width of each.
         params: (n, 14), see `table`.
+        places: which of the n to draw.
         scale, shift: (3,) normalization: levels * scale + shift.
         out: (n, S, S, 3), written.
     """
     side = out.shape[1]
     planes = np.empty((side, 3, side), np.float32)
-    for i in range(len(starts)):
+    for i in places:
         p = params[i]
         height, width = sizes[i]
         rows = pixels[starts[i] : starts[i] + height * width * 3].reshape(height, width * 3)

@@ -24,6 +24,7 @@ from fastmoco.load.executor import (
     Settings,
     Source,
 )
+from fastmoco.load.pixel_cache import open_cache
 from fastmoco.load.sampler import Plan, plan_of
 from fastmoco.load.view_params import ViewParams, central, draw
 
@@ -85,6 +86,7 @@ class Loader:
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
         self.settings = _decided(settings, self._reader)
+        self._images = open_cache(data, self.settings) or self._reader
         self._max_bad = max_bad
         self.bad: set[int] = set()
 
@@ -130,7 +132,7 @@ class Loader:
         """
         positions = self.plan.positions(step, self._rank, self._ranks)
         ids = self.plan.order(positions, self.bad)
-        images = self._reader.fetch(ids, pool)
+        images = self._images.fetch(ids, pool)
         return EncodedBatch(ids, images, self.numbers(positions, ids))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -198,15 +200,17 @@ def evaluation_batches(
         DataError: images are missing or damaged; names the samples.
     """
     reader = Reader(data)
+    settings = _decided(settings, reader)
+    whole = len(ids) if not isinstance(ids, slice) else ids.stop - ids.start
+    images = open_cache(data, settings, build=whole == len(data)) or reader
 
     def work(number: int, pool: ThreadPoolExecutor) -> EncodedBatch | None:
         chunk = _part(ids, number * batch, batch)
         if not len(chunk):
             return None
-        images = reader.fetch(chunk, pool)
-        return EncodedBatch(chunk, images, [central(_sizes(data, chunk), share)])
+        return EncodedBatch(chunk, images.fetch(chunk, pool), [central(_sizes(data, chunk), share)])
 
-    look, settings = PipelineSpec(size, mean, std, (EnabledOps(),)), _decided(settings, reader)
+    look = PipelineSpec(size, mean, std, (EnabledOps(),))
     try:
         with _read_ahead(work) as source:
             for step, rendered in enumerate(_draw_all(source, look, batch, settings)):

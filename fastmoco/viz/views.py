@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, device_of
+from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import settings_of
 from fastmoco.load.loader import Loader, Triple
@@ -49,18 +50,22 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     recipe = resolve(recipe, data.sets[0]).model_copy(update={"batch": min(count, len(data))})
     assert recipe.encoder.mean and recipe.encoder.std
     device = device_of(recipe.runtime.device, 0)
-    loader = Loader.of(recipe, data, settings_of(recipe.runtime, World(), device))
+    # Of a few images: not the place to decode the set.
+    runtime = recipe.runtime.model_copy(update={"pixels": "decoded"})
+    loader = Loader.of(recipe, data, settings_of(runtime, World(), device))
     # The batch first: it meets what is damaged, and says so in words.
-    batch, work = next(loader.batches()), loader.work(0)
-    originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in work.encoded]
+    batch = next(loader.batches())
+    encoded = Reader(data).fetch(batch.ids)
+    originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in encoded]
     rows = {
         "original": np.stack([_fitted(image, recipe.encoder.image_size) for image in originals])
     }
     for number, view in enumerate(batch.views, 1):
         rows[f"view {number}"] = pixels_of(view, recipe.encoder.mean, recipe.encoder.std)
     draw_views(path, rows, title)
+    drawn = loader.numbers(loader.plan.positions(0), batch.ids)
     return [
-        Shown(data.describe(sample), [in_words(numbers, row) for numbers in work.numbers])
+        Shown(data.describe(sample), [in_words(numbers, row) for numbers in drawn])
         for row, sample in enumerate(batch.ids.tolist())
     ]
 

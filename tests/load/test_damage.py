@@ -133,7 +133,7 @@ def test_a_failure_without_damage_is_raised_as_it_is(
             raise RuntimeError("std::bad_alloc")
         return original(*arguments)
 
-    owner, name = (Pipeline, "run") if executor == "dali" else (fused, "_decode")
+    owner, name = (Pipeline, "run") if executor == "dali" else (fused, "decode")
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, fails_once)
     settings = Settings(executor, threads=1)

@@ -24,7 +24,7 @@ def render(
         work = source(number)
         if work is None:
             return
-        images = [_decode(encoded) for encoded in work.encoded]
+        images = [_decode(encoded) for encoded in work.images]
         views = (_view(images, numbers, look) for numbers in work.numbers)
         yield DecodedBatch(work, tuple(view.to(settings.device) for view in views))
 
