@@ -82,7 +82,8 @@ def loader(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="imagefolder, webdataset, lightly, dali-operators, ffcv, ffcv-raw (pixels instead "
+            help="dali, cached (ours by DALI, or from decoded pixels), imagefolder, "
+            "webdataset, lightly, dali-operators, ffcv, ffcv-raw (pixels instead "
             "of JPEGs); may be given several times. [default: imagefolder]"
         ),
     ] = None,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from copies import NO_PIXELS
 from PIL import Image
 
 from fastmoco import cli
@@ -74,7 +75,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 @pytest.fixture
 def copied(small_set: ShardSet, tmp_path: Path) -> ShardSet:
     """A copy of `small_set` that a test may write to and damage."""
-    return ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "copy")))
+    return ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "copy", ignore=NO_PIXELS)))
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ and not measured; `baselines.loaders` has the others.
 import os
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from harness.arm import Section
@@ -24,7 +25,13 @@ from fastmoco.config.recipe import Recipe, View
 from fastmoco.errors import UsageError
 
 TOLERANCE = 5.0  # levels: the arms draw other numbers, and blur and resize differ
+OURS = {
+    "dali": {"executor": "dali"},
+    "cached": {"pixels": "cached"},  # decoded before the section
+}
+"""Ours in other settings than the usual one, by the name that they are compared under."""
 RIVALS = {
+    **dict.fromkeys(OURS, "fastmoco"),
     "imagefolder": "torchvision",
     "webdataset": "webdataset",
     "lightly": "lightly",
@@ -133,6 +140,9 @@ def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
         crops = Arm.of(f"{__name__}:ours", **own, plain=True)
         arms["fastmoco, crops alone"] = replace(crops, bound=True)
     for name in settings.rivals:
+        if name in OURS:
+            arms[f"fastmoco, {name}"] = Arm.of(f"{__name__}:ours", **own, **OURS[name])
+            continue
         function = f"baselines.loaders:{name.replace('-', '_')}"
         data = scratch / name if name in _CONVERTED else root
         arms[name] = Arm.of(function, root=str(data), **work, workers=settings.workers)
@@ -153,20 +163,29 @@ def _best_workers(root: Path, settings: Settings) -> int:
 
 
 def ours(
-    section: Section, root: str, size: int, batch: int, batches: int, plain: bool = False
+    section: Section,
+    root: str,
+    size: int,
+    batch: int,
+    batches: int,
+    plain: bool = False,
+    executor: Literal["dali", "fused"] = "fused",
+    pixels: Literal["cached", "decoded"] = "decoded",
 ) -> dict[str, Any]:
     """Draw with this program on all cores."""
+    import_module(f"fastmoco.load.{executor}_executor")  # which is not what is measured
     from fastmoco.core.distributed import World
     from fastmoco.dataset.shard_set import ConcatShardSets
-    from fastmoco.load import dali_executor  # noqa: F401  # its import is not what is measured
     from fastmoco.load.executor import settings_of
     from fastmoco.load.loader import Loader
 
     recipe = recipe_of(size, batch, plain)
+    changes = {"executor": executor, "pixels": pixels}
+    runtime = recipe.runtime.model_copy(update=changes)
 
     def open_batches() -> Generator[Views]:
         data = ConcatShardSets.open([Path(root)])
-        settings = settings_of(recipe.runtime, World(), torch.device("cpu"))
+        settings = settings_of(runtime, World(), torch.device("cpu"))
         for drawn in Loader.of(recipe, data, settings).batches():
             yield drawn.views
 

@@ -54,8 +54,12 @@ def shard(
     short_side: Annotated[
         int | None, typer.Option(min=1, help="Shrink larger images to this. [default: keep bytes]")
     ] = None,
+    square: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut to the central square and resize to this. [default: no]"),
+    ] = None,
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Of shrunk JPEGs. [default: 90]")
+        int | None, typer.Option(min=1, max=100, help="Of resized JPEGs. [default: 90]")
     ] = None,
     levels: Annotated[
         str | None,
@@ -94,6 +98,7 @@ def shard(
         "splits": parse_splits(splits),
         "dedupe": dedupe,
         "short_side": short_side,
+        "square": square,
         "quality": quality,
         "levels": parse_levels(levels),
         "shard_mb": shard_mb,

@@ -37,6 +37,7 @@ class Options(Strict):
 
     shard_mb: Count | None = None
     short_side: Count | None = None
+    square: Count | None = None
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     min_side: Count | None = None
 

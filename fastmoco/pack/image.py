@@ -63,7 +63,8 @@ class Rules:
         max_pixels: the largest area.
         max_bytes: the largest encoded size.
         short_side: images with a longer short side are shrunk to it; None: none is.
-        quality: of the JPEGs that shrinking gives.
+        square: all are cut to their central square and resized to this side; None: none is.
+        quality: of the JPEGs that resizing gives.
         levels: what becomes 0 and 255 of values of more than 8 bits; None: all of 16 bits.
     """
 
@@ -71,6 +72,7 @@ class Rules:
     max_pixels: int = 100_000_000
     max_bytes: int = 128 * 2**20
     short_side: int | None = None
+    square: int | None = None
     quality: int = 90
     levels: Levels | None = None
 
@@ -163,8 +165,10 @@ def _check(content: bytes, rules: Rules, measure: bool) -> Checked:
         _refuse_by_header(image, rules)
         if image.format == "PNG":
             _verify_checksums(content)
+        if rules.square and image.size != (rules.square, rules.square):
+            return _resized(image, content, rules.square, rules, measure)
         if rules.short_side and min(image.size) > rules.short_side:
-            return _shrunk(image, content, rules, measure)
+            return _resized(image, content, rules.short_side, rules, measure)
         size = image.size
         if not measure and _may_scale(image):
             image.draft(None, (size[0] // 8, size[1] // 8))
@@ -265,13 +269,17 @@ def _reencoded(content: bytes, rules: Rules) -> tuple[bytes, Span | None]:
         return _jpeg(plain, 95, "4:4:4") if jpeg else _png(plain), span
 
 
-def _shrunk(image: Image.Image, original: bytes, rules: Rules, measure: bool) -> Checked:
-    assert rules.short_side
-    short_side = rules.short_side
+def _resized(
+    image: Image.Image, original: bytes, short_side: int, rules: Rules, measure: bool
+) -> Checked:
     # Twice the size is left for the filter, as PIL's own thumbnails do.
     scale = short_side / min(image.size)
     image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
     plain, span = _upright(image, original, rules)
+    if rules.square:
+        side = min(plain.size)
+        left, top = (plain.width - side) // 2, (plain.height - side) // 2
+        plain = plain.crop((left, top, left + side, top + side))
     scale = short_side / min(plain.size)
     size = (
         max(short_side, round(scale * plain.width)),

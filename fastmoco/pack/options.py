@@ -28,11 +28,15 @@ class PackOptions:
         max_mpixels: the largest area allowed, in 10^6 pixels.
         max_mb: the largest encoded image allowed, in MiB.
         short_side: shrink larger images to this short side, in pixels; None: keep the bytes.
-        quality: of the JPEGs that shrinking gives.
+        square: cut every image to its central square and resize it to this side, in pixels.
+        quality: of the JPEGs that resizing gives.
         levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
         workers: processes that decode; the bytes written do not depend on it.
         max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
+
+    Raises:
+        UsageError: both `short_side` and `square`.
     """
 
     format: str | None = None
@@ -48,10 +52,15 @@ class PackOptions:
     max_mpixels: float = 100
     max_mb: float = 128
     short_side: int | None = None
+    square: int | None = None
     quality: int = 90
     levels: Levels | None = None
     workers: int = 1
     max_rejects: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.square and self.short_side:
+            raise UsageError("--square and --short-side both say how large: choose one.")
 
     @property
     def rules(self) -> Rules:
@@ -61,6 +70,7 @@ class PackOptions:
             max_pixels=int(self.max_mpixels * 10**6),
             max_bytes=int(self.max_mb * 2**20),
             short_side=self.short_side,
+            square=self.square,
             quality=self.quality,
             levels=self.levels,
         )
@@ -69,8 +79,9 @@ class PackOptions:
         """Return the options that decide what is written."""
         left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
-        if self.levels is None:
-            del chosen["levels"]
+        for newer in ("levels", "square"):  # sets from before keep their options, and their bytes
+            if chosen[newer] is None:
+                del chosen[newer]
         return {**chosen, "splits": dict(self.splits)}
 
 

@@ -69,6 +69,8 @@ class Schedule:
         sizes = self.source.inputs.sizes[rows]
         if self.rules.short_side:
             sizes = np.minimum(sizes, int(SHRUNK_BYTES * self.rules.short_side**2))
+        if self.rules.square:
+            sizes = np.full_like(sizes, int(SHRUNK_BYTES * self.rules.square**2))
         label = np.where(self.source.labels[rows] >= 0, 2 * TAR_BLOCK, 0)
         costs: npt.NDArray[np.int64] = TAR_BLOCK + -(-sizes // TAR_BLOCK) * TAR_BLOCK + label
         return costs

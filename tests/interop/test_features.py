@@ -34,7 +34,13 @@ def test_features_are_those_of_the_encoder_in_id_order(
     assert found.dtype == np.float32 and found.shape == (24, width)
     assert ids.dtype == np.int64 and ids.tolist() == list(range(24))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    look = {"size": 16, "mean": mean, "std": std, "share": 1.0, "settings": Settings(threads=1)}
+    look = {
+        "size": 16,
+        "mean": mean,
+        "std": std,
+        "share": 1.0,
+        "settings": Settings("fused", threads=1),
+    }
     batches = evaluation_batches(ConcatShardSets([small_set]), ids=slice(0, 24), batch=24, **look)
     images = next(iter(batches)).views[0]
     with torch.inference_mode():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from copies import NO_PIXELS
 from hypothesis import given
 from hypothesis import strategies as st
 from recipes import recipe_from
@@ -114,7 +115,7 @@ def test_a_recipe_takes_a_share_of_every_class_of_every_set(data: ConcatShardSet
 
 
 def test_a_recipe_takes_the_classes_from_a_side_table(small_set: ShardSet, tmp_path: Path) -> None:
-    copied = ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "set")))
+    copied = ShardSet(Path(shutil.copytree(small_set.root, tmp_path / "set", ignore=NO_PIXELS)))
     rows = np.zeros(20, LABEL_DTYPE)
     rows["id"], rows["label"] = np.arange(20), np.arange(20) // 10
     write_labels(copied, "late", rows, ["x", "y"], "test")

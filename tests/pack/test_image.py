@@ -283,6 +283,20 @@ def test_shrinking_turns_and_leaves_small_images_alone(make_picture: Picture) ->
     assert isinstance(kept, Checked) and kept.content == small
 
 
+@pytest.mark.parametrize("size", [(90, 60), (61, 90), (20, 25)])
+def test_a_square_is_the_middle_resized(make_picture: Picture, size: tuple[int, int]) -> None:
+    """Of larger and of smaller images; what has the size keeps its bytes."""
+    picture, side = make_picture(5, size), min(size)
+    result = check_image(encoded(picture, "PNG"), Rules(square=30, quality=95))
+    assert isinstance(result, Checked) and (result.width, result.height) == (30, 30)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    middle = picture.crop((left, top, left + side, top + side))
+    resized = middle.resize((30, 30), Image.Resampling.BILINEAR)
+    assert result.content == encoded(resized, "JPEG", quality=95, subsampling="4:2:0")
+    kept = check_image(result.content, Rules(square=30))
+    assert isinstance(kept, Checked) and kept.content == result.content
+
+
 def test_the_scaled_check_refuses_the_same_files(make_picture: Picture) -> None:
     """Images whose pixels are not measured are decoded at an eighth of their size."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
