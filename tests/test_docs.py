@@ -1,6 +1,9 @@
 """README and docs: links lead somewhere, commands and options exist, keys are of the schema."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,65 @@ def test_keys_are_of_the_schema(page: Path) -> None:
             except UsageError as error:
                 assert "unknown key" not in str(error) and "no key" not in str(error), piece
                 assert "does not name a key" not in str(error), piece
+
+
+TOY = [
+    *("encoder.arch=resnet10", "encoder.stem=small-stride2", "encoder.image_size=32"),
+    *("encoder.dim=16", "batch=8", "objective.bn_group=4", "objective.queue=64"),
+    *("schedule.epochs=1", "runtime.device=cpu", "runtime.log_every=1", "monitor=null"),
+]
+FOR_TOYS = {
+    "pretrain": TOY,
+    "bench": [*TOY, "--steps", "2"],
+    "probe": ["--epochs", "2", "--device", "cpu"],
+    "report": ["--device", "cpu"],
+}
+NOT_HERE = {
+    "git clone": "a network",
+    "pip install": "a network",
+    "make demo": "two minutes; tests/demo runs its parts",
+}
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page's indented blocks, in order."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^    (.+)$", text, re.MULTILINE)
+    programs = r"(fastmoco|torchrun|git|pip|make|python) "
+    return [line for line in blocks if re.match(programs, line)]
+
+
+def runnable(command: str) -> list[str]:
+    program, *words = shlex.split(command, comments=True)
+    if program == "fastmoco":
+        return [sys.executable, "-m", "fastmoco", *words, *FOR_TOYS.get(words[0], ())]
+    assert program == "torchrun" and words[0] == "--nproc_per_node=8"
+    words[1] = str(ROOT / words[1])
+    two_ranks = ["--standalone", "--nproc_per_node=2"]
+    return [sys.executable, "-m", "torch.distributed.run", *two_ranks, *words[1:], *TOY]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "made"),
+    [
+        ("README.md", ["photos/train", "photos/test"]),
+        ("docs/quick-start.md", ["photos", "labelled/train", "labelled/test"]),
+    ],
+)
+def test_the_commands_run_one_after_the_other(page, made, make_images, tmp_path) -> None:
+    for number, folder in enumerate(made):
+        make_images(tmp_path / folder, ("cat", "dog"), 8 + number, (40, 48), "jpg")
+    if "labelled/train" in made:
+        for split, like in (("train", []), ("test", ["--like", "data/train"])):
+            words = ["shard", f"labelled/{split}", f"data/{split}", *like]
+            command = [sys.executable, "-m", "fastmoco", *words]
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for command in commands(ROOT / page):
+        if any(command.startswith(known) for known in NOT_HERE):
+            continue
+        done = subprocess.run(
+            runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (command, done.stdout[-500:], done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
