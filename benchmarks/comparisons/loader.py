@@ -91,7 +91,7 @@ def bench_loader(
         warm(root)
         _pack(root, scratch / "set", settings.short_side)
         _convert(root, scratch, settings.rivals)
-        settings = replace(settings, workers=settings.workers or _best_workers(root, settings))
+        settings = replace(settings, workers=settings.workers or best_workers(root, settings))
         subject = {**subject_of(source, names, settings.repeat), **asdict(settings)}
         arms = _arms(root, scratch, settings)
         return compare(
@@ -149,7 +149,7 @@ def _arms(root: Path, scratch: Path, settings: Settings) -> dict[str, Arm]:
     return arms
 
 
-def _best_workers(root: Path, settings: Settings) -> int:
+def best_workers(root: Path, settings: Settings) -> int:
     """Return the number of DataLoader workers at which the official recipe is fastest here."""
     cores = len(os.sched_getaffinity(0))
     if not settings.rivals:

@@ -108,10 +108,9 @@ def _adopt(task: AdoptTask) -> Adopted:
             checked = _checked(stream, image, found, _name(task, image))
             if checked is None:
                 continue
-            side = contents.side(image, "cls")
             rows.append(row_of(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
-            lines.append(index_line([_component(m) for m in _in_order(image, side)]))
+            lines.append(sample_line(contents, image))
     found.rows = np.array(rows, dtype=SAMPLE_DTYPE)
     found.index, found.values = b"".join(lines), list(codes)
     return found
@@ -169,13 +168,13 @@ def _root(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _in_order(image: Member, side: Member | None) -> list[Member]:
-    return sorted([image, side] if side else [image], key=lambda member: member.offset)
-
-
-def _component(member: Member) -> Component:
-    extension = extension_of(member.name)
-    return Component(extension, member.offset, member.size, index_name(member.name))
+def sample_line(contents: Contents, image: Member) -> bytes:
+    """Return the line of DALI's index for an image and its label, in the order of the tar."""
+    side = contents.side(image, "cls")
+    members = sorted([image, side] if side else [image], key=lambda member: member.offset)
+    return index_line(
+        [Component(extension_of(m.name), m.offset, m.size, index_name(m.name)) for m in members]
+    )
 
 
 def _checked(stream: BinaryIO, image: Member, found: Adopted, name: str) -> Checked | None:

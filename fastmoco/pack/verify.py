@@ -28,7 +28,6 @@ from fastmoco.pack.parallel import mapped
 from fastmoco.pack.shardcheck import (
     TABLE,
     Fault,
-    ShardReport,
     ShardTask,
     check_shard,
     lost_rows,
@@ -264,7 +263,7 @@ class _Full:
         done = 0
         with closing(mapped(check_shard, map(self._task, numbers), workers)) as reports:
             for number, report in zip(numbers, reports, strict=True):
-                yield from self._findings(number, report)
+                yield from self._findings(number, *report)
                 done += self.shards[number].samples
                 if on_progress:
                     on_progress(done, len(self.set))
@@ -283,14 +282,14 @@ class _Full:
             check_index=self.sound and number not in self.bad_indexes,
         )
 
-    def _findings(self, number: int, report: ShardReport) -> list[Finding]:
+    def _findings(self, number: int, digest: str, faults: list[Fault]) -> list[Finding]:
         shard = self.shards[number]
-        owner = self.owners.get(report.sha256)
-        if owner and report.sha256 != shard.sha256:  # two shards may rightly be equal
+        owner = self.owners.get(digest)
+        if owner and digest != shard.sha256:  # two shards may rightly be equal
             self.swapped.add(number)
             what = f"has the content of {owner}: the shards were swapped or copied"
             return [Finding(shard.name, what)]
-        return [self._finding(number, fault) for fault in report.faults]
+        return [self._finding(number, fault) for fault in faults]
 
     def _finding(self, number: int, fault: Fault) -> Finding:
         self.table_is_wrong |= fault.file == TABLE
