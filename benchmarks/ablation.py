@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastmoco.demo.demo import PHOTOGRAPHS, make_set
-from fastmoco.plots import INK, figure_of
+from fastmoco.plots import INK, make_figure
 from fastmoco.runs.run_folder import RunFolder
 
 ARMS = {
@@ -46,13 +46,13 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [(arm, seed) for seed in options.seeds for arm in ARMS]
         list(pool.map(lambda run: train(options.out, *run, overrides), runs))
-    rows = list(rows_of(options.out, options.seeds))
+    rows = list(get_rows(options.out, options.seeds))
     (options.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(options.out / "ablation.png", rows)
     return 0
 
 
-def folder_of(out: Path, arm: str, seed: int) -> Path:
+def get_folder(out: Path, arm: str, seed: int) -> Path:
     """Return the run folder of an arm and a seed."""
     name = "".join(c if c.isalnum() else "-" for c in arm)
     return out / f"{name}-{seed}"
@@ -66,7 +66,7 @@ def train(out: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
         f"monitor.queries={out}/test",
     ]
     options = [
-        f"out={folder_of(out, arm, seed)}",
+        f"out={get_folder(out, arm, seed)}",
         f"seed={seed}",
         "monitor.every=1",
         "runtime.threads=1",
@@ -84,11 +84,11 @@ def train(out: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
     subprocess.run([*command, *ARMS[arm], *overrides], check=True, **quiet)
 
 
-def rows_of(out: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+def get_rows(out: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield a row for each run: what its metrics say over its epochs."""
     for arm in ARMS:
         for seed in seeds:
-            run = RunFolder(folder_of(out, arm, seed))
+            run = RunFolder(get_folder(out, arm, seed))
             metrics = run.rows()
             steps = [row for row in metrics if row["kind"] == "step"]
             knn = [row for row in metrics if "knn_top1" in row]
@@ -108,7 +108,7 @@ def rows_of(out: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw pretext accuracy and kNN of the arms: the mean of the seeds, and each seed thinly."""
-    figure = figure_of(10, 4)
+    figure = make_figure(10, 4)
     panels = [("epoch", "pretext_top1", "Pretext top-1, %"), ("knn_epoch", "knn_top1", "kNN, %")]
     for axes, (x, y, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for color, arm in zip(COLOURS, ARMS, strict=True):

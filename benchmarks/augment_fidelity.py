@@ -31,7 +31,7 @@ from fastmoco.core.environment import environment
 from fastmoco.core.rng import uniforms
 from fastmoco.load import dali_executor as dali
 from fastmoco.load.executor import EncodedBatch, PipelineSpec, Settings
-from fastmoco.load.loader import stages_of
+from fastmoco.load.loader import get_enabled_ops
 from fastmoco.load.view_params import ViewParams, draw
 
 Levels = npt.NDArray[np.float32]
@@ -97,7 +97,7 @@ def _by_dali(
     view: View, files: Sequence[bytes], numbers: ViewParams, size: int
 ) -> Iterator[Levels]:
     """Yield batches of (n, size, size, 3) levels."""
-    look = PipelineSpec(size, (0.0, 0.0, 0.0), (1 / 255,) * 3, (stages_of(view),))
+    look = PipelineSpec(size, (0.0, 0.0, 0.0), (1 / 255,) * 3, (get_enabled_ops(view),))
 
     def source(number: int) -> EncodedBatch | None:
         rows = np.arange(number * BATCH, min((number + 1) * BATCH, len(files)))

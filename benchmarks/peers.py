@@ -34,9 +34,9 @@ from torch import nn
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.pretrain import resolve
 from fastmoco.train.engine import Engine
@@ -59,12 +59,12 @@ def recipe_of(root: str, options: dict[str, Any]) -> Recipe:
 def ours(section: Section, root: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train as `fastmoco pretrain` does, without its logs."""
     recipe = recipe_of(root, options)
-    device = device_of(recipe.runtime.device, 0)
+    device = get_device(recipe.runtime.device, 0)
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
 
     def batches() -> Iterator[Views]:
-        settings = settings_of(recipe.runtime, World(), device)
+        settings = get_settings(recipe.runtime, World(), device)
         return (batch.views for batch in Loader.of(recipe, data, settings).batches())
 
     def start() -> tuple[nn.Module, Step]:
@@ -79,7 +79,7 @@ def official(
 ) -> dict[str, Any]:
     """Train with the official recipe."""
     recipe = recipe_of(root, options)
-    device = device_of(recipe.runtime.device, 0)
+    device = get_device(recipe.runtime.device, 0)
 
     def start() -> tuple[nn.Module, Step]:
         moco = OfficialMoCo(recipe, World(), device, tuned)
@@ -98,7 +98,7 @@ def lightly(
     from torchvision import datasets
 
     recipe = recipe_of(root, options)
-    device, size = device_of(recipe.runtime.device, 0), recipe.encoder.image_size
+    device, size = get_device(recipe.runtime.device, 0), recipe.encoder.image_size
 
     def views() -> Generator[Views]:
         folder = datasets.ImageFolder(root, MoCoV2Transform(input_size=size))

@@ -26,7 +26,7 @@ from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import AsyncAnyFlag, World
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -160,7 +160,7 @@ def trainer_of(recipe: Recipe, sample: Sample) -> Trainer:
     world, device = World(), torch.device("cpu")
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    loader = Loader.of(recipe, data, settings_of(recipe.runtime, world, device))
+    loader = Loader.of(recipe, data, get_settings(recipe.runtime, world, device))
     plan, executor = loader.plan, loader.settings.executor
     fingerprint = get_fingerprint(recipe, data.set_ids, plan.samples, plan.digest(), executor)
     engine, run = Engine(recipe, world, device), RunFolder(recipe.out)

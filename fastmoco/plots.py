@@ -85,9 +85,9 @@ def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
         rows: the images of each row by its name, all of one shape.
         title: above the grid.
     """
-    grid = grid_of(list(rows.values()))
+    grid = get_grid(list(rows.values()))
     height, width = grid.shape[0] + TOP, grid.shape[1] + LEFT
-    figure = figure_of(width / _DPI, height / _DPI)
+    figure = make_figure(width / _DPI, height / _DPI)
     figure.figimage(grid, xo=LEFT, yo=0, origin="upper")
     figure.text(LEFT / width, 1 - TOP / height / 2, title, va="center", color=INK)
     pitch = (grid.shape[0]) / len(rows)
@@ -97,14 +97,14 @@ def draw_views(path: Path, rows: Mapping[str, Images], title: str) -> None:
     _save(figure, path, _DPI)
 
 
-def zoom_of(side: int) -> int:
+def get_zoom(side: int) -> int:
     """Return the whole number of times that views of a side are enlarged."""
     return max(1, ZOOMED // side)
 
 
-def grid_of(rows: Sequence[Images]) -> Images:
+def get_grid(rows: Sequence[Images]) -> Images:
     """Return the zoomed images on white, a gap after each and below each."""
-    zoom = zoom_of(rows[0].shape[1])
+    zoom = get_zoom(rows[0].shape[1])
     zoomed = np.stack(rows).repeat(zoom, axis=2).repeat(zoom, axis=3)
     padded = np.pad(zoomed, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     count, samples, height, width, _ = padded.shape
@@ -127,7 +127,7 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
     """
     curves = curves_in(metrics)
     lines = max(1, math.ceil(len(curves) / 2))
-    figure = figure_of(2 * _WIDTH, lines * _HEIGHT)
+    figure = make_figure(2 * _WIDTH, lines * _HEIGHT)
     figure.suptitle(title, x=0.015, ha="left", color=INK)
     panels = figure.subplots(lines, 2, sharex=True, squeeze=False).ravel()
     for axes, curve in zip(panels, curves, strict=False):
@@ -143,7 +143,7 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
 
 def draw_curve(path: Path, metrics: Metrics, queue: int, curve: Curve) -> None:
     """Draw one curve alone, as sharp as a telephone's screen; see `draw_curves`."""
-    figure = figure_of(_WIDTH, _HEIGHT)
+    figure = make_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
     _panel(axes, metrics, curve, queue)
     axes.set_xlabel("epoch", color=INK)
@@ -156,7 +156,7 @@ def _save(figure: Any, path: Path, dpi: int) -> None:
         figure.savefig(aside, dpi=dpi, metadata={"Software": SOFTWARE})
 
 
-def figure_of(width: float, height: float) -> Any:
+def make_figure(width: float, height: float) -> Any:
     """Return a figure of that size in inches, drawn by Agg: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -18,10 +18,16 @@ from fastmoco.core.terminal import echo, speaks, told
 from fastmoco.dataset.labels import Labelled, labelled_pair
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import CheckpointError, DataError, DivergedError, FastmocoError, UsageError
-from fastmoco.evaluate.features import Pair, Preprocessing, Stopped, embed_labelled, sight_of
+from fastmoco.evaluate.features import (
+    Pair,
+    Preprocessing,
+    Stopped,
+    embed_labelled,
+    make_preprocessing,
+)
 from fastmoco.evaluate.knn import KNNClassifier
 from fastmoco.evaluate.sanity import cautions
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
 from fastmoco.loggers.console import LiveDisplay
@@ -138,7 +144,7 @@ def _prepared(recipe: Recipe, world: World, device: torch.device) -> tuple[Recip
     check_bn_group(recipe, world.size, world.size // world.local_size)
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    return recipe, Loader.of(recipe, data, settings_of(recipe.runtime, world, device), world)
+    return recipe, Loader.of(recipe, data, get_settings(recipe.runtime, world, device), world)
 
 
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
@@ -171,8 +177,8 @@ def _train(
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.runtime.deterministic)
-    sight = sight_of(
-        recipe.encoder, recipe.runtime.precision, settings_of(recipe.runtime, world, device)
+    preprocessing = make_preprocessing(
+        recipe.encoder, recipe.runtime.precision, get_settings(recipe.runtime, world, device)
     )
     plan = loader.plan
     executor = loader.settings.executor
@@ -183,7 +189,7 @@ def _train(
     if world.is_main:
         for sentence in run.begin(recipe, versions(world, device), start):
             echo(sentence)
-    monitor = _monitor(recipe.monitor, sight, world) if recipe.monitor else None
+    monitor = _monitor(recipe.monitor, preprocessing, world) if recipe.monitor else None
     with ExitStack() as stack:
         displays: list[loop.Display] = []
         if world.is_main:
@@ -233,7 +239,7 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
     return recipe.model_copy(update={"encoder": encoder})
 
 
-def _monitor(monitor: Monitor, sight: Preprocessing, world: World) -> loop.Monitor:
+def _monitor(monitor: Monitor, preprocessing: Preprocessing, world: World) -> loop.Monitor:
     bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
     if world.is_main:
         for caution in cautions(bank, queries):
@@ -241,7 +247,7 @@ def _monitor(monitor: Monitor, sight: Preprocessing, world: World) -> loop.Monit
 
     def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
         def features(one: Labelled) -> Pair:
-            return embed_labelled(encoder, one, monitor.feature, sight, world, stop)
+            return embed_labelled(encoder, one, monitor.feature, preprocessing, world, stop)
 
         classes = len(bank.classes)
         try:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.plots import GAP, LEFT, TOP, curves_in, draw_curves, draw_views, zoom_of
+from fastmoco.plots import GAP, LEFT, TOP, curves_in, draw_curves, draw_views, get_zoom
 
 SIDE = 16
-ZOOM = zoom_of(SIDE)
+ZOOM = get_zoom(SIDE)
 METRICS = [
     {"kind": "epoch", "epoch": 0, "loss": None, "knn_top1": 40.0},
     {"kind": "step", "epoch": 0.5, "loss": 5.0, "lr": 0.06, "images_per_s": 300.0},

@@ -176,7 +176,7 @@ def ours(
     import_module(f"fastmoco.load.{executor}_executor")  # which is not what is measured
     from fastmoco.core.distributed import World
     from fastmoco.dataset.shard_set import ConcatShardSets
-    from fastmoco.load.executor import settings_of
+    from fastmoco.load.executor import get_settings
     from fastmoco.load.loader import Loader
 
     recipe = recipe_of(size, batch, plain)
@@ -185,7 +185,7 @@ def ours(
 
     def open_batches() -> Generator[Views]:
         data = ConcatShardSets.open([Path(root)])
-        settings = settings_of(runtime, World(), torch.device("cpu"))
+        settings = get_settings(runtime, World(), torch.device("cpu"))
         for drawn in Loader.of(recipe, data, settings).batches():
             yield drawn.views
 

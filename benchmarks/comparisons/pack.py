@@ -173,7 +173,7 @@ def _shrunk(image: Image.Image, short_side: int, quality: int) -> bytes:
 def _write(out: Path, names: Sequence[str], images: Iterable[tuple[str, bytes] | None]) -> None:
     from webdataset import TarWriter
 
-    classes = sorted({_class_of(name) for name in names})
+    classes = sorted({_get_class(name) for name in names})
     out.mkdir()
     with TarWriter(str(out / "set.tar")) as tar:
         for number, (name, image) in enumerate(zip(names, images, strict=True)):
@@ -181,11 +181,11 @@ def _write(out: Path, names: Sequence[str], images: Iterable[tuple[str, bytes] |
                 continue
             extension, content = image
             sample = {"__key__": f"{number:08d}", extension: content}
-            label = {"cls": classes.index(_class_of(name))} if classes != [""] else {}
+            label = {"cls": classes.index(_get_class(name))} if classes != [""] else {}
             tar.write({**sample, **label})
 
 
-def _class_of(name: str) -> str:
+def _get_class(name: str) -> str:
     folder, slash, _ = name.partition("/")
     return folder if slash else ""
 

@@ -22,7 +22,7 @@ from harness.report import Report
 from fastmoco.check.throughput import BATCHES, synthetic
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of, init_distributed
+from fastmoco.core.distributed import World, get_device, init_distributed
 from fastmoco.errors import UsageError
 
 WARM_UP = 3  # steps before the section, whose losses are the proof
@@ -95,7 +95,7 @@ def bench_step(
         ArmFailed: an arm failed.
     """
     settings.recipe()
-    device_of(settings.device, settings.ranks - 1)
+    get_device(settings.device, settings.ranks - 1)
     engines = {"fastmoco": "ours", "official": "official"}
     if settings.tuned:
         engines[f"official, {settings.precision}, channels-last"] = "tuned"

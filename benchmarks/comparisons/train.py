@@ -17,9 +17,9 @@ from harness.report import Report
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.pretrain import resolve
 
@@ -88,7 +88,7 @@ def _recipe(name: str, overrides: Sequence[str], root: Path) -> tuple[Recipe, Co
     opened = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, opened.sets[0])
     Loader.of(
-        recipe, opened, settings_of(recipe.runtime, World(), device_of(recipe.runtime.device, 0))
+        recipe, opened, get_settings(recipe.runtime, World(), get_device(recipe.runtime.device, 0))
     )
     return recipe, opened
 

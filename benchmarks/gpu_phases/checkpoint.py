@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from fastmoco.config.loading import load_recipe
-from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
+from gpu_phases.run import ENDING_S, STARTING_S, get_rows, started
 from gpu_phases.task import Figures, Item, Items, Task
 
 EVERY, SAVES = 40, 3  # steps between two saves: enough for one to be written
@@ -36,7 +36,7 @@ def run(task: Task) -> Figures:
         ]
     out = task.work / "checkpoints"
     with started("moco_v2_imagenet_r50", out, options) as process:
-        rows = list(rows_of(process, out, task.until - ENDING_S / 2))
+        rows = list(get_rows(process, out, task.until - ENDING_S / 2))
     batch = load_recipe(str(out / "config.yaml")).batch
     ms = [1e3 * batch / row["images_per_s"] for row in rows if row["kind"] == "step"]
     newest = max((out / "checkpoints").glob("step-*/state.pt"))

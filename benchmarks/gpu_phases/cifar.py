@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
-from gpu_phases.run import ENDING_S, STARTING_S, rows_of, started
+from gpu_phases.run import ENDING_S, STARTING_S, get_rows, started
 from gpu_phases.task import Figures, Item, Items, Task, Unavailable
 
 # Epoch: loss and kNN of the MoCo authors' notebook.
@@ -58,7 +58,7 @@ def train(task: Task) -> Iterator[Figures]:
         options += ["stop_epoch=2"]
     began, out = time.time(), task.work / "cifar10_r18"
     with started("cifar10_r18", out, options) as process:
-        for row in rows_of(process, out, task.until - ENDING_S / 2):
+        for row in get_rows(process, out, task.until - ENDING_S / 2):
             if row["kind"] == "epoch":
                 known = not task.dry and row["epoch"] in PUBLISHED
                 loss, knn = PUBLISHED[row["epoch"]] if known else ("", "")
@@ -83,7 +83,7 @@ def _sets(task: Task) -> Path:
         return task.cifar
     else:
         source = task.cifar
-    pack(source, task.work / "cifar", PackOptions(workers=cores_of(1)))
+    pack(source, task.work / "cifar", PackOptions(workers=count_cores(1)))
     return task.work / "cifar"
 
 

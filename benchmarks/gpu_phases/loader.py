@@ -16,7 +16,7 @@ from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from gpu_phases.measure import forget, wait
 from gpu_phases.task import Figures, Item, Items, Task
@@ -48,7 +48,7 @@ TOY_WAYS: tuple[Way, ...] = (("cpu", 0.0, 1), ("cpu", 0.0, 2))
 def items(task: Task) -> Items:
     """Return the ways to decode in the order of their worth, ImageFolder and the pixels."""
     ways = TOY_WAYS if task.dry else WAYS
-    draws = {name_of(way): Item(lambda way=way: draw(task, way)) for way in ways}
+    draws = {get_name(way): Item(lambda way=way: draw(task, way)) for way in ways}
     first, second, *rest = draws
     workers = 1 if task.dry else WORKERS
     decoders = ("cpu",) if task.dry else ("mixed", "cpu")
@@ -67,7 +67,7 @@ def items(task: Task) -> Items:
     }
 
 
-def name_of(way: Way) -> str:
+def get_name(way: Way) -> str:
     """Return what the page calls a way to decode."""
     decoder, load, threads = way
     share = f", hardware {load:g}" if decoder == "mixed" else ""
@@ -95,7 +95,7 @@ def draw(task: Task, way: Way) -> Figures:
     recipe = recipe_of(task, way, task.device)
     began = time.perf_counter()
     loader = Loader.of(
-        recipe, ConcatShardSets.open([task.set]), settings_of(recipe.runtime, World(), device)
+        recipe, ConcatShardSets.open([task.set]), get_settings(recipe.runtime, World(), device)
     )
     views = (batch.views for batch in loader.batches())
     return _drawn(task, views, WARM_UP, began, device)
@@ -184,7 +184,7 @@ def _levels(task: Task, way: Way, device: str) -> Generator[torch.Tensor]:
     center, std = (
         torch.tensor(x)[:, None, None] for x in (recipe.encoder.mean, recipe.encoder.std)
     )
-    settings = settings_of(recipe.runtime, World(), torch.device(device))
+    settings = get_settings(recipe.runtime, World(), torch.device(device))
     loader = Loader.of(recipe, ConcatShardSets.open([task.set]), settings)
     for batch in loader.batches():
         yield 255 * (torch.cat(batch.views).float().cpu() * std + center)

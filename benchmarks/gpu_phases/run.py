@@ -27,7 +27,7 @@ def started(recipe: str, out: Path, overrides: Sequence[str]) -> Iterator["subpr
             process.kill()
 
 
-def rows_of(process: "subprocess.Popen[Any]", out: Path, until: float) -> Iterator[dict[str, Any]]:
+def get_rows(process: "subprocess.Popen[Any]", out: Path, until: float) -> Iterator[dict[str, Any]]:
     """Yield the rows of a run as it writes them, until it ends; at `until` it is asked to.
 
     Raises:

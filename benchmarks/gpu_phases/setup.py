@@ -13,7 +13,7 @@ import torch
 from harness.images import names_of, repeated
 from PIL import Image
 
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.core.environment import environment
 from fastmoco.demo.demo import PHOTOGRAPHS, Photograph
 from fastmoco.errors import UsageError
@@ -133,7 +133,7 @@ def cut(pixels: "np.ndarray[Any, Any]", words: list[int]) -> Image.Image:
 
 
 def _over_threads(work: Callable[[int], None], count: int) -> None:
-    with ThreadPoolExecutor(cores_of(1)) as pool:  # PIL lets go of the GIL
+    with ThreadPoolExecutor(count_cores(1)) as pool:  # PIL lets go of the GIL
         for _ in pool.map(work, range(count)):
             pass
 
@@ -141,7 +141,7 @@ def _over_threads(work: Callable[[int], None], count: int) -> None:
 def packed(task: Task) -> Figures:
     """Pack the photographs into `task.set` by our own packer."""
     began = time.perf_counter()
-    workers = cores_of(1)
+    workers = count_cores(1)
     options = PackOptions(unlabelled=True, workers=workers)
     (manifest,) = pack(task.images, task.set, options).values()
     size = sum(path.stat().st_size for path in task.set.glob("*.tar"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.dataset.shard_set import ShardSet
 
 _READ = 2**28  # bytes of a set that are read to tell its speed
@@ -92,7 +92,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _cores() -> Finding:
-    usable, whole = cores_of(1), os.cpu_count() or 1
+    usable, whole = count_cores(1), os.cpu_count() or 1
     remedy = ""
     if usable < whole:
         remedy = "this process may use a part of them (affinity or a quota): ask for more if slow"

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.train.engine import Engine
 
@@ -105,7 +105,7 @@ def throughput(recipe: Recipe, steps: int) -> Throughput:
         rates["step_alone"],
         rates["together"],
         done["details"]["data_wait_percent"],
-        device_of(recipe.runtime.device, 0).type == "cuda",
+        get_device(recipe.runtime.device, 0).type == "cuda",
     )
 
 
@@ -149,14 +149,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.recipe = Recipe.model_validate(self.values)
-        self.device = device_of(self.recipe.runtime.device, 0)
+        self.device = get_device(self.recipe.runtime.device, 0)
 
     def engine(self) -> Engine:
         return Engine(self.recipe, World(), self.device)
 
     def batches(self) -> Iterator[Batch]:
         data = ConcatShardSets.open(self.recipe.data.sets)
-        settings = settings_of(self.recipe.runtime, World(), self.device)
+        settings = get_settings(self.recipe.runtime, World(), self.device)
         return Loader.of(self.recipe, data, settings).batches()
 
     def synthetic(self) -> list[Views]:

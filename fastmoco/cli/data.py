@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastmoco.cli import options
 from fastmoco.cli.terminal import progress
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.core.terminal import echo
 from fastmoco.errors import DataError
 
@@ -253,7 +253,7 @@ def label(
 
 
 def _processes(workers: int | None) -> int:
-    return workers or cores_of(1)
+    return workers or count_cores(1)
 
 
 def _summarize(out: Path, manifest: "Manifest") -> None:

@@ -72,24 +72,24 @@ def embed(
 
     import numpy as np
 
-    from fastmoco.core.distributed import World, device_of
+    from fastmoco.core.distributed import World, get_device
     from fastmoco.dataset.shard_set import ConcatShardSets
     from fastmoco.evaluate.features import embed as features_of
-    from fastmoco.evaluate.features import frozen_sight
+    from fastmoco.evaluate.features import frozen_preprocessing
     from fastmoco.interop.feature_files import check_absent, write_features
-    from fastmoco.load.executor import settings_of
+    from fastmoco.load.executor import get_settings
     from fastmoco.runs.load_encoder import load_encoder
     from fastmoco.runs.run_folder import RunFolder
 
     check_absent(out)
-    where = device_of(device, 0)
+    where = get_device(device, 0)
     folder = RunFolder(run)
     encoder, spec, step = load_encoder(folder, where)
     data = ConcatShardSets.open([set])
     runtime = folder.runtime()
-    sight = frozen_sight(spec, runtime, settings_of(runtime, World(), where))
-    sight = replace(sight, precision=precision)
-    features = features_of(encoder, data, feature, sight).cpu().numpy()
+    preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, World(), where))
+    preprocessing = replace(preprocessing, precision=precision)
+    features = features_of(encoder, data, feature, preprocessing).cpu().numpy()
     about = {"run": folder.name, "step": step, "set_id": data.set_ids[0], "feature": feature}
     about |= {"precision": precision, "encoder": spec.model_dump(mode="json")}
     write_features(out, features, np.arange(len(features)), about)

@@ -74,11 +74,11 @@ def probe(
     device: options.Device = "auto",
 ) -> None:
     """Train linear classifiers on the frozen backbone of a run: the linear-probe number."""
-    from fastmoco.evaluate.probe import Protocol
+    from fastmoco.evaluate.probe import ProbeConfig
 
-    protocol = Protocol(
+    protocol = ProbeConfig(
         epochs=epochs,
-        lrs=tuple(lr or Protocol.lrs),
+        lrs=tuple(lr or ProbeConfig.lrs),
         batch=batch,
         seed=seed,
         features="cached" if cached else "augmented",

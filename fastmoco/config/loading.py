@@ -168,10 +168,10 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
             for key in keys
             for found in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
         ]
-    return [] if old == new else [f"{where}: {shortened(old)} -> {shortened(new)}"]
+    return [] if old == new else [f"{where}: {shorten_value(old)} -> {shorten_value(new)}"]
 
 
-def shortened(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """Return a value as text of at most 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,7 @@ _CGROUPS = Path("/proc/self/cgroup")  # those that this process is in
 _MOUNT = Path("/sys/fs/cgroup")
 
 
-def cores_of(ranks: int) -> int:
+def count_cores(ranks: int) -> int:
     """Return the cores that each of the ranks of this machine may keep busy; at least 1.
 
     The smaller of affinity (taskset, Slurm) and CPU quota (containers), divided by the ranks.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.errors import UsageError
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class World:
             values /= self.size
         return values
 
-    def mean_of(self, values: torch.Tensor) -> torch.Tensor:
+    def mean_with_gradient(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean of `values` over the ranks, through which gradients flow back."""
         if self.size == 1:
             return values
@@ -194,7 +194,7 @@ class AsyncAnyFlag:
         return votes.bool().tolist()
 
 
-def device_of(choice: str, local_rank: int, local_size: int = 1) -> torch.device:
+def get_device(choice: str, local_rank: int, local_size: int = 1) -> torch.device:
     """Return the device that a recipe's `device` means on this machine, for one of its ranks.
 
     Raises:
@@ -263,11 +263,11 @@ def init_distributed(
             f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start several processes "
             "by torchrun, or `unset WORLD_SIZE` for one."
         )
-    device = device_of(device_choice, local_rank, local_size)
+    device = get_device(device_choice, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # torchrun allows each process one thread, and torch alone takes no notice of a CPU quota.
-    cores = cores_of(local_size)
+    cores = count_cores(local_size)
     torch.set_num_threads(cores if size > 1 else min(cores, torch.get_num_threads()))
     if size == 1:
         yield World(), device

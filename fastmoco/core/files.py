@@ -19,13 +19,13 @@ SOFTWARE = "fastmoco"
 """What the PNGs that are drawn here say of their origin, by the key of that name."""
 
 
-def hash_of(content: bytes | memoryview) -> int:
+def hash_bytes(content: bytes | memoryview) -> int:
     """Return the first 64 bits of the SHA-256, as the column `hash` of the table holds them."""
     # Little-endian, as the table is: the stored bytes are those of the digest.
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,7 +17,7 @@ _NONE = re.compile(r"-1(?:\.0*)?|")
 _SEVERAL = re.compile(r"[|;,]")
 
 
-def number_of(value: str) -> int | None:
+def parse_number(value: str) -> int | None:
     """Return the whole number that a label is, as 3, 003 or 3.0; None if it is none."""
     match = _NUMBER.fullmatch(value)
     return int(match[1]) if match else None
@@ -79,7 +79,7 @@ class Known:
 
 
 def _key(value: str) -> int | str:
-    number = number_of(value)
+    number = parse_number(value)
     return unicodedata.normalize("NFC", value) if number is None else number
 
 
@@ -103,7 +103,7 @@ class Found:
             )
         return code
 
-    def labels_of(self, codes: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[str]]:
+    def get_labels(self, codes: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[str]]:
         """Return the label of each of many codes, -1 for code -1, and the class names."""
         labels, names = self.as_classes()
         return np.append(labels, np.int32(-1))[np.array(codes, dtype=np.int32)], names
@@ -126,11 +126,11 @@ class Found:
         return np.array(labels, dtype=np.int32), names
 
 
-def classes_of(values: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
+def get_classes(values: Iterable[str]) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Return the label of each value, -1 for none, and the class names; see `Found`."""
     found = Found()
     codes = [-1 if is_no_label(value) else found.code(value) for value in values]
-    return found.labels_of(codes)
+    return found.get_labels(codes)
 
 
 def _names(spelled: dict[int | str, str]) -> tuple[list[str], dict[int | str, int]]:

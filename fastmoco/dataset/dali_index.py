@@ -35,7 +35,7 @@ def index_name(name: str) -> str:
     return _SPACE.sub("_", name)
 
 
-def extension_of(name: str) -> str:
+def get_extension(name: str) -> str:
     """Return the extension of a member as the index has it; "" if there is none."""
     base = name.rpartition("/")[2]
     stem, _, extension = base.rpartition(".")

@@ -14,7 +14,7 @@ from importlib import import_module
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.core.files import hash_of
+from fastmoco.core.files import hash_bytes
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError
 
@@ -120,7 +120,7 @@ class Reader:
             return None
         # Before a decoder sees them: DALI fails a whole batch for one image, does not say which,
         # and may crash on what is no image. It takes 50 us for 100 kB, on a thread of the pool.
-        return content if hash_of(content.data) == packed else None
+        return content if hash_bytes(content.data) == packed else None
 
 
 def _most_open() -> int:

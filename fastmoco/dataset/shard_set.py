@@ -33,11 +33,11 @@ from pydantic import (
 )
 
 from fastmoco.core.files import (
+    hash_file,
     load_array,
     locked,
     make_parent,
     new_file,
-    sha256_of,
     sync,
     write_json,
 )
@@ -113,7 +113,7 @@ HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
 
 def write_manifest(root: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a set whose other files are there, and return it with their hashes."""
-    hashes = {name: sha256_of(root / name) for name in HASHED}
+    hashes = {name: hash_file(root / name) for name in HASHED}
     hashes[MANIFEST] = manifest_sha256(manifest.model_dump())
     manifest = manifest.model_copy(update={"sha256": hashes})
     write_json(root / MANIFEST, manifest.model_dump())
@@ -126,7 +126,7 @@ def manifest_sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def set_id_of(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
+def hash_set(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
     """Return the identity of a set: SHA-256 over format version, shard hashes and sample table."""
     digest = hashlib.sha256(f"fastmoco {FORMAT_VERSION}\n".encode())
     for shard in shards:
@@ -211,7 +211,7 @@ class ShardSet:
         """(N + 1,): where each name starts in `names.txt`, and where the last one ends."""
         return self._load("names.idx.npy", len(self) + 1)
 
-    def name_of(self, row: int) -> str:
+    def get_name(self, row: int) -> str:
         """Return the original name of a sample: its path below the source folder."""
         return self.names(row, row + 1)[0].decode("utf-8", "surrogateescape")
 
@@ -232,7 +232,7 @@ class ShardSet:
     def describe(self, row: int) -> str:
         """Return the words that name a sample in an error: id, original name, shard."""
         shard = self.manifest.shards[int(self.samples["shard"][row])].name
-        return f"sample {row} ({self.name_of(row)}) in {self.root / shard}"
+        return f"sample {row} ({self.get_name(row)}) in {self.root / shard}"
 
     def labels(self, table: str | Path | None = None) -> npt.NDArray[np.int32]:
         """Return (N,) int32 labels, -1 where there is none, from the set or from a side table.
@@ -264,7 +264,7 @@ def _read_manifest(root: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
         version = manifest.format_version
     except ValidationError:
-        manifest, version = _with_surrogates(text), _version_of(text)
+        manifest, version = _with_surrogates(text), _get_version(text)
     if version > FORMAT_VERSION:
         raise DataError(
             f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
@@ -283,7 +283,7 @@ def _with_surrogates(text: bytes) -> Manifest | None:
         return None
 
 
-def _version_of(text: bytes) -> int:
+def _get_version(text: bytes) -> int:
     """Return the format version of a manifest that does not fit ours, 0 if it has none."""
     try:
         return int(json.loads(text)["format_version"])
@@ -308,7 +308,7 @@ def read_labels(shard_set: ShardSet, table: str | Path) -> tuple[npt.NDArray[np.
         about = json.loads(path.with_suffix(".json").read_text())
         owner, classes = str(about["set_id"]), [str(name) for name in about["classes"]]
         rows = np.array(load_array(path))
-        changed = "sha256" in about and about["sha256"] != sha256_of(path)  # none in older tables
+        changed = "sha256" in about and about["sha256"] != hash_file(path)  # none in older tables
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"The label table {path} cannot be read: {error}.") from error
     if owner != shard_set.manifest.set_id:
@@ -375,7 +375,7 @@ def write_labels(
         with rows_aside.open("wb") as stream:
             np.save(stream, rows)
         # Both are on the disk before the first takes the place of an older table.
-        write_json(about_aside, about | {"sha256": sha256_of(rows_aside)})
+        write_json(about_aside, about | {"sha256": hash_file(rows_aside)})
         sync(rows_aside)
     sync(path.parent)
     return path

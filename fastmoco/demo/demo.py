@@ -38,7 +38,7 @@ from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import Pair
 from fastmoco.evaluate.knn import KNNClassifier
-from fastmoco.evaluate.probe import Protocol, best_of, probe_cached
+from fastmoco.evaluate.probe import ProbeConfig, get_best, probe_cached
 from fastmoco.load.loader import evaluation_batches
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -282,7 +282,7 @@ def evaluate(run: RunFolder) -> tuple[Row, ...]:
     """Return the rows of a finished run: equal classifiers, on three kinds of features."""
     trained, recipe = Evaluation.open(run.root), run.recipe()
     assert recipe
-    fresh = build_encoder(recipe).to(trained.sight.settings.device)
+    fresh = build_encoder(recipe).to(trained.preprocessing.settings.device)
     untrained = replace(trained, encoder=fresh.eval().requires_grad_(False))
     sets = trained.train, trained.test
     return (
@@ -297,21 +297,21 @@ def _row(name: str, evaluation: Evaluation, train: Pair, test: Pair) -> Row:
     assert recipe and recipe.monitor
     monitor = recipe.monitor
     knn = KNNClassifier(*train, classes, monitor.k, monitor.t).accuracy(*test)
-    found = probe_cached(train, test, classes, Protocol(lrs=_RATES, features="cached"))
-    return Row(name, knn, best_of(found).top1)
+    found = probe_cached(train, test, classes, ProbeConfig(lrs=_RATES, features="cached"))
+    return Row(name, knn, get_best(found).top1)
 
 
 def _colors(evaluation: Evaluation, one: Labelled) -> Pair:
-    sight = evaluation.sight
+    preprocessing = evaluation.preprocessing
     batches = evaluation_batches(
         ConcatShardSets([one.set]),
         ids=one.ids,
-        size=sight.size,
-        mean=sight.mean,
-        std=sight.std,
-        share=sight.share,
+        size=preprocessing.size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        share=preprocessing.share,
         batch=128,
-        settings=sight.settings,
+        settings=preprocessing.settings,
     )
     features = torch.cat([color_statistics(batch.views[0].float()) for batch in batches])
     return features, torch.from_numpy(one.labels).to(features.device)

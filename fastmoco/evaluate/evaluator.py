@@ -10,16 +10,22 @@ import torch
 
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.labels import Labelled, labelled_pair
 from fastmoco.errors import UsageError
-from fastmoco.evaluate.features import Feature, Pair, Preprocessing, embed_labelled, frozen_sight
+from fastmoco.evaluate.features import (
+    Feature,
+    Pair,
+    Preprocessing,
+    embed_labelled,
+    frozen_preprocessing,
+)
 from fastmoco.evaluate.knn import KNNClassifier
 from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.probe import (
     Heads,
-    Protocol,
+    ProbeConfig,
     judge,
     record,
     scores,
@@ -28,7 +34,7 @@ from fastmoco.evaluate.probe import (
 )
 from fastmoco.evaluate.results import append
 from fastmoco.evaluate.sanity import cautions
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.load_encoder import load_encoder, unchanged
 from fastmoco.runs.run_folder import RunFolder
@@ -44,7 +50,7 @@ class Evaluation:
         recipe: of the run; None: its weights were imported.
         encoder: the query encoder, frozen, in evaluation mode.
         step: of the checkpoint.
-        sight: how images are shown.
+        preprocessing: how images are shown.
         train, test: labelled samples with equal class lists.
         world: the first one writes; all of them get every number.
         cautions: what makes the numbers say less than it seems, in words.
@@ -55,7 +61,7 @@ class Evaluation:
     recipe: Recipe | None
     encoder: Encoder
     step: int
-    sight: Preprocessing
+    preprocessing: Preprocessing
     train: Labelled
     test: Labelled
     world: World = field(default_factory=World)
@@ -80,7 +86,7 @@ class Evaluation:
             device: "auto", "cpu" or "cuda".
             labels: a side table of the training set, see `labelled.labelled_pair`; None: that of
                 the monitor if both sets are the monitor's, else the packed labels.
-            precision: of the encoder's forward pass, "bf16" or "fp32"; None: see `frozen_sight`.
+            precision: of the forward pass, "bf16" or "fp32"; None: see `frozen_preprocessing`.
             world: of this evaluation.
 
         Raises:
@@ -89,7 +95,7 @@ class Evaluation:
             DataError: the sets do not fit together.
         """
         run = RunFolder(root)
-        where = device_of(device, world.local_rank)
+        where = get_device(device, world.local_rank)
         encoder, spec, step = load_encoder(run, where)
         recipe = run.recipe()
         if recipe and recipe.monitor:
@@ -99,11 +105,11 @@ class Evaluation:
         if not train or not test:
             raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
         runtime = run.runtime()
-        sight = frozen_sight(spec, runtime, settings_of(runtime, world, where))
-        sight = replace(sight, precision=precision or sight.precision)
+        preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, world, where))
+        preprocessing = replace(preprocessing, precision=precision or preprocessing.precision)
         pair = labelled_pair(train, test, labels)
         told = tuple(cautions(*pair, None if run.imported else step))  # imported: no steps of ours
-        return cls(run, spec, recipe, encoder, step, sight, *pair, world, told)
+        return cls(run, spec, recipe, encoder, step, preprocessing, *pair, world, told)
 
     @property
     def seed(self) -> int:
@@ -117,17 +123,17 @@ class Evaluation:
 
     def features(self, one: Labelled, feature: Feature) -> Pair:
         """Return features and labels of this rank's share of the samples, on the device."""
-        return embed_labelled(self.encoder, one, feature, self.sight, self.world)
+        return embed_labelled(self.encoder, one, feature, self.preprocessing, self.world)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
         """Classify the test set by its nearest neighbors in the training set, and record it."""
         bank = KNNClassifier(*self.features(self.train, feature), self.classes, k, t, self.world)
         found = bank.predict(*self.features(self.test, feature))
-        protocol = {"feature": feature, "k": k, "t": t, "precision": self.sight.precision}
+        protocol = {"feature": feature, "k": k, "t": t, "precision": self.preprocessing.precision}
         return self.record({"kind": "knn", "protocol": protocol}, found)
 
     def probe(
-        self, protocol: Protocol, on_epoch: Callable[[int], None] = lambda done: None
+        self, protocol: ProbeConfig, on_epoch: Callable[[int], None] = lambda done: None
     ) -> dict[str, Any]:
         """Train linear classifiers on the frozen backbone, and record their scores.
 
@@ -147,11 +153,11 @@ class Evaluation:
                 heads = self._train_augmented(protocol, on_epoch)
         found = [one.gathered(self.world) for one in judge(heads, *test)]
         result = record(scores(heads, found), protocol)
-        result["protocol"]["precision"] = self.sight.precision
+        result["protocol"]["precision"] = self.preprocessing.precision
         sound = (one for one in found if one.finite())
         return self.record(result, max(sound, key=lambda one: one.top(1)))
 
-    def _train_cached(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
+    def _train_cached(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
         # Shared out, each step would have to average gradients 40 times as large as its batch.
         features, labels = (
@@ -160,18 +166,23 @@ class Evaluation:
         )
         return train_cached((features, labels), self.classes, protocol, on_epoch)
 
-    def _train_augmented(self, protocol: Protocol, on_epoch: Callable[[int], None]) -> Heads:
+    def _train_augmented(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
         heads = Heads(self.encoder.features, self.classes, protocol.lrs)
-        heads.to(self.sight.settings.device)
+        heads.to(self.preprocessing.settings.device)
         crops = self._crops(protocol)
         epochs = self._augmented_epochs(crops, protocol.epochs)
         per_epoch = crops.plan.steps_per_epoch
         train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.world)
         return heads
 
-    def _crops(self, protocol: Protocol) -> Crops:
+    def _crops(self, protocol: ProbeConfig) -> Crops:
         return Crops(
-            self.train, self.train.ids, protocol.batch, protocol.seed, self.sight, self.world
+            self.train,
+            self.train.ids,
+            protocol.batch,
+            protocol.seed,
+            self.preprocessing,
+            self.world,
         )
 
     def _augmented_epochs(self, crops: Crops, epochs: int) -> Iterator[Iterator[Pair]]:
@@ -182,7 +193,7 @@ class Evaluation:
 
     @torch.no_grad()
     def _backbone(self, images: torch.Tensor) -> torch.Tensor:
-        with self.sight.autocast():
+        with self.preprocessing.autocast():
             features: torch.Tensor = self.encoder.backbone(images)
         return features.float()
 

@@ -70,7 +70,7 @@ def embed(
     encoder: Encoder,
     data: ConcatShardSets,
     feature: Feature,
-    sight: Preprocessing,
+    preprocessing: Preprocessing,
     world: World = World(),
     ids: Ids | None = None,
     stop: Callable[[], bool] = never,
@@ -81,7 +81,7 @@ def embed(
         encoder: in evaluation mode.
         data: the sets.
         feature: the head's output or the backbone's; neither is normalized.
-        sight: how images are shown.
+        preprocessing: how images are shown.
         world: each embeds its share, see `World.share`.
         ids: int64, of the samples; None: all, in id order.
         stop: whether to give up, the same on all ranks; asked before each batch, equally often
@@ -95,17 +95,17 @@ def embed(
     own = world.share(count)
     network = encoder if feature == "head" else encoder.backbone
     width = encoder.dim if feature == "head" else encoder.features
-    rows = torch.empty(own.stop - own.start, width, device=sight.settings.device)
+    rows = torch.empty(own.stop - own.start, width, device=preprocessing.settings.device)
     finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     batches = evaluation_batches(
         data,
         ids=own if ids is None else ids[own],
-        size=sight.size,
-        mean=sight.mean,
-        std=sight.std,
-        share=sight.share,
+        size=preprocessing.size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        share=preprocessing.share,
         batch=_BATCH,
-        settings=sight.settings,
+        settings=preprocessing.settings,
     )
     longest = -(-count // world.size)  # of the shares: all ranks ask equally often
     for first in range(0, longest, _BATCH):
@@ -114,8 +114,8 @@ def embed(
         batch = next(batches, None)
         if batch is None:
             continue
-        with torch.inference_mode(), sight.autocast():
-            features = network(sight.cast(batch.views[0]))
+        with torch.inference_mode(), preprocessing.autocast():
+            features = network(preprocessing.cast(batch.views[0]))
         here = slice(first, first + len(batch.ids))
         rows[here] = features
         finite[here] = rows[here].isfinite().all(dim=1)  # not waited for
@@ -141,22 +141,24 @@ def embed_labelled(
     encoder: Encoder,
     one: Labelled,
     feature: Feature,
-    sight: Preprocessing,
+    preprocessing: Preprocessing,
     world: World = World(),
     stop: Callable[[], bool] = never,
 ) -> Pair:
     """Return features and labels of this rank's share of labelled samples; see `embed`."""
-    features = embed(encoder, ConcatShardSets([one.set]), feature, sight, world, one.ids, stop)
+    features = embed(
+        encoder, ConcatShardSets([one.set]), feature, preprocessing, world, one.ids, stop
+    )
     labels = torch.from_numpy(one.labels[world.share(len(one.labels))])
     return features, labels.to(features.device)
 
 
-def sight_of(spec: EncoderSpec, precision: str, settings: Settings) -> Preprocessing:
+def make_preprocessing(spec: EncoderSpec, precision: str, settings: Settings) -> Preprocessing:
     """Return how an encoder is shown images: as its training did."""
     mean, std = spec.normalization()
     return Preprocessing(spec.image_size, mean, std, precision, settings)
 
 
-def frozen_sight(spec: EncoderSpec, runtime: Runtime, settings: Settings) -> Preprocessing:
+def frozen_preprocessing(spec: EncoderSpec, runtime: Runtime, settings: Settings) -> Preprocessing:
     """Return the same for frozen fp32 weights: bf16 stays, all else is fp32."""
-    return sight_of(spec, "bf16" if runtime.precision == "bf16" else "fp32", settings)
+    return make_preprocessing(spec, "bf16" if runtime.precision == "bf16" else "fp32", settings)

@@ -118,23 +118,25 @@ def finetune(
         make_parent(save)
     train, world = evaluation.train, evaluation.world
     places = stratified(train.labels.astype(np.int32), tuning.fraction, tuning.seed)
-    protocol = tuning.resolved(len(places), evaluation.sight.size)
-    sight = _sight(evaluation, protocol)
+    protocol = tuning.resolved(len(places), evaluation.preprocessing.size)
+    preprocessing = _sight(evaluation, protocol)
     if protocol.batch < 2 * world.size:
         raise UsageError(
             f"{protocol.batch} images on {world.size} processes leave BatchNorm nothing to "
             "average: start fewer, or use more labels."
         )
-    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, sight, world)
+    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, preprocessing, world)
     network = _network(evaluation, protocol)
     _train(network, crops, protocol, on_step)
-    found = _tested(network, evaluation, sight)
+    found = _tested(network, evaluation, preprocessing)
     counts = np.bincount(train.labels[places], minlength=evaluation.classes)
-    row = _row(protocol, sight, dict(zip(train.classes, counts.tolist(), strict=True)), world)
+    row = _row(
+        protocol, preprocessing, dict(zip(train.classes, counts.tolist(), strict=True)), world
+    )
     recorded = evaluation.record(row, found)  # first: the number is what the time went into
     if save and world.is_main:
         try:
-            _save(save, network, evaluation, sight)
+            _save(save, network, evaluation, preprocessing)
         except OSError as error:
             recorded["unrecorded"] = f"{save} cannot be written ({error.strerror})"
     return recorded
@@ -142,13 +144,13 @@ def finetune(
 
 def _sight(evaluation: Evaluation, protocol: FinetuneConfig) -> Preprocessing:
     assert protocol.size, "the protocol is not resolved"
-    sight, about = evaluation.sight, evaluation.train.set.manifest
+    preprocessing, about = evaluation.preprocessing, evaluation.train.set.manifest
     mean, std = {
-        "run": (sight.mean, sight.std),
+        "run": (preprocessing.mean, preprocessing.std),
         "imagenet": _IMAGENET,
         "set": (_triple(about.mean), _triple(about.std)),
     }[protocol.normalize]
-    return replace(sight, size=protocol.size, mean=mean, std=std)
+    return replace(preprocessing, size=protocol.size, mean=mean, std=std)
 
 
 def _triple(values: Sequence[float]) -> Triple:
@@ -167,7 +169,7 @@ def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:
         nn.init.zeros_(bias)
     if not protocol.from_scratch:
         network.backbone.load_state_dict(evaluation.encoder.backbone.state_dict())
-    return network.to(evaluation.sight.settings.device)
+    return network.to(evaluation.preprocessing.settings.device)
 
 
 def _train(
@@ -175,7 +177,7 @@ def _train(
 ) -> None:
     """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
     assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
-    keep_freed_memory(crops.sight.settings.device)
+    keep_freed_memory(crops.preprocessing.settings.device)
     groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
     optimizer = torch.optim.SGD(
         [{"params": part.parameters(), "lr": lr} for part, lr in groups],
@@ -188,7 +190,7 @@ def _train(
     )
     module = crops.world.wrap(network.train())
     for done, (images, labels) in enumerate(islice(crops.batches(), protocol.steps), 1):
-        with crops.sight.autocast():
+        with crops.preprocessing.autocast():
             logits = module(images)
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
@@ -202,14 +204,14 @@ def _train(
             crops.world.mean_(statistic)
 
 
-def _tested(network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> Predictions:
+def _tested(network: Encoder, evaluation: Evaluation, preprocessing: Preprocessing) -> Predictions:
     world = evaluation.world
-    logits, labels = embed_labelled(network.eval(), evaluation.test, "head", sight, world)
+    logits, labels = embed_labelled(network.eval(), evaluation.test, "head", preprocessing, world)
     return Predictions.of_logits(logits, labels).gathered(world)
 
 
 def _row(
-    protocol: FinetuneConfig, sight: Preprocessing, counts: dict[str, int], world: World
+    protocol: FinetuneConfig, preprocessing: Preprocessing, counts: dict[str, int], world: World
 ) -> dict[str, Any]:
     """Return the result's row before its numbers: the whole protocol and what it cost."""
     images = sum(counts.values())
@@ -221,9 +223,9 @@ def _row(
             "epochs": seen / images,
             "optimizer": "sgd 0.9",
             "schedule": "cosine",
-            "precision": sight.precision,
-            "mean": sight.mean,
-            "std": sight.std,
+            "precision": preprocessing.precision,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
             "bn_batch": protocol.batch // world.size,
         },
         "budget": {"steps": protocol.steps, "images_seen": seen},
@@ -231,9 +233,15 @@ def _row(
     }
 
 
-def _save(out: Path, network: Encoder, evaluation: Evaluation, sight: Preprocessing) -> None:
+def _save(
+    out: Path, network: Encoder, evaluation: Evaluation, preprocessing: Preprocessing
+) -> None:
     """Write `weights.pt`, its spec, and the class of each logit."""
-    images = {"image_size": sight.size, "mean": sight.mean, "std": sight.std}
+    images = {
+        "image_size": preprocessing.size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
     classes = evaluation.train.classes
     spec = evaluation.spec.model_copy(update={"head": "linear", "dim": len(classes), **images})
     with new_folder(out) as folder:

@@ -31,7 +31,7 @@ class Crops:
         ids: (n,) int64, ascending: which of the labelled samples.
         batch: images a step over all ranks; all of them where there are fewer.
         seed: of order and crops.
-        sight: size and normalization.
+        preprocessing: size and normalization.
         world: each draws its contiguous slice of every batch.
 
     Raises:
@@ -42,7 +42,7 @@ class Crops:
     ids: Ids
     batch: int
     seed: int
-    sight: Preprocessing
+    preprocessing: Preprocessing
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
@@ -60,21 +60,21 @@ class Crops:
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this rank's (n, 3, size, size) images and (n,) int64 labels, on the device."""
-        sight = self.sight
+        preprocessing = self.preprocessing
         loader = Loader(
             ConcatShardSets([self.labelled.set]),
             self.plan,
             [VIEW],
-            size=sight.size,
-            mean=sight.mean,
-            std=sight.std,
-            settings=sight.settings,
+            size=preprocessing.size,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            settings=preprocessing.settings,
             rank=self.world.rank,
             ranks=self.world.size,
         )
         for batch in loader.batches():
-            labels = self._labels_of(batch.ids).to(sight.settings.device)
-            yield sight.cast(batch.views[0]), labels
+            labels = self._get_labels(batch.ids).to(preprocessing.settings.device)
+            yield preprocessing.cast(batch.views[0]), labels
 
-    def _labels_of(self, ids: Ids) -> torch.Tensor:
+    def _get_labels(self, ids: Ids) -> torch.Tensor:
         return torch.from_numpy(self.labelled.labels[np.searchsorted(self.labelled.ids, ids)])

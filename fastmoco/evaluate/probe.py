@@ -1,6 +1,6 @@
 """The linear probe: a linear classifier on frozen features, at several learning rates in one pass.
 
-Protocol of the MoCo paper (He et al. 2020, section 4.1): SGD, learning rate 30, momentum 0.9, no
+ProbeConfig of the MoCo paper (He et al. 2020, section 4.1): SGD, learning rate 30, momentum 0.9, no
 weight decay, batch 256, 100 epochs, rate times 0.1 after 60 % and 80 % of them.
 """
 
@@ -22,7 +22,7 @@ _CHUNK = 1024  # samples scored at a time: their logits are of all heads and cla
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ProbeConfig:
     """How the heads are trained.
 
     Attributes:
@@ -102,7 +102,7 @@ def train_heads(
     heads: Heads,
     epochs: Iterable[Iterable[Pair]],
     per_epoch: int,
-    protocol: Protocol,
+    protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
     world: World = World(),
 ) -> None:
@@ -112,7 +112,7 @@ def train_heads(
         heads: to train.
         epochs: for each epoch its batches of (n, features) fp32 and (n,) int64 labels.
         per_epoch: number of batches in each.
-        protocol: see `Protocol`.
+        protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
         world: each has an equal share of every batch.
     """
@@ -130,7 +130,7 @@ def train_heads(
 
 
 def cached_epochs(
-    features: torch.Tensor, labels: torch.Tensor, protocol: Protocol
+    features: torch.Tensor, labels: torch.Tensor, protocol: ProbeConfig
 ) -> Iterator[Iterator[Pair]]:
     """Yield the epochs over features that were embedded once: all of them, in a new order each."""
     generator = torch.Generator().manual_seed(protocol.seed)
@@ -163,7 +163,7 @@ def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
 def train_cached(
     train: Pair,
     classes: int,
-    protocol: Protocol,
+    protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
 ) -> Heads:
     """Return heads trained on cached features, on their device.
@@ -171,7 +171,7 @@ def train_cached(
     Args:
         train: (N, features) fp32 features and (N,) int64 labels.
         classes: number of labels.
-        protocol: see `Protocol`.
+        protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
     """
     heads = Heads(train[0].shape[1], classes, protocol.lrs).to(train[0].device)
@@ -180,13 +180,13 @@ def train_cached(
     return heads
 
 
-def probe_cached(train: Pair, test: Pair, classes: int, protocol: Protocol) -> list[Score]:
+def probe_cached(train: Pair, test: Pair, classes: int, protocol: ProbeConfig) -> list[Score]:
     """Train the heads on cached features and score them on those of a test set."""
     heads = train_cached(train, classes, protocol)
     return scores(heads, judge(heads, *test))
 
 
-def best_of(found: Sequence[Score]) -> Score:
+def get_best(found: Sequence[Score]) -> Score:
     """Return the score with the highest top-1.
 
     Raises:
@@ -199,11 +199,11 @@ def best_of(found: Sequence[Score]) -> Score:
     return max(sound, key=lambda score: score.top1)
 
 
-def record(found: Sequence[Score], protocol: Protocol) -> dict[str, Any]:
+def record(found: Sequence[Score], protocol: ProbeConfig) -> dict[str, Any]:
     """Return a result that cannot be taken for another: the numbers with their protocol."""
     return {
         "kind": "probe",
-        "best": asdict(best_of(found)),
+        "best": asdict(get_best(found)),
         "learning_rates": [
             asdict(score) if math.isfinite(score.top1) else {"lr": score.lr, "diverged": True}
             for score in found

@@ -33,7 +33,7 @@ def _overlap(train: Labelled, test: Labelled) -> str | None:
             f"every one of the {len(both)} test images is in the training set too: this number "
             "says what is remembered, not what is recognized"
         )
-    names = ", ".join(test.set.name_of(int(row)) for row in both[:_NAMED])
+    names = ", ".join(test.set.get_name(int(row)) for row in both[:_NAMED])
     more = ", ..." if len(both) > _NAMED else ""
     return (
         f"{len(both)} of {len(test.ids)} test images ({100 * len(both) / len(test.ids):.3g} %) "

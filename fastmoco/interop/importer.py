@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastmoco.config.encoder import EncoderSpec, Stem
-from fastmoco.core.files import new_folder, sha256_of, write_json
+from fastmoco.core.files import hash_file, new_folder, write_json
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import Match, match
 from fastmoco.interop.read_checkpoint import read_weights
@@ -62,7 +62,7 @@ def import_weights(
     notes = _notes(found, spec, known_stem=bool(known))
     origin = {
         "file": file.name,
-        "sha256": sha256_of(file),
+        "sha256": hash_file(file),
         "prefix": found.prefix,
         "names": found.naming.name,
         "notes": notes,

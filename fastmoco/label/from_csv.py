@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.core.files import sha256_of
-from fastmoco.dataset.classes import Found, Known, few, is_no_label, is_utf8, number_of
+from fastmoco.core.files import hash_file
+from fastmoco.dataset.classes import Found, Known, few, is_no_label, is_utf8, parse_number
 from fastmoco.dataset.shard_set import (
     CHUNK,
     LABEL_DTYPE,
@@ -113,7 +113,7 @@ def label(
     rows["id"], rows["weight"] = ids[kept], 1
     rows["label"] = labels[np.array(table.codes)[kept]]
     notes = [note, *_counts(table, ids, len(rows), len(shard_set))]
-    origin = f"{path.name}, SHA-256 {sha256_of(path)}"
+    origin = f"{path.name}, SHA-256 {hash_file(path)}"
     try:
         written = write_labels(shard_set, name, rows, names, origin)
     except OSError as error:
@@ -192,7 +192,7 @@ class _Table:
             self.names += key.encode("utf-8", "surrogateescape")
             self.ends.append(len(self.names))
         else:
-            self.given.append(number_of(key) or 0)
+            self.given.append(parse_number(key) or 0)
         self.codes.append(-1 if is_no_label(value) else self.found.code(value))
         self.lines.append(line)
 
@@ -224,7 +224,7 @@ def _add(table: _Table, fields: list[str], line: int, faults: _Faults) -> None:
     if len(fields) != len(table.listing.header):
         return faults.add(line, "has another number of fields than the header")
     key, value = fields[columns["name" if table.by_name else "sample"]], fields[columns["label"]]
-    if not table.by_name and number_of(key.strip()) is None:
+    if not table.by_name and parse_number(key.strip()) is None:
         return faults.add(line, f"{key!r} is no sample number: call a column of names `name`")
     if not is_utf8(value):
         return faults.add(line, f"the label {value!r} is not UTF-8: save the file in UTF-8")
@@ -252,7 +252,7 @@ def _classes(
         _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
         told = f"classes of its own ({few(names, 3)}), not the set's ({few(packed, 3)})"
-        if all(number_of(name) is not None for name in names):
+        if all(parse_number(name) is not None for name in names):
             told += "; where numbers are places among the set's, pass --classes SET"
         return own, names, told if packed and names else None
     if len(strange):
@@ -401,7 +401,7 @@ def _look_up(
     for names, start in _names(shard_set):
         wanted.offer(names, start)
     for row in np.flatnonzero(wanted.other >= 0).tolist():
-        one, two = (shard_set.name_of(int(ids[row])) for ids in (wanted.ids, wanted.other))
+        one, two = (shard_set.get_name(int(ids[row])) for ids in (wanted.ids, wanted.other))
         what = f"{table.name(row)!r} could be {one!r} or {two!r}: write the whole name"
         faults.add(table.lines[row], what)
     missing = np.flatnonzero(wanted.ids < 0)
@@ -431,7 +431,7 @@ def _left_out(shard_set: ShardSet) -> set[str]:
 
 def _hints(shard_set: ShardSet, table: _Table, name: str) -> Iterable[str]:
     """Yield what may be meant by a column whose name `name` no sample has."""
-    if table.listing.called("name") == "id" and number_of(name.strip()) is not None:
+    if table.listing.called("name") == "id" and parse_number(name.strip()) is not None:
         yield "If these are the numbers of samples in the set, call the column `sample`."
     parts = tidied(name).split("/")
     tails = {

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fastmoco.config.recipe import Runtime
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
 from fastmoco.load.view_params import ViewParams
@@ -66,7 +66,7 @@ class Settings:
     cache: Path | None = None
 
 
-def settings_of(runtime: Runtime, world: World, device: torch.device) -> Settings:
+def get_settings(runtime: Runtime, world: World, device: torch.device) -> Settings:
     """Return how batches are made here.
 
     Raises:
@@ -79,7 +79,7 @@ def settings_of(runtime: Runtime, world: World, device: torch.device) -> Setting
         raise UsageError(
             "runtime.decode: mixed needs a GPU and runtime.executor: dali. Set runtime.decode=auto."
         )
-    threads = runtime.threads or min(_MOST_THREADS, cores_of(world.local_size))
+    threads = runtime.threads or min(_MOST_THREADS, count_cores(world.local_size))
     return Settings(
         executor,
         device,

@@ -25,7 +25,7 @@ from fastmoco.load.executor import (
     Source,
 )
 from fastmoco.load.pixel_cache import open_cache
-from fastmoco.load.sampler import Plan, plan_of
+from fastmoco.load.sampler import Plan, make_plan
 from fastmoco.load.view_params import ViewParams, central, draw
 
 Triple = tuple[float, float, float]
@@ -82,7 +82,7 @@ class Loader:
         max_bad: int = 0,
     ) -> None:
         self.data, self.plan, self.views = data, plan, tuple(views)
-        self._look = PipelineSpec(size, mean, std, tuple(stages_of(view) for view in views))
+        self._look = PipelineSpec(size, mean, std, tuple(get_enabled_ops(view) for view in views))
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
         self.settings = _decided(settings, self._reader)
@@ -103,7 +103,7 @@ class Loader:
         assert recipe.encoder.mean and recipe.encoder.std, "the recipe is not resolved"
         return cls(
             data,
-            plan_of(recipe, data),
+            make_plan(recipe, data),
             recipe.views,
             size=recipe.encoder.image_size,
             mean=recipe.encoder.mean,
@@ -227,7 +227,7 @@ def _part(ids: slice | Ids, start: int, count: int) -> Ids:
     return ids[start : start + count]
 
 
-def stages_of(view: View) -> EnabledOps:
+def get_enabled_ops(view: View) -> EnabledOps:
     """Return the operators that a view needs."""
     jitters = any(view.jitter) and view.jitter_p > 0
     return EnabledOps(jitters or view.grayscale > 0, view.blur > 0, view.solarize > 0)

@@ -104,7 +104,7 @@ class Plan:
         return self.through or Shuffled(self.samples, self.seed)
 
 
-def plan_of(recipe: Recipe, data: ConcatShardSets) -> Plan:
+def make_plan(recipe: Recipe, data: ConcatShardSets) -> Plan:
     """Return the order of a recipe's run.
 
     Raises:
@@ -112,11 +112,11 @@ def plan_of(recipe: Recipe, data: ConcatShardSets) -> Plan:
         UsageError: the batch is larger than the data.
     """
     ids = chosen_ids(recipe.data.subset, data) if recipe.data.subset else None
-    order = _order_of(recipe, data, ids)
+    order = _make_order(recipe, data, ids)
     return Plan(len(order), recipe.batch, recipe.seed, order, ids)
 
 
-def _order_of(recipe: Recipe, data: ConcatShardSets, ids: Ids | None) -> Order:
+def _make_order(recipe: Recipe, data: ConcatShardSets, ids: Ids | None) -> Order:
     count = len(data) if ids is None else len(ids)
     order: Order = Shuffled(count, recipe.seed)
     if recipe.data.window:

@@ -81,7 +81,7 @@ def _tensorboard(recipe: Recipe, root: Path, start: int) -> Tracker:
     return Tracker("tensorboard", write, writer.close)
 
 
-def _id_of(root: Path) -> str:
+def _get_id(root: Path) -> str:
     """Return the name that a run goes on under, for as long as its folder lives."""
     path = root / "wandb_id"
     if not path.exists():
@@ -97,7 +97,7 @@ def _wandb(recipe: Recipe, root: Path, start: int) -> Tracker:
         name=recipe.name,
         dir=root,
         config=recipe.model_dump(mode="json"),
-        id=_id_of(root),
+        id=_get_id(root),
         resume="allow",
     )
     return Tracker("wandb", lambda numbers, step: run.log(numbers, step=step), run.finish)

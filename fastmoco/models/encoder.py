@@ -67,9 +67,9 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(-1, size, *x.shape[1:])
         var, own_mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0)  # (groups, C)
-        mean = self.together.mean_of(own_mean)
+        mean = self.together.mean_with_gradient(own_mean)
         # The variance of a union: the mean within its equal parts, and that of their means.
-        var = self.together.mean_of(var + (own_mean - mean).square())
+        var = self.together.mean_with_gradient(var + (own_mean - mean).square())
         count = wide[0].numel() // wide.shape[2] * self.together.size
         with torch.no_grad():
             momentum = self.momentum or 0.0

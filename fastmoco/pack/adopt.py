@@ -27,17 +27,17 @@ from fastmoco.dataset.shard_set import (
     SAMPLE_DTYPE,
     Manifest,
     Shard,
-    set_id_of,
+    hash_set,
     write_manifest,
 )
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.finalize import OFFSET_DTYPE, growing
+from fastmoco.pack.finalize import OFFSET_DTYPE, growing_array
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.options import reject_limit
 from fastmoco.pack.parallel import mapped
 from fastmoco.pack.place import link, new, place, told
 from fastmoco.pack.sources.tree import is_training
-from fastmoco.pack.sources.webdataset import splits_of
+from fastmoco.pack.sources.webdataset import get_splits
 from fastmoco.pack.worker import ChannelStats
 
 ADOPTED = "adopted"  # the option that marks such a set
@@ -89,7 +89,7 @@ def adopt(
         DataError: a shard is damaged or compressed, or too little in them is fit.
     """
     shards = _shards(folder)
-    splits = splits_of(shards)
+    splits = get_splits(shards)
     if len(splits) > 1:
         held = ", ".join(f"{split} {len(mine)}" for split, mine in splits.items())
         raise UsageError(
@@ -113,7 +113,7 @@ def adopt_each(
     Returns:
         The manifests, by split; "" without splits.
     """
-    splits = splits_of(_shards(folder))
+    splits = get_splits(_shards(folder))
     if len(splits) == 1 or out is None:
         return {"": adopt(folder, out, options, on_progress)}
     manifests: dict[str, Manifest] = {}
@@ -263,12 +263,12 @@ class _Tables:
         """
         counts = np.zeros(int(labels.max(initial=-1)) + 1, dtype=np.int64)
         final = np.append(labels, np.int32(-1))  # code -1, the last one, stays -1
-        with growing(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
+        with growing_array(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
             for rows in _stored(self.folder / ".rows", SAMPLE_DTYPE):
                 rows["label"] = final[rows["label"]]
                 counts += np.bincount(rows["label"][rows["label"] >= 0], minlength=len(counts))
                 stream.write(rows.tobytes())
-        with growing(self.folder / "names.idx.npy", OFFSET_DTYPE, self.samples + 1) as stream:
+        with growing_array(self.folder / "names.idx.npy", OFFSET_DTYPE, self.samples + 1) as stream:
             for part in _stored(self.folder / ".ends", OFFSET_DTYPE):
                 stream.write(part.tobytes())
         return counts
@@ -353,7 +353,7 @@ def _manifest(
     mean, std = gathered.totals.mean_and_deviation()
     return Manifest(
         format_version=FORMAT_VERSION,
-        set_id=set_id_of(gathered.shards, rows),
+        set_id=hash_set(gathered.shards, rows),
         samples=tables.samples,
         rejected=tables.rejected,
         progressive=gathered.totals.progressive,

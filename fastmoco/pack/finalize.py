@@ -16,7 +16,7 @@ from fastmoco.dataset.shard_set import (
     SAMPLE_DTYPE,
     Manifest,
     Shard,
-    set_id_of,
+    hash_set,
     write_manifest,
 )
 from fastmoco.errors import DataError
@@ -45,8 +45,8 @@ def write_tables(
         raise DataError(f"None of the images is fit. The first:{first(list(islice(rejects, 3)))}")
     tables = _Tables(folder, schedule)
     with (
-        growing(folder / "samples.npy", SAMPLE_DTYPE, samples) as rows,
-        growing(folder / "names.idx.npy", OFFSET_DTYPE, samples + 1) as ends,
+        growing_array(folder / "samples.npy", SAMPLE_DTYPE, samples) as rows,
+        growing_array(folder / "names.idx.npy", OFFSET_DTYPE, samples + 1) as ends,
         (folder / "names.txt").open("wb") as names,
     ):
         ends.write(np.zeros(1, OFFSET_DTYPE).tobytes())
@@ -64,7 +64,7 @@ def first(rejects: Sequence[Reject]) -> str:
 
 
 @contextmanager
-def growing(path: Path, dtype: np.dtype[Any], rows: int) -> Iterator[BinaryIO]:
+def growing_array(path: Path, dtype: np.dtype[Any], rows: int) -> Iterator[BinaryIO]:
     """Yield a `.npy` file of so many rows that waits for their bytes."""
     with path.open("wb") as stream:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
@@ -123,7 +123,7 @@ class _Tables:
         mean, std = self.totals.mean_and_deviation()
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            set_id=set_id_of(self.shards, rows),
+            set_id=hash_set(self.shards, rows),
             samples=len(rows),
             rejected=len(lines),
             progressive=self.totals.progressive,

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.core.files import sha256_of
+from fastmoco.core.files import hash_file
 from fastmoco.dataset.classes import several_labels
-from fastmoco.dataset.dali_index import Component, extension_of, index_line, index_name
+from fastmoco.dataset.dali_index import Component, get_extension, index_line, index_name
 from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 from fastmoco.pack.image import FORMATS, ORIENTATION, Checked, Rules, check_image, without_warnings
 from fastmoco.pack.tar import Damage, Member, walk
-from fastmoco.pack.worker import ChannelStats, row_of
+from fastmoco.pack.worker import ChannelStats, make_row
 
 IMAGES = frozenset(
     ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jxl"]
@@ -93,7 +93,7 @@ def adopt_shard(task: AdoptTask) -> Adopted:
 
 
 def _adopt(task: AdoptTask) -> Adopted:
-    found = Adopted(size=task.path.stat().st_size, sha256=sha256_of(task.path))
+    found = Adopted(size=task.path.stat().st_size, sha256=hash_file(task.path))
     members: list[Member] = []
     for member in walk(task.path):
         if isinstance(member, Damage):
@@ -103,12 +103,12 @@ def _adopt(task: AdoptTask) -> Adopted:
     rows, lines, codes = [], [], dict[str, int]()
     with task.path.open("rb") as stream:
         for image in contents.samples(found, task.path.name):
-            value = None if task.unlabelled else label_of(stream, contents, image, task.label_key)
+            value = None if task.unlabelled else get_label(stream, contents, image, task.label_key)
             label = -1 if value is None else codes.setdefault(value, len(codes))
             checked = _checked(stream, image, found, _name(task, image))
             if checked is None:
                 continue
-            rows.append(row_of(image.offset, label, checked))
+            rows.append(make_row(image.offset, label, checked))
             found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
             lines.append(sample_line(contents, image))
     found.rows = np.array(rows, dtype=SAMPLE_DTYPE)
@@ -124,10 +124,10 @@ class Contents:
     """The members of a shard by what they are; those of a sample need not be neighbors."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.images = [m for m in members if extension_of(m.name) in IMAGES]
+        self.images = [m for m in members if get_extension(m.name) in IMAGES]
         self.sides: dict[tuple[str, str], Member] = {}
         for member in members:
-            extension = extension_of(member.name)
+            extension = get_extension(member.name)
             if extension in ("cls", "json") and member.regular:
                 self.sides.setdefault((_stem(member.name), extension), member)
         stems = {_stem(image.name) for image in self.images}
@@ -173,7 +173,7 @@ def sample_line(contents: Contents, image: Member) -> bytes:
     side = contents.side(image, "cls")
     members = sorted([image, side] if side else [image], key=lambda member: member.offset)
     return index_line(
-        [Component(extension_of(m.name), m.offset, m.size, index_name(m.name)) for m in members]
+        [Component(get_extension(m.name), m.offset, m.size, index_name(m.name)) for m in members]
     )
 
 
@@ -242,7 +242,7 @@ def _why_not(content: bytes) -> str:
     return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 
-def label_of(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
+def get_label(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
     """Return the label of a sample as it is written, None if there is none."""
     side = contents.side(image, "json" if key else "cls")
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):

@@ -67,13 +67,13 @@ def sources_for(source: Path, out: Path, options: PackOptions) -> dict[str, Sour
         source,
         options.format,
         options.unlabelled,
-        _classes_of(options.like),
+        _get_classes(options.like),
         options.classes_at,
         options.root,
     )
 
 
-def _classes_of(like: Path | None) -> list[str] | None:
+def _get_classes(like: Path | None) -> list[str] | None:
     if like is None:
         return None
     classes = ShardSet(like).manifest.classes

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastmoco.core.files import locked, make_parent, new_folder, sha256_of, sync, write_json
+from fastmoco.core.files import hash_file, locked, make_parent, new_folder, sync, write_json
 from fastmoco.dataset.dali_index import index_path
 from fastmoco.dataset.shard_set import HASHED
 from fastmoco.errors import DataError, UsageError
@@ -70,7 +70,7 @@ def _beside(folder: Path, shards: Sequence[Path]) -> Iterator[Path]:
             files = sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json")
             for path in files:
                 sync(path)
-            write_json(aside / _OURS, {path.name: sha256_of(path) for path in files})
+            write_json(aside / _OURS, {path.name: hash_file(path) for path in files})
             _refuse_strangers(folder, shards)  # who came in the meantime
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -86,7 +86,7 @@ def _remove_begun(folder: Path, aside: Path) -> None:
     ours = aside / _OURS
     for name, digest in json.loads(ours.read_text()).items() if ours.exists() else ():
         path = folder / name
-        if path.is_file() and sha256_of(path) == digest:
+        if path.is_file() and hash_file(path) == digest:
             path.unlink()
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.core.files import new_file, sha256_of
+from fastmoco.core.files import hash_file, new_file
 from fastmoco.dataset.shard_set import SAMPLE_DTYPE, Shard
 from fastmoco.pack.levels import SAMPLE, Span
 from fastmoco.pack.shard_layout import TAR_RECORD
-from fastmoco.pack.worker import TAR_BLOCK, ChannelStats, Fragment, key_of
+from fastmoco.pack.worker import TAR_BLOCK, ChannelStats, Fragment, make_key
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Journal:
         path = self.folder / f"{_stem(number)}.tar"
         try:
             record = self.read(number)
-            hashes = sha256_of(path), sha256_of(path.with_suffix(".idx"))
+            hashes = hash_file(path), hash_file(path.with_suffix(".idx"))
         except (OSError, ValueError, KeyError):
             return None
         return record if hashes == (record.shard.sha256, record.index_sha256) else None
@@ -145,7 +145,7 @@ class _Parts:
         with path.open("wb") as stream:
             stream.write(b"v1.2 %d\n" % len(self.positions))
             stream.write(self.index)
-        return sha256_of(path)
+        return hash_file(path)
 
     def write_record(self, path: Path, shard: Shard, index_sha256: str) -> None:
         """Write what `Journal.read` reads."""
@@ -171,7 +171,7 @@ def _index_lines(fragment: Fragment, rows: npt.NDArray[np.void]) -> list[str]:
     columns = (rows[name].tolist() for name in ("offset", "size", "label"))
     samples = zip(fragment.positions, fragment.extensions, *columns, strict=True)
     for position, extension, offset, size, label in samples:
-        key = key_of(position)
+        key = make_key(position)
         line = f"{extension} {offset} {size} {key}.{extension}"
         if label >= 0:  # its member lies before the image's: header, one block, the image's header
             before = offset - 2 * TAR_BLOCK

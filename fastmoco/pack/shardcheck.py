@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastmoco.core.files import hash_of, sha256_of
+from fastmoco.core.files import hash_bytes, hash_file
 from fastmoco.dataset.dali_index import index_path, read_lines
 from fastmoco.pack.foreign import Contents, sample_line
 from fastmoco.pack.image import without_warnings
@@ -58,7 +58,7 @@ def check_shard(task: ShardTask) -> tuple[str, list[Fault]]:
     Returns:
         Its SHA-256 as it is, and what is wrong, in the order found.
     """
-    shard, digest, size = task.path.name, sha256_of(task.path), task.path.stat().st_size
+    shard, digest, size = task.path.name, hash_file(task.path), task.path.stat().st_size
     sound = digest == task.sha256
     lines = _lines(index_path(task.path)) if task.check_index else []
     members, faults = _members(task, _places(lines, task.rows, size))
@@ -128,7 +128,7 @@ def _sample_fault(
     entry = task.rows[row]
     start, length = int(entry["offset"]), int(entry["size"])
     content = read(start, length)
-    as_packed, decoded = hash_of(content) == int(entry["hash"]), decode(content)
+    as_packed, decoded = hash_bytes(content) == int(entry["hash"]), decode(content)
     if sound and not as_packed:
         what = f"says bytes {start} to {start + length}, where the shard has another content"
         return Fault(TABLE, what, row)

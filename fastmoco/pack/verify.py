@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.core.files import sha256_of
+from fastmoco.core.files import hash_file
 from fastmoco.dataset.dali_index import index_path, read_header
 from fastmoco.dataset.shard_set import (
     CHUNK,
@@ -18,9 +18,9 @@ from fastmoco.dataset.shard_set import (
     SAMPLE_DTYPE,
     Shard,
     ShardSet,
+    hash_set,
     manifest_sha256,
     read_labels,
-    set_id_of,
 )
 from fastmoco.errors import DataError
 from fastmoco.pack.adopt import ADOPTED
@@ -110,7 +110,7 @@ def _changed(shard_set: ShardSet, full: bool) -> Iterator[Finding]:
     found = {MANIFEST: manifest_sha256(_json(shard_set.root / MANIFEST))}
     if full:
         present = (name for name in HASHED if (shard_set.root / name).is_file())
-        found |= {name: sha256_of(shard_set.root / name) for name in present}
+        found |= {name: hash_file(shard_set.root / name) for name in present}
     for name, digest in found.items():
         if hashes.get(name) != digest:
             yield Finding(name, "its SHA-256 has changed")
@@ -183,7 +183,7 @@ def _size_finding(shard_set: ShardSet, shard: Shard, fault: str, lost: list[int]
 
 def _name(shard_set: ShardSet, row: int) -> str | None:
     try:
-        return shard_set.name_of(row)
+        return shard_set.get_name(row)
     except (DataError, IndexError, ValueError):  # the names may be damaged too
         return None
 
@@ -341,6 +341,6 @@ class _Full:
             counts += np.bincount(labels[labels >= 0], minlength=len(counts))
         if counts.tolist() != manifest.class_counts:
             yield Finding("manifest.json", f"its class counts are not those of {TABLE}")
-        elif set_id_of(self.shards, self.set.samples) != manifest.set_id:
+        elif hash_set(self.shards, self.set.samples) != manifest.set_id:
             what = f"its set_id does not fit its shards and {TABLE}: one of them was changed"
             yield Finding("manifest.json", what)

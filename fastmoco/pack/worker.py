@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from fastmoco.core.files import hash_of
+from fastmoco.core.files import hash_bytes
 from fastmoco.pack.image import Checked, Rules, check_input, without_warnings
 from fastmoco.pack.inputs import Input
 from fastmoco.pack.levels import Span
@@ -120,8 +120,8 @@ def make_fragment(run: Run) -> Fragment:
             if isinstance(image, str):
                 rejects.append((position, image))
                 continue
-            offset = _append(tar, key_of(position), label, image)
-            rows.append(row_of(offset, label, image))
+            offset = _append(tar, make_key(position), label, image)
+            rows.append(make_row(offset, label, image))
             positions.append(position)
             extensions.append(image.extension)
             totals.count(image)
@@ -142,7 +142,7 @@ def make_fragment(run: Run) -> Fragment:
     )
 
 
-def key_of(position: int) -> str:
+def make_key(position: int) -> str:
     """Return the name of a sample in its tar: by position, so that no shard waits for another."""
     return f"{position:08d}"
 
@@ -190,6 +190,14 @@ def _header(name: str, size: int) -> bytes:
     )
 
 
-def row_of(offset: int, label: int, image: Checked) -> tuple[int, ...]:
+def make_row(offset: int, label: int, image: Checked) -> tuple[int, ...]:
     """Return the row of an image whose bytes are at an offset; its shard is not set yet."""
-    return (offset, hash_of(image.content), len(image.content), 0, label, image.height, image.width)
+    return (
+        offset,
+        hash_bytes(image.content),
+        len(image.content),
+        0,
+        label,
+        image.height,
+        image.width,
+    )

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from fastmoco.config.loading import shortened
+from fastmoco.config.loading import shorten_value
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.files import new_folder, sha256_of, sync, write_json
+from fastmoco.core.files import hash_file, new_folder, sync, write_json
 from fastmoco.errors import CheckpointError
 
 CHECKPOINT_VERSION = 1
@@ -68,7 +68,7 @@ def write_checkpoint(final: Path, state: State, step: int, fingerprint: Fingerpr
         with (folder / "state.pt").open("wb") as file:
             digest = _save_hashed(state, file)
         sync(folder / "state.pt")
-        if sha256_of(folder / "state.pt") != digest:
+        if hash_file(folder / "state.pt") != digest:
             raise OSError(errno.EIO, "the disk gives back other bytes than were written")
         manifest = {
             "format_version": CHECKPOINT_VERSION,
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             )
         own = manifest.pop("own", None)  # checkpoints older than this key have none
         whole = own in (None, _digest(manifest)) and "fingerprint" in manifest
-        whole = whole and sha256_of(folder / "state.pt") == manifest["sha256"]
+        whole = whole and hash_file(folder / "state.pt") == manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None
@@ -153,6 +153,6 @@ def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> 
     for field in wanted:
         if found.get(field) != wanted[field]:
             raise CheckpointError(
-                f"{folder} is of another run: {field} was {shortened(found.get(field))}, "
-                f"now it is {shortened(wanted[field])}. Restore it, or choose another out=DIR."
+                f"{folder} is of another run: {field} was {shorten_value(found.get(field))}, "
+                f"now it is {shorten_value(wanted[field])}. Restore it, or choose another out=DIR."
             )

@@ -234,7 +234,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [row for line in lines if (row := row_of(line)) is not None]
+        return [row for line in lines if (row := parse_row(line)) is not None]
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again."""
@@ -302,7 +302,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def row_of(line: str) -> dict[str, Any] | None:
+def parse_row(line: str) -> dict[str, Any] | None:
     """Return a line of a .jsonl; None: it was cut short by a kill or a full disk."""
     try:
         row: dict[str, Any] = json.loads(line)

@@ -22,7 +22,7 @@ def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.opt
         UsageError: it is one of apex's, and apex is not installed.
     """
     wanted = recipe.optimizer
-    optimizer = _class_of(wanted.name)(
+    optimizer = _get_class(wanted.name)(
         parameters, lr=recipe.lr, weight_decay=wanted.weight_decay, **wanted.options()
     )
     if wanted.name == "sgd":
@@ -30,7 +30,7 @@ def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.opt
     return optimizer
 
 
-def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
+def _get_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     if name in _APEX:
         return _apex(name)
     fused: dict[str, Any] = {

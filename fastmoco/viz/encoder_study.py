@@ -18,7 +18,7 @@ from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import evaluation_batches
 from fastmoco.models.encoder import Encoder
 from fastmoco.plots import Images
-from fastmoco.viz.views import pixels_of
+from fastmoco.viz.views import to_pixels
 
 _LAYERS = {"conv1": "conv1", **{f"layer{n}": f"stage {n}" for n in (1, 2, 3, 4)}}
 _SHOWN_SIDE = 96  # pixels of an image on the page, at the most
@@ -31,7 +31,7 @@ class Study:
     """Labelled samples and an encoder's features of them.
 
     Attributes:
-        evaluation: encoder, sight and the samples that are looked at.
+        evaluation: encoder, preprocessing and the samples that are looked at.
         feature: which features: those of the run's monitor, else of the backbone.
         bank: the features of the training samples.
         queries: those of the test samples, with their labels.
@@ -50,7 +50,7 @@ class Study:
             DataError: an image cannot be read or decoded.
         """
         seed = evaluation.seed
-        train, test = (thinned(one, samples, seed) for one in (evaluation.train, evaluation.test))
+        train, test = (subsample(one, samples, seed) for one in (evaluation.train, evaluation.test))
         evaluation = replace(evaluation, train=train, test=test)
         monitor = evaluation.recipe.monitor if evaluation.recipe else None
         k, t, feature = (monitor.k, monitor.t, monitor.feature) if monitor else _WITHOUT_MONITOR
@@ -84,17 +84,17 @@ class Study:
 
     def pixels(self, one: Labelled, places: Ids) -> Images:
         """Return the samples at `places` as the encoder sees them, at most 96 pixels wide."""
-        return shown(self.evaluation.sight, ConcatShardSets([one.set]), one.ids[places])
+        return shown(self.evaluation.preprocessing, ConcatShardSets([one.set]), one.ids[places])
 
 
-def surest(found: Predictions, right: bool, count: int) -> Ids:
+def most_confident(found: Predictions, right: bool, count: int) -> Ids:
     """Return the places of the surest right (or wrong) predictions, the surest first."""
     order = found.confidence.argsort(descending=True, stable=True)
     places: Ids = order[(found.place == 0)[order] == right][:count].numpy()
     return places
 
 
-def thinned(one: Labelled, samples: int, seed: int) -> Labelled:
+def subsample(one: Labelled, samples: int, seed: int) -> Labelled:
     """Return at most `samples` of the labelled samples, drawn by the seed, in id order."""
     if len(one.ids) <= samples:
         return one
@@ -102,30 +102,34 @@ def thinned(one: Labelled, samples: int, seed: int) -> Labelled:
     return replace(one, ids=one.ids[kept], labels=one.labels[kept])
 
 
-def shown(sight: Preprocessing, data: ConcatShardSets, ids: Ids) -> Images:
+def shown(preprocessing: Preprocessing, data: ConcatShardSets, ids: Ids) -> Images:
     """Return (n, side, side, 3) pixels of samples as an encoder sees them, side 96 at the most."""
-    small = replace(sight, size=min(sight.size, _SHOWN_SIDE))
-    return pixels_of(_views(small, data, ids, sight.share), sight.mean, sight.std)
+    small = replace(preprocessing, size=min(preprocessing.size, _SHOWN_SIDE))
+    return to_pixels(
+        _views(small, data, ids, preprocessing.share), preprocessing.mean, preprocessing.std
+    )
 
 
-def _views(sight: Preprocessing, data: ConcatShardSets, ids: Ids, share: float) -> torch.Tensor:
+def _views(
+    preprocessing: Preprocessing, data: ConcatShardSets, ids: Ids, share: float
+) -> torch.Tensor:
     """Return (n, 3, size, size) normalized views."""
     batches = evaluation_batches(
         data,
         ids=ids,
-        size=sight.size,
-        mean=sight.mean,
-        std=sight.std,
+        size=preprocessing.size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
         share=share,
         batch=min(len(ids), 128),
-        settings=sight.settings,
+        settings=preprocessing.settings,
     )
     return torch.cat([batch.views[0].float() for batch in batches])
 
 
 @torch.no_grad()
 def feature_maps(
-    encoder: Encoder, sight: Preprocessing, data: ConcatShardSets, sample: int
+    encoder: Encoder, preprocessing: Preprocessing, data: ConcatShardSets, sample: int
 ) -> dict[str, torch.Tensor]:
     """Return the (C, h, w) fp32 outputs of the first convolution and of each stage, by name.
 
@@ -143,8 +147,10 @@ def feature_maps(
         )
         for layer, name in _LAYERS.items()
     ]
-    with sight.autocast():
-        encoder.backbone(sight.cast(_views(sight, data, np.array([sample]), sight.share)))
+    with preprocessing.autocast():
+        encoder.backbone(
+            preprocessing.cast(_views(preprocessing, data, np.array([sample]), preprocessing.share))
+        )
     for hook in hooks:
         hook.remove()
     return found

@@ -11,33 +11,33 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.core.files import write_bytes
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import FastmocoError, UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.features import frozen_sight
+from fastmoco.evaluate.features import frozen_preprocessing
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.results import SPARSE
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.plots import Images, curves_in, draw_curve
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 from fastmoco.viz.encoder_study import (
     Study,
     feature_maps,
+    most_confident,
     most_confused,
     projected,
     shown,
-    surest,
 )
 from fastmoco.viz.report_plots import (
-    colors_of,
     draw_confusion,
     draw_filters,
     draw_maps,
     draw_plane,
+    get_colors,
     has_legend,
     save_tile,
 )
@@ -202,7 +202,7 @@ def _views(folder: Path, facts: Facts, device: str) -> dict[str, Any]:
 
 def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
     """Draw what needs an encoder and no labels."""
-    where = device_of(device, 0)
+    where = get_device(device, 0)
     encoder, spec, step = load_encoder(run, where)
     weight = encoder.backbone.conv1.weight
     draw_filters(folder / "filters.png", weight)
@@ -212,10 +212,10 @@ def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
         if (recipe := run.recipe()) is None:
             raise UsageError("The weights were imported: there are no training images to show.")
         data = ConcatShardSets.open(recipe.data.sets)
-        settings = settings_of(recipe.runtime, World(), where)
-        sight = frozen_sight(spec, recipe.runtime, settings)
-        draw_maps(folder / "maps.png", feature_maps(encoder, sight, data, 0))
-        save_tile(folder / "maps_input.png", shown(sight, data, np.array([0]))[0])
+        settings = get_settings(recipe.runtime, World(), where)
+        preprocessing = frozen_preprocessing(spec, recipe.runtime, settings)
+        draw_maps(folder / "maps.png", feature_maps(encoder, preprocessing, data, 0))
+        save_tile(folder / "maps_input.png", shown(preprocessing, data, np.array([0]))[0])
         return {"file": "maps.png", "input": "maps_input.png", "described": data.describe(0)}
 
     return {"step": step, "filters": "filters.png", "shape": shape, "maps": _or_why(maps)}
@@ -280,12 +280,12 @@ def _tile(
 ) -> Tile:
     save_tile(folder / file, pixels)
     sample, name = int(one.ids[place]), one.classes[int(one.labels[place])]
-    return Tile(file, name, detail, f"{name}: sample {sample}, {one.set.name_of(sample)}", right)
+    return Tile(file, name, detail, f"{name}: sample {sample}, {one.set.get_name(sample)}", right)
 
 
 def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> list[Tile]:
     """Return the test images whose prediction is right (or wrong) and surest."""
-    test, places = study.evaluation.test, surest(found, right, _EXTREMES)
+    test, places = study.evaluation.test, most_confident(found, right, _EXTREMES)
     if not len(places):
         return []
     pixels = study.pixels(test, places)
@@ -321,5 +321,5 @@ def _plane(folder: Path, study: Study, names: list[str]) -> dict[str, Any]:
     seed = study.evaluation.seed
     places, labels, method = projected(study.queries[0], study.evaluation.test.labels, seed)
     draw_plane(folder / "projection.png", places, labels, len(names))
-    legend = list(zip(names, colors_of(len(names)), strict=True)) if has_legend(len(names)) else []
+    legend = list(zip(names, get_colors(len(names)), strict=True)) if has_legend(len(names)) else []
     return {"file": "projection.png", "method": method, "legend": legend}

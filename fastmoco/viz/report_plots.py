@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastmoco.core.rng import Ids
-from fastmoco.plots import INK, Images, draw_views, figure_of, grid_of
+from fastmoco.plots import INK, Images, draw_views, get_grid, make_figure
 
 _DPI = 150
 _CHANNELS = 8
@@ -33,7 +33,7 @@ def draw_filters(path: Path, weight: torch.Tensor) -> None:
     low, high = (bound(filters, axis=(1, 2, 3), keepdims=True) for bound in (np.min, np.max))
     levels = (255 * (filters - low) / np.maximum(high - low, 1e-12)).round().astype(np.uint8)
     columns = math.gcd(len(levels), 8)
-    Image.fromarray(grid_of(list(levels.reshape(-1, columns, *levels.shape[1:])))).save(path)
+    Image.fromarray(get_grid(list(levels.reshape(-1, columns, *levels.shape[1:])))).save(path)
 
 
 def draw_maps(path: Path, maps: Mapping[str, torch.Tensor]) -> None:
@@ -63,7 +63,7 @@ def draw_confusion(path: Path, confusion: Ids, names: Sequence[str]) -> None:
     count = len(names)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = 2.2 + (0.44 * count if count <= _NAMED else 5)
-    figure = figure_of(side, side)
+    figure = make_figure(side, side)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted", color=INK)
@@ -99,16 +99,16 @@ def _shortened(name: str) -> str:
 
 def draw_plane(path: Path, places: npt.NDArray[np.float64], labels: Ids, classes: int) -> None:
     """Draw (n, 2) places as points in the colors of their classes."""
-    figure = figure_of(6.4, 6.4)
+    figure = make_figure(6.4, 6.4)
     axes = figure.add_axes((0, 0, 1, 1))
-    colors = np.array(colors_of(classes))[labels]
+    colors = np.array(get_colors(classes))[labels]
     axes.scatter(places[:, 0], places[:, 1], c=colors, s=18, alpha=0.75, linewidths=0)
     axes.set_axis_off()
     axes.margins(0.03)
     figure.savefig(path, dpi=_DPI)
 
 
-def colors_of(classes: int) -> list[str]:
+def get_colors(classes: int) -> list[str]:
     """Return a color `#rrggbb` a class; they differ clearly up to 20."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex

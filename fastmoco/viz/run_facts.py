@@ -10,7 +10,7 @@ from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.loading import differences, load_recipe, recipe_names
 from fastmoco.config.recipe import Recipe, Runtime
 from fastmoco.plots import curves_in
-from fastmoco.runs.run_folder import ORIGIN, RunFolder, row_of
+from fastmoco.runs.run_folder import ORIGIN, RunFolder, parse_row
 
 Row = Mapping[str, Any]
 
@@ -152,7 +152,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [row for line in lines if (row := row_of(line)) is not None]
+    return [row for line in lines if (row := parse_row(line)) is not None]
 
 
 def _percent(value: float | None) -> str:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageOps
 
 from fastmoco.config.recipe import Recipe
-from fastmoco.core.distributed import World, device_of
+from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader, Triple
 from fastmoco.load.view_params import ViewParams
 from fastmoco.plots import draw_views
@@ -49,10 +49,10 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     # Order and numbers depend on the position alone: a smaller batch begins as the real one does.
     recipe = resolve(recipe, data.sets[0]).model_copy(update={"batch": min(count, len(data))})
     assert recipe.encoder.mean and recipe.encoder.std
-    device = device_of(recipe.runtime.device, 0)
+    device = get_device(recipe.runtime.device, 0)
     # Of a few images: not the place to decode the set.
     runtime = recipe.runtime.model_copy(update={"pixels": "decoded"})
-    loader = Loader.of(recipe, data, settings_of(runtime, World(), device))
+    loader = Loader.of(recipe, data, get_settings(runtime, World(), device))
     # The batch first: it meets what is damaged, and says so in words.
     batch = next(loader.batches())
     encoded = Reader(data).fetch(batch.ids)
@@ -61,7 +61,7 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
         "original": np.stack([_fitted(image, recipe.encoder.image_size) for image in originals])
     }
     for number, view in enumerate(batch.views, 1):
-        rows[f"view {number}"] = pixels_of(view, recipe.encoder.mean, recipe.encoder.std)
+        rows[f"view {number}"] = to_pixels(view, recipe.encoder.mean, recipe.encoder.std)
     draw_views(path, rows, title)
     drawn = loader.numbers(loader.plan.positions(0), batch.ids)
     return [
@@ -70,7 +70,7 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     ]
 
 
-def pixels_of(views: torch.Tensor, mean: Triple, std: Triple) -> npt.NDArray[np.uint8]:
+def to_pixels(views: torch.Tensor, mean: Triple, std: Triple) -> npt.NDArray[np.uint8]:
     """Return the (n, side, side, 3) pixels behind (n, 3, side, side) normalized views."""
     scale, shift = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
     levels = (views.float().cpu() * scale + shift).mul(255).round().clamp(0, 255).byte()

@@ -108,13 +108,13 @@ def test_phases_fit_into_the_time(check, tmp_path, monkeypatch, minutes, skipped
     assert {row["phase"] for row in check.rows} == set(skipped)
 
 
-def rows_of(phase: str, **items: dict) -> list[dict]:
+def get_rows(phase: str, **items: dict) -> list[dict]:
     return [{"phase": phase, "item": name.replace("_", "/"), **row} for name, row in items.items()]
 
 
 def test_the_page_invents_nothing():
     measured = {"status": "measured", "images_per_s": 1234.0, "ms": None, "bytes_per_image": 659e6}
-    rows = rows_of(
+    rows = get_rows(
         "c",
         step_one={**measured, "flop_per_image": 32.5e9},
         step_two={"status": "failed", "reason": "a|b", "images_per_s": 77.0},

@@ -41,7 +41,7 @@ def test_verify(run: Run, copied: Path) -> None:
     tar.write_bytes(raw)
     assert run("verify", copied)[0] == 0, "the size is as it was"
     code, out, err = run("verify", copied, "--full", "--workers", 1)
-    assert code == 3 and shards.name_of(5) in out and "defect" in err and "Traceback" not in err
+    assert code == 3 and shards.get_name(5) in out and "defect" in err and "Traceback" not in err
 
 
 def test_inspect_draws_a_sheet(run: Run, copied: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_index_adopts_and_knows_the_classes(run: Run, small_set: ShardSet, tmp_p
     theirs.mkdir()
     with tarfile.open(theirs / "a b.tar", "w") as tar:
         for row in range(6):
-            image = small_set.root.parent / "source" / small_set.name_of(row)
+            image = small_set.root.parent / "source" / small_set.get_name(row)
             members = ((f"x/{row}.jpg", image.read_bytes()), (f"x/{row}.cls", b"%d" % (row % 2)))
             for name, content in members:
                 info = tarfile.TarInfo(name)

@@ -8,10 +8,10 @@ import torch
 
 from fastmoco.config.loading import load_recipe
 from fastmoco.core import cores, distributed
-from fastmoco.core.cores import cores_of
+from fastmoco.core.cores import count_cores
 from fastmoco.core.distributed import World, init_distributed
 from fastmoco.errors import UsageError
-from fastmoco.load.executor import settings_of
+from fastmoco.load.executor import get_settings
 
 V1 = "7:cpuset:/x\n3:cpu,cpuacct:/job/step\n0::/\n"
 QUOTAS = {
@@ -54,13 +54,13 @@ def test_cores_are_bound_by_affinity_and_quota(name: str, tmp_path: Path) -> Non
     for path, text in files.items():
         (tmp_path / "mount" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / path).write_text(text)
-    assert cores_of(1) == expected
-    assert cores_of(5) == max(1, expected // 5)
+    assert count_cores(1) == expected
+    assert count_cores(5) == max(1, expected // 5)
 
 
 def test_decoding_threads_are_a_share_of_the_cores() -> None:
     threads = {
-        (size, wanted): settings_of(
+        (size, wanted): get_settings(
             load_recipe("cifar10_r18", [f"runtime.threads={wanted}"]).runtime,
             World(size=size, local_size=size),
             torch.device("cpu"),
@@ -80,7 +80,7 @@ def test_torch_has_its_share_of_the_cores(device: str, monkeypatch: pytest.Monke
     found: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "device_of", lambda *_: torch.device(device))
+    monkeypatch.setattr(distributed, "get_device", lambda *_: torch.device(device))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
     with init_distributed("auto"):
         assert found == [64]
@@ -112,6 +112,6 @@ class Concat:
 def test_mixed_decoding_needs_a_gpu() -> None:
     recipe = load_recipe("cifar10_r18", ["runtime.decode=mixed", "runtime.hw_decoder_load=0.9"])
     with pytest.raises(UsageError, match=r"mixed needs a GPU.*decode=auto"):
-        settings_of(recipe.runtime, World(), torch.device("cpu"))
-    settings = settings_of(recipe.runtime, World(), torch.device("cuda"))
+        get_settings(recipe.runtime, World(), torch.device("cpu"))
+    settings = get_settings(recipe.runtime, World(), torch.device("cuda"))
     assert (settings.decode, settings.hw_decoder_load) == ("mixed", 0.9)

@@ -20,7 +20,7 @@ from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 
 
-def rows_of(*entries: tuple[int, int, float]) -> np.ndarray:
+def get_rows(*entries: tuple[int, int, float]) -> np.ndarray:
     return np.array(list(entries), dtype=LABEL_DTYPE)
 
 
@@ -78,7 +78,7 @@ def test_damaged_tables_are_named(copied: ShardSet) -> None:
         _ = ShardSet(copied.root).samples
     (copied.root / "names.idx.npy").write_bytes(b"x")
     with pytest.raises(DataError, match=r"names.idx.npy cannot be read"):
-        ShardSet(copied.root).name_of(0)
+        ShardSet(copied.root).get_name(0)
 
 
 def test_columns_are_found_by_name(small_set: ShardSet, copied: ShardSet) -> None:
@@ -92,13 +92,13 @@ def test_columns_are_found_by_name(small_set: ShardSet, copied: ShardSet) -> Non
 
 def test_describe_names_sample_image_and_shard(small_set: ShardSet) -> None:
     words = small_set.describe(3)
-    assert words.startswith(f"sample 3 ({small_set.name_of(3)}) in ")
+    assert words.startswith(f"sample 3 ({small_set.get_name(3)}) in ")
     assert words.endswith("/set/shard-000000.tar")
 
 
 def test_label_tables_round_trip(copied: ShardSet, tmp_path: Path) -> None:
     before = {path.name for path in copied.root.iterdir()}
-    rows = rows_of((7, 1, 0.5), (2, 0, 1.0))
+    rows = get_rows((7, 1, 0.5), (2, 0, 1.0))
     for table in ("round-1", tmp_path / "elsewhere" / "mine.npy"):
         path = write_labels(copied, table, rows, ["no", "yes"], "by hand")
         assert path.is_file() and json.loads(path.with_suffix(".json").read_text())["origin"]
@@ -113,7 +113,7 @@ def test_label_tables_round_trip(copied: ShardSet, tmp_path: Path) -> None:
 def test_a_label_table_of_another_set_is_refused(
     copied: ShardSet, tmp_path: Path, make_images: Callable[..., Path]
 ) -> None:
-    path = write_labels(copied, tmp_path / "mine.npy", rows_of((0, 0, 1.0)), ["a"], "by hand")
+    path = write_labels(copied, tmp_path / "mine.npy", get_rows((0, 0, 1.0)), ["a"], "by hand")
     pack(make_images(tmp_path / "in"), tmp_path / "other", PackOptions())
     other = ShardSet(tmp_path / "other")
     match = f"belongs to set {copied.manifest.set_id[:12]}.*is set {other.manifest.set_id[:12]}"
@@ -137,7 +137,7 @@ def test_unsound_labels_are_not_written(
     copied: ShardSet, entries: list[tuple[int, int, float]], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        write_labels(copied, "bad", rows_of(*entries), ["a", "b"], "by hand")
+        write_labels(copied, "bad", get_rows(*entries), ["a", "b"], "by hand")
     assert not (copied.root / "labels").exists()
 
 
@@ -193,13 +193,13 @@ def test_opening_asks_once_for_each_shard(
 
 
 def test_a_damaged_label_table_is_refused(copied: ShardSet) -> None:
-    path = write_labels(copied, "mine", rows_of((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
+    path = write_labels(copied, "mine", get_rows((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
     for entries, message in (
         ([(2, 0, 1.0), (1, 0, 1.0)], "not sorted"),
         ([(1, 0, 1.0), (99, 0, 1.0)], r"ids must lie in 0\.\.23"),
         ([(1, 7, 1.0)], r"labels must lie in 0\.\.1"),
     ):
-        np.save(path, rows_of(*entries))
+        np.save(path, get_rows(*entries))
         with pytest.raises(DataError, match=f"mine.npy is damaged: .*{message}"):
             copied.labels("mine")
     np.save(path, np.zeros((3, 2)))
@@ -215,8 +215,8 @@ def test_a_damaged_label_table_is_refused(copied: ShardSet) -> None:
 
 def test_a_label_table_that_was_changed_is_refused(copied: ShardSet) -> None:
     """Though it is sound in itself; one of before there were hashes is taken."""
-    path = write_labels(copied, "mine", rows_of((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
-    np.save(path, rows_of((1, 1, 1.0), (2, 0, 1.0)))
+    path = write_labels(copied, "mine", get_rows((1, 0, 1.0), (2, 1, 1.0)), ["a", "b"], "by hand")
+    np.save(path, get_rows((1, 1, 1.0), (2, 0, 1.0)))
     with pytest.raises(DataError, match="was changed after it was written"):
         copied.labels("mine")
     about = json.loads(path.with_suffix(".json").read_text())
@@ -242,7 +242,7 @@ def test_the_header_of_an_array_is_not_believed(copied: ShardSet, descr: str, sh
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
     magic = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
     for name in ("labels/mine.npy", "samples.npy"):
-        write_labels(copied, "mine", rows_of((1, 0, 1.0)), ["a"], "by hand")
+        write_labels(copied, "mine", get_rows((1, 0, 1.0)), ["a"], "by hand")
         (copied.root / name).write_bytes(magic + header + bytes(64))
         with pytest.raises(DataError, match="cannot be read") as caught:
             one = ShardSet(copied.root)

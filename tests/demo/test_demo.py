@@ -28,7 +28,7 @@ from fastmoco.errors import UsageError
 from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
-from fastmoco.plots import GAP, LEFT, TOP, zoom_of
+from fastmoco.plots import GAP, LEFT, TOP, get_zoom
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 TINY = Cut(PHOTOGRAPHS[:3], train=24, test=8)
@@ -227,7 +227,7 @@ def test_views_png_holds_the_views_of_step_0(
     )
     batch = next(loader.batches())
     plot = np.asarray(Image.open(out / "views.png").convert("RGB"))
-    zoom = zoom_of(recipe.encoder.image_size)
+    zoom = get_zoom(recipe.encoder.image_size)
     pitch = zoom * recipe.encoder.image_size + GAP
     mean, std = np.array(recipe.encoder.mean), np.array(recipe.encoder.std)
     for row, view in enumerate(batch.views, 1):

@@ -19,7 +19,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate import knn as neighbors
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import never
-from fastmoco.evaluate.probe import Protocol
+from fastmoco.evaluate.probe import ProbeConfig
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.pretrain import _monitor
@@ -80,7 +80,7 @@ def test_a_probe_runs_leaves_the_encoder_alone_and_is_recorded(
 ) -> None:
     before = {k: v.clone() for k, v in evaluation.encoder.state_dict().items()}
     told: list[int] = []
-    protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features=features)
+    protocol = ProbeConfig(epochs=5, lrs=(0.01, 0.1), batch=10, features=features)
     result = json.loads(json.dumps(evaluation.probe(protocol, told.append)))
     assert rows(evaluation) == [result]
     assert result["kind"] == "probe" and result["protocol"]["features"] == features
@@ -96,12 +96,12 @@ def test_a_probe_learns_its_own_training_set(make_run: Make, small_set: ShardSet
     """Labels that did not belong to their images, or a head that did not learn, would show."""
     same = Evaluation.open(make_run().root, small_set.root, small_set.root)
     for features in ("cached", "augmented"):
-        protocol = Protocol(epochs=30, lrs=(0.1,), batch=12, features=features)
+        protocol = ProbeConfig(epochs=30, lrs=(0.1,), batch=12, features=features)
         assert same.probe(protocol, lambda done: None)["best"]["top1"] > 75
 
 
 def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
-    protocol = Protocol(epochs=2, lrs=(0.05,), batch=10, features="augmented")
+    protocol = ProbeConfig(epochs=2, lrs=(0.05,), batch=10, features="augmented")
     first, second = (evaluation.probe(protocol, lambda done: None) for _ in range(2))
     assert first.pop("predictions") != second.pop("predictions")
     assert first == second
@@ -113,7 +113,7 @@ def test_several_ranks_find_what_one_does(
     """The last of seven has no training image, the last two have no test image."""
     run = make_run(executor="fused")
     whole = Evaluation.open(run.root, small_set.root, unseen_set.root)
-    protocol = Protocol(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
+    protocol = ProbeConfig(epochs=5, lrs=(0.01, 0.1), batch=10, features="cached")
 
     def work(ranks: World) -> list[dict[str, Any]]:
         own = replace(whole, world=ranks)
@@ -127,7 +127,7 @@ def test_several_ranks_find_what_one_does(
 
 
 def test_the_augmented_probe_sees_new_crops_each_epoch(evaluation: Evaluation) -> None:
-    protocol = Protocol(epochs=2, batch=24)
+    protocol = ProbeConfig(epochs=2, batch=24)
     epochs = [
         list(batches) for batches in evaluation._augmented_epochs(evaluation._crops(protocol), 2)
     ]
@@ -175,7 +175,7 @@ def test_a_test_set_may_lack_classes_and_have_no_others(
     pack(make_images(tmp_path / "few", ("cow", "bee"), 2), tmp_path / "fewer", PackOptions())
     opened = Evaluation.open(run, small_set.root, tmp_path / "fewer")
     assert opened.test.classes == ["ape", "bee", "cow"], "numbered as in the training set"
-    names = [opened.test.set.name_of(row) for row in range(4)]
+    names = [opened.test.set.get_name(row) for row in range(4)]
     assert [opened.test.classes[label] for label in opened.test.labels] == [n[:3] for n in names]
     assert any("1 of 3 classes (ape) have no test image" in told for told in opened.cautions)
 
@@ -193,7 +193,7 @@ def test_features_are_in_id_order_beside_their_labels(
 ) -> None:
     features, labels = evaluation.features(evaluation.train, "head")
     classes = small_set.manifest.classes
-    names = [small_set.name_of(i) for i in range(24)]
+    names = [small_set.get_name(i) for i in range(24)]
     assert [classes[label] for label in labels.tolist()] == [name.split("/")[0] for name in names]
     assert features.shape == (len(ConcatShardSets([small_set])), 8)
 
@@ -239,7 +239,7 @@ def test_the_augmented_probe_draws_labelled_samples_only(
 ) -> None:
     train, test = tables
     some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
-    protocol = Protocol(epochs=2, lrs=(0.1,), batch=3)
+    protocol = ProbeConfig(epochs=2, lrs=(0.1,), batch=3)
     epochs = [list(batches) for batches in some._augmented_epochs(some._crops(protocol), 2)]
     assert [len(batches) for batches in epochs] == [2, 2]  # of 7 samples, one is dropped
     assert {label for batches in epochs for _, found in batches for label in found.tolist()} == {
@@ -247,7 +247,7 @@ def test_the_augmented_probe_draws_labelled_samples_only(
         1,
     }
     for features in ("cached", "augmented"):
-        protocol = Protocol(epochs=2, lrs=(0.1,), batch=3, features=features)
+        protocol = ProbeConfig(epochs=2, lrs=(0.1,), batch=3, features=features)
         assert 0 <= some.probe(protocol, lambda done: None)["best"]["top1"] <= 100
 
 
@@ -256,7 +256,7 @@ def test_the_augmented_probe_keeps_labels_with_their_images(
 ) -> None:
     train, _ = tables
     same = Evaluation.open(make_run().root, train.root, train.root, labels="two")
-    protocol = Protocol(epochs=40, lrs=(0.1,), batch=7, features="augmented")
+    protocol = ProbeConfig(epochs=40, lrs=(0.1,), batch=7, features="augmented")
     assert same.probe(protocol, lambda done: None)["best"]["top1"] > 80
 
 
@@ -265,7 +265,7 @@ def test_the_monitor_uses_the_table_too(
 ) -> None:
     train, test = tables
     recipe = {"bank": str(train.root), "queries": str(test.root), "labels": "two", "k": 3}
-    knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.sight, World())
+    knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.preprocessing, World())
     some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
     assert knn(evaluation.encoder, never)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
 
@@ -277,7 +277,7 @@ def test_the_monitor_tells_of_each_product_and_may_be_stopped_before_any(
     monkeypatch.setattr(neighbors, "_CHUNK", 4)
     monkeypatch.setattr(neighbors, "_BLOCK", 5)
     bank, queries = (str(one.set.root) for one in (evaluation.train, evaluation.test))
-    knn = _monitor(Monitor(bank=bank, queries=queries), evaluation.sight, World())
+    knn = _monitor(Monitor(bank=bank, queries=queries), evaluation.preprocessing, World())
     asked = 2 + 4 * 5  # a batch of each set, then 15 queries by 4 times 24 rows by 5
     calls: list[None] = []
 
@@ -318,5 +318,5 @@ def test_all_of_it_on_a_gpu(make_run: Make, small_set: ShardSet, unseen_set: Sha
     assert 0 <= there.knn("backbone", k=3, t=0.1)["top1"] <= 100
     same = replace(there, test=there.train)
     for kind in ("cached", "augmented"):
-        protocol = Protocol(epochs=30, lrs=(0.1,), batch=12, features=kind)
+        protocol = ProbeConfig(epochs=30, lrs=(0.1,), batch=12, features=kind)
         assert same.probe(protocol)["best"]["top1"] > 75

@@ -20,12 +20,12 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 EXECUTORS = pytest.mark.parametrize("executor", ["dali", "fused"])
 
 
-def sight(size: int = 16, precision: str = "fp32", executor: str = "dali") -> Preprocessing:
+def preprocessing(size: int = 16, precision: str = "fp32", executor: str = "dali") -> Preprocessing:
     return Preprocessing(size, MEAN, STD, precision, Settings(executor, threads=1))
 
 
 def original(data: ShardSet, row: int) -> Path:
-    return data.root.parent / "source" / data.name_of(row)
+    return data.root.parent / "source" / data.get_name(row)
 
 
 def shown(path: Path, resized: int, size: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_features_are_those_of_a_plain_loop(
     with torch.no_grad():
         expected = torch.cat([network(shown(path, 16, 16)[None]) for path in paths])
     found = embed(
-        trained, ConcatShardSets([small_set, unseen_set]), feature, sight(executor=executor)
+        trained, ConcatShardSets([small_set, unseen_set]), feature, preprocessing(executor=executor)
     )
     assert found.shape == (39, 8 if feature == "head" else 512)
     # Decoding and resizing differ by a level here and there; images differ by far more.
@@ -62,20 +62,25 @@ def test_some_samples_have_the_features_that_they_have_among_all(
     trained: Encoder, small_set: ShardSet
 ) -> None:
     data, ids = ConcatShardSets([small_set]), np.array([20, 3, 11])
-    everything = embed(trained, data, "head", sight())
+    everything = embed(trained, data, "head", preprocessing())
     torch.testing.assert_close(
-        embed(trained, data, "head", sight(), ids=ids), everything[ids], rtol=1e-4, atol=1e-4
+        embed(trained, data, "head", preprocessing(), ids=ids),
+        everything[ids],
+        rtol=1e-4,
+        atol=1e-4,
     )
-    assert embed(trained, data, "head", sight(), ids=ids[:0]).shape == (0, 8)
+    assert embed(trained, data, "head", preprocessing(), ids=ids[:0]).shape == (0, 8)
 
 
 def test_batches_do_not_matter(
     trained: Encoder, small_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ConcatShardSets([small_set])
-    whole = embed(trained, data, "head", sight())
+    whole = embed(trained, data, "head", preprocessing())
     monkeypatch.setattr(station, "_BATCH", 7)
-    torch.testing.assert_close(embed(trained, data, "head", sight()), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        embed(trained, data, "head", preprocessing()), whole, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [2, 5, 7, 24])
@@ -88,7 +93,7 @@ def test_ranks_embed_their_shares_and_ask_equally_often(
 ) -> None:
     """39 samples divide unevenly; the last of 24 ranks have none."""
     data = ConcatShardSets([small_set, unseen_set])
-    whole = embed(trained, data, "head", sight())
+    whole = embed(trained, data, "head", preprocessing())
     monkeypatch.setattr(station, "_BATCH", 3)
     monkeypatch.setattr(World, "union", lambda ranks, values: values)  # the others are not here
     parts, calls = [], []
@@ -96,7 +101,14 @@ def test_ranks_embed_their_shares_and_ask_equally_often(
         asked: list[None] = []
         ranks = World(rank, size)
         parts.append(
-            embed(trained, data, "head", sight(), ranks, stop=lambda a=asked: bool(a.append(None)))
+            embed(
+                trained,
+                data,
+                "head",
+                preprocessing(),
+                ranks,
+                stop=lambda a=asked: bool(a.append(None)),
+            )
         )
         calls.append(len(asked))
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
@@ -104,15 +116,15 @@ def test_ranks_embed_their_shares_and_ask_equally_often(
 
 
 def test_large_images_are_cut_as_on_imagenet() -> None:
-    assert sight(224).share == 224 / 256 and sight(96).share == 1
+    assert preprocessing(224).share == 224 / 256 and preprocessing(96).share == 1
 
 
 def test_bf16_and_fp64_give_fp32_features_that_are_near(
     trained: Encoder, small_set: ShardSet
 ) -> None:
     data = ConcatShardSets([small_set])
-    exact = embed(trained, data, "backbone", sight())
-    half = embed(trained, data, "backbone", sight(precision="bf16"))
+    exact = embed(trained, data, "backbone", preprocessing())
+    half = embed(trained, data, "backbone", preprocessing(precision="bf16"))
     assert half.dtype == torch.float32
     assert 1e-4 < (half - exact).norm() / exact.norm() < 0.03
     double = (
@@ -121,6 +133,6 @@ def test_bf16_and_fp64_give_fp32_features_that_are_near(
         .eval()
     )
     double.load_state_dict(trained.state_dict())
-    found = embed(double, data, "backbone", sight(precision="fp64"))
+    found = embed(double, data, "backbone", preprocessing(precision="fp64"))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)

@@ -146,13 +146,13 @@ def test_the_budget_is_steps_then_epochs_then_a_floor() -> None:
 def test_normalization_and_size_are_written_down(evaluation: Evaluation, normalize: Any) -> None:
     row = finetune(evaluation, replace(QUICK, steps=1, normalize=normalize, size=24))
     means = {
-        "run": evaluation.sight.mean,
+        "run": evaluation.preprocessing.mean,
         "imagenet": (0.485, 0.456, 0.406),
         "set": tuple(evaluation.train.set.manifest.mean),
     }
     assert tuple(row["protocol"]["mean"]) == means[normalize]
     assert row["protocol"]["size"] == 24
-    assert evaluation.sight.size == 16
+    assert evaluation.preprocessing.size == 16
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ from torch import nn
 from fastmoco.errors import DivergedError
 from fastmoco.evaluate.probe import (
     Heads,
-    Protocol,
+    ProbeConfig,
     Score,
-    best_of,
     cached_epochs,
+    get_best,
     judge,
     probe_cached,
     record,
@@ -43,7 +43,7 @@ def held_out() -> Pair:
     return clusters(150, seed=2)
 
 
-def plain_loop(heads: Heads, number: int, data: Pair, protocol: Protocol) -> nn.Linear:
+def plain_loop(heads: Heads, number: int, data: Pair, protocol: ProbeConfig) -> nn.Linear:
     """Train one head alone, with plain torch, from the same start and in the same order."""
     rows = slice(number * CLASSES, (number + 1) * CLASSES)
     head = nn.Linear(DIM, CLASSES, dtype=torch.float64)
@@ -63,7 +63,7 @@ def plain_loop(heads: Heads, number: int, data: Pair, protocol: Protocol) -> nn.
 
 def test_each_head_trains_as_if_alone(train: Pair) -> None:
     """In float64: at the highest rate the rounding of fp32 grows a thousandfold."""
-    protocol = Protocol(epochs=10, lrs=RATES, batch=50)
+    protocol = ProbeConfig(epochs=10, lrs=RATES, batch=50)
     heads = Heads(DIM, CLASSES, RATES).double()
     data = train[0].double(), train[1]
     alone = [plain_loop(heads, number, data, protocol) for number in range(3)]
@@ -77,7 +77,7 @@ def test_each_head_trains_as_if_alone(train: Pair) -> None:
 
 @pytest.mark.parametrize("epochs", [5, 10, 100])
 def test_the_rate_falls_at_60_and_80_percent(epochs: int) -> None:
-    rates = [Protocol(epochs=epochs).rate(4 * epoch + 3, 4) for epoch in range(epochs)]
+    rates = [ProbeConfig(epochs=epochs).rate(4 * epoch + 3, 4) for epoch in range(epochs)]
     first, second = 6 * epochs // 10, 8 * epochs // 10
     expected = [1.0] * first + [0.1] * (second - first) + [0.01] * (epochs - second)
     assert rates == pytest.approx(expected)
@@ -86,7 +86,7 @@ def test_the_rate_falls_at_60_and_80_percent(epochs: int) -> None:
 @pytest.mark.parametrize("warmup", [0.0, 1.5])
 def test_the_cosine_is_torchs_after_a_linear_rise(warmup: float) -> None:
     per_epoch, rise = 4, int(4 * warmup)
-    protocol = Protocol(epochs=5, schedule="cosine", warmup=warmup)
+    protocol = ProbeConfig(epochs=5, schedule="cosine", warmup=warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20 - rise)
     expected = [(step + 1) / rise for step in range(rise)]
@@ -98,13 +98,13 @@ def test_the_cosine_is_torchs_after_a_linear_rise(warmup: float) -> None:
 
 
 def test_steps_follow_a_warmup() -> None:
-    rates = [Protocol(epochs=10, warmup=2).rate(step, 3) for step in range(30)]
+    rates = [ProbeConfig(epochs=10, warmup=2).rate(step, 3) for step in range(30)]
     assert rates[:6] == pytest.approx([n / 6 for n in range(1, 7)])
     assert rates[6:] == pytest.approx([1.0] * 12 + [0.1] * 6 + [0.01] * 6)
 
 
 def test_ten_rates_or_more_are_the_default_and_the_papers_is_among_them() -> None:
-    assert len(Protocol.lrs) >= 10 and 30.0 in Protocol.lrs
+    assert len(ProbeConfig.lrs) >= 10 and 30.0 in ProbeConfig.lrs
 
 
 def test_a_head_that_diverged_has_no_number() -> None:
@@ -112,26 +112,26 @@ def test_a_head_that_diverged_has_no_number() -> None:
     with torch.no_grad():
         heads.weight[:CLASSES] = torch.nan
     found = scores(heads, judge(heads, torch.randn(2000, DIM), torch.arange(2000) % CLASSES))
-    assert best_of(found) == found[1]
-    assert record(found, Protocol())["learning_rates"][0] == {"lr": 0.1, "diverged": True}
+    assert get_best(found) == found[1]
+    assert record(found, ProbeConfig())["learning_rates"][0] == {"lr": 0.1, "diverged": True}
     with pytest.raises(DivergedError, match=r"at every learning rate \(0\.1\): lower --lr"):
-        best_of(found[:1])
+        get_best(found[:1])
 
 
 def test_an_epoch_holds_every_sample_once_in_a_new_order(train: Pair) -> None:
     features, labels = torch.arange(203.0)[:, None], torch.arange(203)
     epochs = [
         torch.cat([part[1] for part in batches])
-        for batches in cached_epochs(features, labels, Protocol(epochs=3, batch=50))
+        for batches in cached_epochs(features, labels, ProbeConfig(epochs=3, batch=50))
     ]
     assert all(torch.equal(order.sort().values, labels) for order in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    again = next(cached_epochs(features, labels, Protocol(epochs=1, batch=50)))
+    again = next(cached_epochs(features, labels, ProbeConfig(epochs=1, batch=50)))
     assert torch.equal(torch.cat([part[0] for part in again])[:, 0].long(), epochs[0])
 
 
 def test_scores_are_scikit_learns(train: Pair, held_out: Pair) -> None:
-    protocol = Protocol(epochs=2, lrs=RATES, batch=50)
+    protocol = ProbeConfig(epochs=2, lrs=RATES, batch=50)
     heads = Heads(DIM, CLASSES, RATES)
     train_heads(heads, cached_epochs(*train, protocol), 5, protocol)
     for number, score in enumerate(scores(heads, judge(heads, *held_out))):
@@ -152,8 +152,8 @@ def test_two_classes_have_a_top5() -> None:
 def test_features_that_know_the_label_beat_features_that_do_not(
     train: Pair, held_out: Pair
 ) -> None:
-    protocol = Protocol(epochs=10, lrs=RATES, batch=50)
-    informed = best_of(probe_cached(train, held_out, CLASSES, protocol))
+    protocol = ProbeConfig(epochs=10, lrs=RATES, batch=50)
+    informed = get_best(probe_cached(train, held_out, CLASSES, protocol))
     generator = torch.Generator().manual_seed(5)
     noise = [
         (torch.randn(len(f), DIM, generator=generator), labels) for f, labels in (train, held_out)
@@ -166,13 +166,13 @@ def test_features_that_know_the_label_beat_features_that_do_not(
 
 def test_progress_is_told_after_each_epoch(train: Pair) -> None:
     told: list[int] = []
-    train_cached(train, CLASSES, Protocol(epochs=3, lrs=(0.1,)), told.append)
+    train_cached(train, CLASSES, ProbeConfig(epochs=3, lrs=(0.1,)), told.append)
     assert told == [1, 2, 3]
 
 
 def test_a_record_holds_the_best_rate_and_the_protocol() -> None:
     found = [Score(0.1, 40.0, 80.0), Score(1.0, 55.0, 90.0), Score(10.0, 50.0, 95.0)]
-    row = record(found, Protocol(epochs=7, features="cached"))
+    row = record(found, ProbeConfig(epochs=7, features="cached"))
     assert row["kind"] == "probe" and row["best"] == {"lr": 1.0, "top1": 55.0, "top5": 90.0}
     assert [entry["lr"] for entry in row["learning_rates"]] == [0.1, 1.0, 10.0]
     assert row["protocol"]["epochs"] == 7 and row["protocol"]["features"] == "cached"

@@ -40,7 +40,7 @@ def test_training_images_in_the_test_set_are_counted_and_named(
     pack(source, tmp_path / "set", PackOptions())
     test = Labelled.of(ShardSet(tmp_path / "set"))
     ids = shared(Labelled.of(small_set), test)
-    names = {test.set.name_of(int(row)) for row in ids}
+    names = {test.set.get_name(int(row)) for row in ids}
     assert names == {"ape/0001-copy.jpg", "cow/0007-copy.jpg"}
     (told,) = cautions(Labelled.of(small_set), test)
     assert told.startswith("2 of 11 test images (18.2 %) are in the training set too")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.core.files import sha256_of
+from fastmoco.core.files import hash_file
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import ARCHS, match
@@ -263,7 +263,7 @@ def test_the_origin_is_written_down(r10: Encoder, tmp_path: Path) -> None:
     found = import_weights(file, tmp_path / "run")
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
     assert (origin["file"], origin["names"]) == ("theirs.pth", "torchvision")
-    assert origin["sha256"] == sha256_of(file) and origin["notes"] == list(found.notes)
+    assert origin["sha256"] == hash_file(file) and origin["notes"] == list(found.notes)
     with pytest.raises(UsageError, match=r"exists: choose another folder"):
         import_weights(file, tmp_path / "run")
 

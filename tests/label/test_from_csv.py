@@ -60,7 +60,7 @@ def test_by_id_with_the_classes_of_the_set(copied: ShardSet, write: Write) -> No
 
 
 def test_by_name_in_any_order(copied: ShardSet, write: Write) -> None:
-    names = [copied.name_of(row) for row in range(24)]
+    names = [copied.get_name(row) for row in range(24)]
     lines = [f"{i % 3},{name}" for i, name in reversed(list(enumerate(names)))]
     label(copied.root, write("label,name", *lines), "mine")
     assert copied.labels("mine").tolist() == [i % 3 for i in range(24)]
@@ -71,7 +71,7 @@ def test_few_names_over_many_chunks(
 ) -> None:
     monkeypatch.setattr(station, "CHUNK", 5)
     rows = [23, 4, 5, 0]
-    label(copied.root, write("name,label", *(f"{copied.name_of(r)},bee" for r in rows)), "mine")
+    label(copied.root, write("name,label", *(f"{copied.get_name(r)},bee" for r in rows)), "mine")
     assert np.flatnonzero(copied.labels("mine") == 1).tolist() == sorted(rows)
 
 
@@ -86,7 +86,9 @@ def test_odd_names_find_their_sample(make_images: Make, tmp_path: Path, stem: st
     text = f'name,label\n"{quoted}.jpg",x\n0001.jpg,y\n'
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     label(one.root, path, "mine")
-    found = {one.name_of(int(row)): value for row, value, _ in read_labels(one, "mine")[0].tolist()}
+    found = {
+        one.get_name(int(row)): value for row, value, _ in read_labels(one, "mine")[0].tolist()
+    }
     assert found == {f"{stem}.jpg": 0, "0001.jpg": 1}
 
 
@@ -166,7 +168,7 @@ def test_a_column_that_is_no_label_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_fault_is_told_by_its_line(copied: ShardSet, write: Write) -> None:
-    known = copied.name_of(3)
+    known = copied.get_name(3)
     words = refused(
         copied,
         write("name,label", f"{known},ape", "x.jpg,ape", "y.jpg", f"{known},bee"),
@@ -309,7 +311,7 @@ cli.main()
 
 
 def test_names_as_people_write_them(copied: ShardSet, write: Write) -> None:
-    full = copied.name_of(5)
+    full = copied.get_name(5)
     where = copied.root.parent / "elsewhere"
     for written, folder in (
         (full, None),
@@ -342,7 +344,7 @@ def test_numbers_that_are_stems_are_names(make_images: Make, write: Write, tmp_p
     one = ShardSet(tmp_path / "set")
     rows = [f"{number},{number // 4}" for number in range(12)]
     label(one.root, write("id,label", *rows), "mine")
-    numbers = [int(one.name_of(row).split(".")[0]) for row in range(12)]
+    numbers = [int(one.get_name(row).split(".")[0]) for row in range(12)]
     assert one.labels("mine").tolist() == [number // 4 for number in numbers]
 
 
@@ -353,7 +355,7 @@ def test_names_match_by_normalization(make_images: Make, write: Write, tmp_path:
     label(tmp_path / "set", write("name,label", "cafe\u0301.jpg,x", "0001.jpg,y"), "mine")
     one = ShardSet(tmp_path / "set")
     (row,) = np.flatnonzero(one.labels("mine") == 0)
-    assert one.name_of(row) == "caf\u00e9.jpg"
+    assert one.get_name(row) == "caf\u00e9.jpg"
 
 
 def test_what_was_left_out_at_packing_is_no_fault(

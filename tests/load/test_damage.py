@@ -69,7 +69,7 @@ def test_a_damaged_image_is_named(copied: ShardSet, executor: str, kept: float) 
     *steps, message = [line for line in done.stdout.splitlines() if "ERROR" not in line]
     assert steps == ["step 0", "step 1"]  # what comes before it is not lost
     assert message == (
-        f"1 image(s) of a batch cannot be read: sample {bad} ({copied.name_of(bad)}) in "
+        f"1 image(s) of a batch cannot be read: sample {bad} ({copied.get_name(bad)}) in "
         f"{copied.root}/shard-000000.tar. The shard was damaged after packing: "
         "copy the set again, or pack it anew. Training goes on without up to N damaged images if "
         "told so by data.max_bad_images=N."

@@ -127,7 +127,7 @@ def test_several_sets_are_read_as_one(
     found = Reader(both).fetch(ids)
     owners = [(second_set, 0), (small_set, 0), (second_set, 9), (small_set, 23), (small_set, 5)]
     for content, (owner, row) in zip(found, owners, strict=True):
-        original = owner.root.parent / "source" / owner.name_of(row)
+        original = owner.root.parent / "source" / owner.get_name(row)
         assert content.tobytes() == original.read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_evaluation_shows_the_center_of_the_image(
     (batch,) = evaluated(both, slice(24, 34), 10, executor, share=share, size=size)
     margin = (24 - size) // 2
     for row, view in enumerate(batch.views[0]):
-        original = Image.open(second_set.root.parent / "source" / second_set.name_of(row))
+        original = Image.open(second_set.root.parent / "source" / second_set.get_name(row))
         pixels = np.asarray(original)[(36 - size) // 2 :, margin:][:size, :size]
         expected = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - 0.5) / 0.2
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ from fastmoco.core.rng import stratified
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
-from fastmoco.load.sampler import Plan, _shards, plan_of
+from fastmoco.load.sampler import Plan, _shards, make_plan
 from fastmoco.load.subset import read_ids
 
 SHARDS = (7, 3, 11, 5, 1, 9, 4)
@@ -98,19 +98,19 @@ def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
 
 def test_a_recipe_names_its_ids(data: ConcatShardSets, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("33\n5\n24\n7\n")
-    plan = plan_of(recipe_of(subset={"ids": str(tmp_path / "ids.txt")}), data)
+    plan = make_plan(recipe_of(subset={"ids": str(tmp_path / "ids.txt")}), data)
     assert plan.samples == 4 and plan.steps_per_epoch == 2
     assert sorted(epoch_of(plan)) == [5, 7, 24, 33]
 
 
 def test_a_recipe_takes_a_share_of_every_class_of_every_set(data: ConcatShardSets) -> None:
     labels = np.concatenate([one.labels() for one in data.sets])
-    ids = np.array(epoch_of(plan_of(recipe_of(subset={"fraction": 0.5}), data)))
+    ids = np.array(epoch_of(make_plan(recipe_of(subset={"fraction": 0.5}), data)))
     assert np.unique(labels[ids], return_counts=True)[1].tolist() == [5, 4, 4, 4]
     assert (ids >= 24).sum() == 5
-    other = epoch_of(plan_of(recipe_of(subset={"fraction": 0.5, "seed": 1}), data))
+    other = epoch_of(make_plan(recipe_of(subset={"fraction": 0.5, "seed": 1}), data))
     assert sorted(other) != sorted(ids.tolist())
-    same = epoch_of(plan_of(recipe_of(subset={"fraction": 0.5}, seed=9), data))
+    same = epoch_of(make_plan(recipe_of(subset={"fraction": 0.5}, seed=9), data))
     assert sorted(same) == sorted(ids.tolist()), "the run's seed changes the order alone"
 
 
@@ -120,17 +120,17 @@ def test_a_recipe_takes_the_classes_from_a_side_table(small_set: ShardSet, tmp_p
     rows["id"], rows["label"] = np.arange(20), np.arange(20) // 10
     write_labels(copied, "late", rows, ["x", "y"], "test")
     subset = {"fraction": 0.2, "labels": "late"}
-    ids = epoch_of(plan_of(recipe_of(subset=subset), ConcatShardSets([copied])))
+    ids = epoch_of(make_plan(recipe_of(subset=subset), ConcatShardSets([copied])))
     labels = copied.labels("late")[ids]
     assert np.unique(labels, return_counts=True)[1].tolist() == [1, 2, 2]  # -1: the 4 without
 
 
 def test_a_recipe_repeats_and_windows(data: ConcatShardSets) -> None:
-    once = plan_of(recipe_of(), data)
-    thrice = plan_of(recipe_of(repeat=3), data)
+    once = make_plan(recipe_of(), data)
+    thrice = make_plan(recipe_of(repeat=3), data)
     assert thrice.samples == 102 and thrice.steps_per_epoch == 51
     assert epoch_of(thrice) == epoch_of(once, 0) + epoch_of(once, 1) + epoch_of(once, 2)
-    ids = np.array(epoch_of(plan_of(recipe_of(window=1), data)))
+    ids = np.array(epoch_of(make_plan(recipe_of(window=1), data)))
     changes = np.diff((ids >= 24).astype(int)).nonzero()[0]
     assert sorted(ids.tolist()) == list(range(34))
     assert len(changes) == 1, "one shard after the other"

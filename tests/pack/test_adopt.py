@@ -36,7 +36,7 @@ def rejects(root: Path) -> dict[str, str]:
 
 
 def names(one: ShardSet) -> list[str]:
-    return [one.name_of(row) for row in range(len(one))]
+    return [one.get_name(row) for row in range(len(one))]
 
 
 def test_an_adopted_set_is_what_the_tars_hold(folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_an_adopted_set_is_what_the_tars_hold(folder: Path) -> None:
         with tarfile.open(folder / shard.name) as tar:
             for member in (m for m in tar if m.name.endswith(".jpg")):
                 stored = tar.extractfile(member).read()  # type: ignore[union-attr]
-                assert one.name_of(row) == f"{shard.name}!{member.name}"
+                assert one.get_name(row) == f"{shard.name}!{member.name}"
                 assert content(one, row) == stored
                 digest = hashlib.sha256(stored).digest()[:8]
                 assert int(one.samples["hash"][row]).to_bytes(8, "little") == digest

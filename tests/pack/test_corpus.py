@@ -227,7 +227,7 @@ def test_each_input_is_accepted_or_refused_by_rule(
     source, out = form(corpus, tmp_path / "source"), tmp_path / "set"
     pack(source, out, PackOptions(max_rejects=100, shard_mb=1, workers=2))
     shards = ShardSet(out)
-    verdicts = {shards.name_of(row): stored(shards, row) for row in range(len(shards))}
+    verdicts = {shards.get_name(row): stored(shards, row) for row in range(len(shards))}
     lines = (out / "rejects.jsonl").read_text().splitlines()
     reasons = {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
     assert not set(verdicts) & set(reasons) and set(verdicts) | set(reasons) == set(corpus)
@@ -244,8 +244,8 @@ def check_pixels(shards: ShardSet) -> None:
     for row, found in enumerate(dali_pixels(shards)):
         with Image.open(io.BytesIO(stored(shards, row))) as image:
             expected = np.asarray(image.convert("RGB"))
-        assert found.shape == expected.shape, shards.name_of(row)
-        np.testing.assert_array_equal(found, expected, err_msg=shards.name_of(row))
+        assert found.shape == expected.shape, shards.get_name(row)
+        np.testing.assert_array_equal(found, expected, err_msg=shards.get_name(row))
 
 
 def test_too_many_refusals_stop_the_pack(corpus: Corpus, tmp_path: Path) -> None:
@@ -266,7 +266,10 @@ def test_members_that_leave_the_archive(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     pack(tmp_path / "source.tar", tmp_path / "set", PackOptions())
-    assert [ShardSet(tmp_path / "set").name_of(0), len(ShardSet(tmp_path / "set"))] == ["ok.png", 1]
+    assert [ShardSet(tmp_path / "set").get_name(0), len(ShardSet(tmp_path / "set"))] == [
+        "ok.png",
+        1,
+    ]
     lines = (tmp_path / "set/rejects.jsonl").read_text().splitlines()
     reasons = {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
     assert "leaves the archive" in reasons["../up.png"] and "is a link" in reasons["link.png"]

@@ -413,7 +413,7 @@ def test_arrow_and_parquet_as_hugging_face_writes_them(
         shard(source, f"set_{source}")
         assert counts(tmp_path / f"set_{source}/train") == {"cat": 1, "dog": 2, "": 1}
         assert counts(tmp_path / f"set_{source}/test") == {"cat": 1, "dog": 1}
-    names = {ShardSet(tmp_path / "set_pq/test").name_of(row) for row in range(2)}
+    names = {ShardSet(tmp_path / "set_pq/test").get_name(row) for row in range(2)}
     assert names == {"0.jpg", "1.jpg"}
     held = [{"bytes": photo(n) if n < 2 else None, "path": f"{n}.jpg"} for n in range(3)]
     for wrong, words in ((99, "label 99 lies outside 0..1"), (2**40, f"{2**40} is no label")):

@@ -124,7 +124,7 @@ def test_the_sheet_shows_the_samples_in_order(mixed: ShardSet, tmp_path: Path) -
     found = cells(tmp_path / "sheet.png")
     assert len(found) == 25
     for row in range(21):
-        with Image.open(mixed.root.parent / "in" / mixed.name_of(row)) as image:
+        with Image.open(mixed.root.parent / "in" / mixed.get_name(row)) as image:
             wanted = np.asarray(image.resize((16, 16)), dtype=float)
         cell = found[row]
         scale = 128 // max(image.size) or 128 / max(image.size)

@@ -81,7 +81,7 @@ def check_sample(
     line: str,
 ) -> None:
     label, image = pair
-    sample, name = shards.samples[row], shards.name_of(row)
+    sample, name = shards.samples[row], shards.get_name(row)
     parts = [(m.name.split(".")[1], m.offset_data, m.size, m.name) for m in pair]
     assert line == " ".join(str(field) for part in parts for field in part)
     assert [m.name.split(".")[0] for m in pair] == [f"{row:08d}"] * 2
@@ -127,7 +127,7 @@ def test_stock_webdataset_reads_a_set(small_set: ShardSet) -> None:
 
 
 def original(shards: ShardSet, row: int) -> np.ndarray:
-    with Image.open(shards.root.parent / "source" / shards.name_of(row)) as image:
+    with Image.open(shards.root.parent / "source" / shards.get_name(row)) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -207,7 +207,7 @@ def test_unfit_images_are_skipped_and_listed(make_images: Make, tmp_path: Path) 
     assert rejects["dog/0001.jpg"] == "is not an image of a known format"
     shards = ShardSet(tmp_path / "set")
     assert shards.manifest.rejected == 2 and shards.manifest.class_counts == [3, 3]
-    assert not {shards.name_of(row) for row in range(6)} & set(rejects)
+    assert not {shards.get_name(row) for row in range(6)} & set(rejects)
 
 
 def test_too_many_unfit_images_stop_the_pack(make_images: Make, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_any_name_finds_its_way_back(make_images: Make, tmp_path: Path, stem: st
     (source / f"{stem}.png").write_bytes(b"x")
     pack(source, tmp_path / "set", PackOptions())
     shards = ShardSet(tmp_path / "set")
-    names = sorted(shards.name_of(row) for row in range(4))
+    names = sorted(shards.get_name(row) for row in range(4))
     assert names == sorted(["0001.jpg", "0002.jpg", "0003.jpg", f"{stem}.jpg"])
     assert json.loads((tmp_path / "set/rejects.jsonl").read_text())["name"] == f"{stem}.png"
 

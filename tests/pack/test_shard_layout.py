@@ -38,7 +38,7 @@ class Sized(Inputs):
         return b""
 
 
-def source_of(sizes: np.ndarray, labels: np.ndarray | None = None) -> Source:
+def make_source(sizes: np.ndarray, labels: np.ndarray | None = None) -> Source:
     labels = np.full(len(sizes), -1) if labels is None else labels
     names = Names(f"{number}" for number in range(len(sizes)))
     return Source(names, labels.astype(np.int32), [], Sized(sizes), [])
@@ -47,7 +47,7 @@ def source_of(sizes: np.ndarray, labels: np.ndarray | None = None) -> Source:
 @pytest.mark.parametrize(("count", "limit"), [(1, 10**6), (700, 10**6), (700, 3 * 10**6), (5, 9)])
 def test_shards_are_nearly_equal_and_within_the_bound(count: int, limit: int) -> None:
     sizes = np.random.default_rng(0).integers(1000, 30_000, count)
-    schedule = Schedule(source_of(sizes), 0, limit, Rules())
+    schedule = Schedule(make_source(sizes), 0, limit, Rules())
     bounds = schedule.bounds
     assert bounds[0] == 0 and bounds[-1] == count and bounds == sorted(set(bounds))
     tar = [sum(512 + -(-int(s) // 512) * 512 for s in sizes[schedule.order[a:b]])
@@ -62,7 +62,7 @@ def test_shards_are_nearly_equal_and_within_the_bound(count: int, limit: int) ->
 def test_cuts_do_not_depend_on_how_many_costs_are_held(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = source_of(np.random.default_rng(1).integers(0, 30_000, 700))
+    source = make_source(np.random.default_rng(1).integers(0, 30_000, 700))
     whole = Schedule(source, 0, 400_000, Rules())
     monkeypatch.setattr(schedule_module, "BLOCK", block)
     assert Schedule(source, 0, 400_000, Rules()).bounds == whole.bounds
@@ -73,7 +73,7 @@ def test_cuts_do_not_depend_on_how_many_costs_are_held(
 
 
 def test_every_image_is_in_one_run(tmp_path: Path) -> None:
-    schedule = Schedule(source_of(np.full(5000, 9000)), 3, 4 * 10**6, Rules())
+    schedule = Schedule(make_source(np.full(5000, 9000)), 3, 4 * 10**6, Rules())
     runs = [run for shard in range(schedule.shards) for run in schedule.runs(shard, tmp_path)]
     positions = [p for run in runs for p in range(run.first, run.first + len(run.inputs))]
     assert positions == list(range(5000))
@@ -85,14 +85,14 @@ def test_every_image_is_in_one_run(tmp_path: Path) -> None:
 def test_small_images_are_all_measured_and_large_ones_by_stride(
     size: int, count: int, measured: int, tmp_path: Path
 ) -> None:
-    schedule = Schedule(source_of(np.full(count, size)), 0, 10**9, Rules())
+    schedule = Schedule(make_source(np.full(count, size)), 0, 10**9, Rules())
     flags = [flag for run in schedule.runs(0, tmp_path) for flag in run.measured]
     assert sum(flags) == measured
 
 
 def test_divided_by_class() -> None:
     labels = np.repeat([0, 1, 2, -1], [100, 50, 10, 40])
-    source = source_of(np.ones(200), labels)
+    source = make_source(np.ones(200), labels)
     parts = divided(source, {"train": 0.8, "val": 0.1, "test": 0.1}, seed=1)
     names = [name for part in parts.values() for name in part.names]
     assert sorted(names) == sorted(source.names)
@@ -121,7 +121,7 @@ def test_splits_of_a_set(make_images: Make, tmp_path: Path) -> None:
         "val": [3, 3],
     }
     sets = [ShardSet(tmp_path / "sets" / split) for split in manifests]
-    names = [s.name_of(row) for s in sets for row in range(len(s))]
+    names = [s.get_name(row) for s in sets for row in range(len(s))]
     assert len(set(names)) == 20
     with pytest.raises(UsageError, match="splits of its own"):
         folder = tmp_path / "both"
@@ -171,7 +171,7 @@ def test_a_shard_has_the_bytes_of_webdatasets_writer(small_set: ShardSet, tmp_pa
     with (tmp_path / "theirs.tar").open("wb") as stream:
         writer = TarWriter(stream, encoder=False, mtime=0, user="", group="")
         for row in range(len(small_set)):
-            image = small_set.root.parent / "source" / small_set.name_of(row)
+            image = small_set.root.parent / "source" / small_set.get_name(row)
             label = str(small_set.labels()[row]).encode()
             writer.write({"__key__": f"{row:08d}", "jpg": image.read_bytes(), "cls": label})
         writer.close()

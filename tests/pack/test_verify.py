@@ -14,7 +14,7 @@ from fastmoco.dataset.shard_set import (
     LABEL_DTYPE,
     SAMPLE_DTYPE,
     ShardSet,
-    set_id_of,
+    hash_set,
     write_labels,
     write_manifest,
 )
@@ -94,7 +94,7 @@ def test_a_flipped_byte_in_an_image(copied: ShardSet, row: int, part: float) -> 
     flip(path, int(entry["offset"]) + int(part * int(entry["size"])))
     assert verify(copied.root, full=False) == []
     found = only(verify(copied.root, full=True))
-    assert (found.file, found.sample, found.name) == (path.name, row, copied.name_of(row))
+    assert (found.file, found.sample, found.name) == (path.name, row, copied.get_name(row))
     assert "changed after packing; it " in found.what
 
 
@@ -103,7 +103,7 @@ def test_each_flipped_image_is_named(copied: ShardSet) -> None:
     for row in rows:
         flip(shard_of(copied, row), int(copied.samples["offset"][row]) + 50)
     found = verify(copied.root, full=True)
-    assert [(f.sample, f.name) for f in found] == [(row, copied.name_of(row)) for row in rows]
+    assert [(f.sample, f.name) for f in found] == [(row, copied.get_name(row)) for row in rows]
 
 
 def test_a_flipped_byte_anywhere_in_a_header_is_named(copied: ShardSet) -> None:
@@ -118,7 +118,7 @@ def test_a_flipped_byte_anywhere_in_a_header_is_named(copied: ShardSet) -> None:
         if tarfile_reads(path.read_bytes()[start : start + 512]):
             assert place in range(148, 156) and "SHA-256" in found.what  # such as 0 for a blank
         else:
-            assert (found.sample, found.name) == (row, copied.name_of(row)), place
+            assert (found.sample, found.name) == (row, copied.get_name(row)), place
             assert "damaged header" in found.what
         path.write_bytes(sound)
 
@@ -174,7 +174,7 @@ def test_ten_cuts_have_ten_right_answers(copied: ShardSet, part: float | str, fu
     assert found.file == path.name
     assert f"has {cut} bytes, not {copied.manifest.shards[1].bytes}" in found.what
     assert f"{len(lost)} of its {len(rows)} samples are lost" in found.what
-    assert (found.sample, found.name) == (lost[0], copied.name_of(lost[0]))
+    assert (found.sample, found.name) == (lost[0], copied.get_name(lost[0]))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -199,7 +199,7 @@ def test_a_missing_shard_is_one_finding(copied: ShardSet, full: bool) -> None:
     path.unlink()
     found = only(verify(copied.root, full))
     assert found.file == path.name and found.what.startswith("is missing; ")
-    assert found.name == copied.name_of(row)
+    assert found.name == copied.get_name(row)
 
 
 def test_swapped_shards_are_both_named(copied: ShardSet) -> None:
@@ -274,7 +274,7 @@ def test_a_changed_table_is_named_and_not_the_shard(copied: ShardSet) -> None:
         np.save(copied.root / "samples.npy", table)
         found = verify(copied.root, full=True)
         about = [f for f in found if f.file == "samples.npy"]
-        assert [(f.sample, f.name) for f in about][:1] == [(5, copied.name_of(5))], column
+        assert [(f.sample, f.name) for f in about][:1] == [(5, copied.get_name(5))], column
         assert all(f.file != shard for f in found), column
 
 
@@ -418,7 +418,7 @@ def rebuild(one: ShardSet, path: Path, row: int) -> None:
     np.save(one.root / "samples.npy", rows)
     manifest = one.manifest.model_copy(deep=True)
     manifest.shards[0].sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest.set_id = set_id_of(manifest.shards, rows)
+    manifest.set_id = hash_set(manifest.shards, rows)
     write_manifest(one.root, manifest)
 
 
@@ -428,7 +428,7 @@ def test_the_set_id_is_that_of_the_whole_table_at_once() -> None:
     rows = np.zeros(70_000, dtype=SAMPLE_DTYPE)
     rows["offset"] = np.arange(70_000)
     digest = hashlib.sha256(b"fastmoco 1\n" + rows.tobytes()).hexdigest()
-    assert set_id_of([], rows) == digest
+    assert hash_set([], rows) == digest
 
 
 def test_tarfile_agrees_on_what_is_there(packed: ShardSet) -> None:

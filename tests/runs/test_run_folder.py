@@ -194,7 +194,7 @@ def test_damaged_newer_ones_do_not_push_out_good_ones(run):
 
 def test_a_checkpoint_that_reads_back_otherwise_is_no_checkpoint(run, monkeypatch):
     save(run, 1, 2)
-    monkeypatch.setattr("fastmoco.runs.checkpoints.sha256_of", lambda path: "another")
+    monkeypatch.setattr("fastmoco.runs.checkpoints.hash_file", lambda path: "another")
     with pytest.raises(OSError, match="other bytes than were written"):
         save(run, 3)
     monkeypatch.undo()

@@ -151,7 +151,7 @@ def test_neighbors_are_those_of_a_naive_sort(parsed: Parsed, evaluation: Evaluat
 
 def test_a_tile_holds_its_image(page: Path, parsed: Parsed, evaluation: Evaluation) -> None:
     asked = samples(parsed.alts["neighbors"])[0]
-    name = evaluation.test.set.name_of(asked)
+    name = evaluation.test.set.get_name(asked)
     with Image.open(evaluation.test.set.root.parent / "source" / "test" / name) as original:
         square = original.convert("RGB").crop((0, 8, 32, 40)).resize((16, 16), 2)
     tile = np.asarray(Image.open(page.parent / "query_0.png")).astype(int)

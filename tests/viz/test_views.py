@@ -14,7 +14,7 @@ from fastmoco.errors import DataError
 from fastmoco.load.executor import Settings
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
-from fastmoco.plots import GAP, LEFT, TOP, zoom_of
+from fastmoco.plots import GAP, LEFT, TOP, get_zoom
 from fastmoco.viz.views import in_words, preview
 
 COUNT = 3
@@ -41,7 +41,7 @@ def test_the_plot_holds_the_first_views_of_the_run(small_set: ShardSet, tmp_path
     )
     batch, work = next(loader.batches()), loader.work(0)
     plot = np.asarray(Image.open(tmp_path / "views.png").convert("RGB"))
-    zoom = zoom_of(40)
+    zoom = get_zoom(40)
     pitch = zoom * 40 + GAP
     for row, view in enumerate(batch.views, 1):
         for column in range(COUNT):

@@ -17,7 +17,7 @@ from fastmoco.errors import DataError
 from fastmoco.pack.inputs import DEFLATED, STORED, ArchiveInputs, Span, Zipped
 from fastmoco.pack.kinds import HIDDEN, IMAGE, START, judge
 from fastmoco.pack.sources.base import Names, Reject, Source
-from fastmoco.pack.sources.found import Found, folder_of, hidden_part
+from fastmoco.pack.sources.found import Found, get_folder, hidden_part
 from fastmoco.pack.sources.layout import sources_by_layout
 from fastmoco.pack.sources.reader import How
 
@@ -89,15 +89,15 @@ class Members:
         if part is not None:
             self.found.pass_over(part, HIDDEN)
         else:
-            self._note_folder(path.rstrip("/") if is_folder else folder_of(path))
+            self._note_folder(path.rstrip("/") if is_folder else get_folder(path))
         return is_folder or part is not None
 
     def _note_folder(self, folder: str) -> None:
         while folder and folder not in self.found.folders:
             self.found.folders.add(folder)
-            folder = folder_of(folder)
+            folder = get_folder(folder)
 
-    def fields_of(self, wanted: set[str]) -> dict[str, tuple[int, list[int]]]:
+    def get_fields(self, wanted: set[str]) -> dict[str, tuple[int, list[int]]]:
         """Return size and fields of the images of some names; the last of each name counts."""
         width = len(self._fields) // max(1, len(self.names))
         return {
@@ -218,7 +218,7 @@ def _add_hard_links(members: Members, links: list[tuple[str, str]]) -> None:
     """Add images that are stored under another name of the same tar."""
     if not links:
         return
-    stored = members.fields_of({target for _, target in links})
+    stored = members.get_fields({target for _, target in links})
     before = len(members.names)
     for name, target in links:
         path = tar_path(name)

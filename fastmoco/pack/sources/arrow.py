@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.dataset.classes import classes_of, several_labels
+from fastmoco.dataset.classes import get_classes, several_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.inputs import Held, Input, Inputs
 from fastmoco.pack.listing import ALIASES, plain
@@ -59,7 +59,7 @@ def open_arrow(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     """
     splits: dict[str, list[Path]] = {"": [path]} if path.is_file() else {}
     for file in _parts(path) if path.is_dir() else ():
-        splits.setdefault(_split_of(file, path), []).append(file)
+        splits.setdefault(_get_split(file, path), []).append(file)
     if not splits:
         raise DataError(f"{path} holds no parts of a data set in Parquet or Arrow.")
     sources = {
@@ -79,7 +79,7 @@ def _parts(path: Path) -> list[Path]:
     return sorted(file for file in files if _PART.fullmatch(file.stem))
 
 
-def _split_of(file: Path, root: Path) -> str:
+def _get_split(file: Path, root: Path) -> str:
     return (split_word(file.parent.name) if file.parent != root else "") or split_word(file.stem)
 
 
@@ -175,7 +175,7 @@ def _labels(table: Any, label: str | None, where: str) -> tuple[npt.NDArray[np.i
     if classes:
         codes = [-1 if value is None else int(value) for value in values]
         return as_labels(codes, len(codes), where, missing=True), classes
-    return classes_of("" if value is None else str(value) for value in values)
+    return get_classes("" if value is None else str(value) for value in values)
 
 
 def _class_names(table: Any, label: str) -> list[str]:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Concat, PixelInputs
 from fastmoco.pack.sources.base import Names, Source
-from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, mapped, records, source_of
-from fastmoco.pack.sources.safe_pickle import bytes_of, load
-from fastmoco.pack.sources.small_archive import first_folder_of, members
+from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, make_source, mapped, records
+from fastmoco.pack.sources.safe_pickle import get_bytes, load
+from fastmoco.pack.sources.small_archive import get_first_folder, members
 
 PIXELS = 3 * 32 * 32
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
@@ -88,7 +88,7 @@ def is_cifar(path: Path) -> bool:
     if path.is_dir():
         return bool(_folders(path))
     is_archive = path.name.lower().endswith(ARCHIVES)
-    return is_archive and first_folder_of(path) in {layout.folder for layout in LAYOUTS}
+    return is_archive and get_first_folder(path) in {layout.folder for layout in LAYOUTS}
 
 
 def open_cifar(path: Path, unlabelled: bool = False) -> dict[str, Source]:
@@ -172,7 +172,7 @@ def _split(
         labels.append(as_labels(numbers, len(images), where))
     joined = None if unlabelled else np.concatenate(labels)
     where = f"{root}/{{{','.join(batches)}}}"
-    return source_of(Names(names), Concat(parts), joined, classes, where)
+    return make_source(Names(names), Concat(parts), joined, classes, where)
 
 
 def _split_records(layout: Layout, content: Bytes, where: str) -> tuple[Bytes, Any, None]:
@@ -182,7 +182,7 @@ def _split_records(layout: Layout, content: Bytes, where: str) -> tuple[Bytes, A
 
 def _unpickled(layout: Layout, content: Bytes, where: str) -> tuple[Bytes, Any, Any]:
     batch = load(content.tobytes(), where)
-    rows = bytes_of(batch.get("data"), where)
+    rows = get_bytes(batch.get("data"), where)
     if rows.ndim != 2 or rows.shape[1] != PIXELS:
         raise DataError(f"{where} holds bytes of shape {rows.shape}, not images: get it again.")
     return _upright(rows), batch.get(layout.label_key), batch.get("filenames")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.dataset.classes import classes_of, is_no_label, is_utf8, several_labels
+from fastmoco.dataset.classes import get_classes, is_no_label, is_utf8, several_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs
 from fastmoco.pack.listing import Listing, opened, tidied
@@ -73,7 +73,7 @@ def open_table(
     named = _named(rows, path, unlabelled, folder)
     names = sorted(named, key=os.fsencode)
     rows = [named[name] for name in names]
-    labels, classes = classes_of(row.label for row in rows)
+    labels, classes = get_classes(row.label for row in rows)
     sources = {}
     for split in sorted({row.split for row in rows}):
         chosen = [number for number, row in enumerate(rows) if row.split == split]

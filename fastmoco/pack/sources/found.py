@@ -46,12 +46,12 @@ class Found:
 
     def leave_out(self, name: str, reason: str) -> None:
         """Note what looks like an image, or may hold some, and will not be packed."""
-        self.filled.add(folder_of(name))
+        self.filled.add(get_folder(name))
         self.left_out.append(Reject(name, reason))
 
     def pass_over(self, name: str, group: str) -> None:
         """Count what is not meant as an image."""
-        self.filled.add(folder_of(name))
+        self.filled.add(get_folder(name))
         self.passed.setdefault(group, Passed(name)).count += 1
 
     def settle(self) -> None:
@@ -70,7 +70,7 @@ class Found:
         self.left_out = kept
 
 
-def folder_of(name: str) -> str:
+def get_folder(name: str) -> str:
     """Return the folder of a path with slashes, "" for none."""
     return name.rpartition("/")[0]
 

@@ -18,10 +18,10 @@ from fastmoco.pack.inputs import Inputs, InputSubset
 from fastmoco.pack.kinds import ARCHIVES
 from fastmoco.pack.sources.agree import matched
 from fastmoco.pack.sources.base import Names, Passed, Reject, Source, by_name, numbered
-from fastmoco.pack.sources.found import Found, folder_of
-from fastmoco.pack.sources.masks import few_valued, mask_beside, stems_of
+from fastmoco.pack.sources.found import Found, get_folder
+from fastmoco.pack.sources.masks import few_valued, get_stems, mask_beside
 from fastmoco.pack.sources.reader import Branch, How, Looks, Reader
-from fastmoco.pack.sources.tree import Node, is_training, tree_of
+from fastmoco.pack.sources.tree import Node, is_training, make_tree
 
 NO_IMAGES = "folders without images"
 
@@ -47,8 +47,8 @@ def sources_by_layout(
     """
     if not names:
         raise DataError(f"{where} holds no images{_instead(found)}.")
-    codes, folders = numbered(map(folder_of, paths))
-    root = tree_of(folders, np.bincount(codes, minlength=len(folders)))
+    codes, folders = numbered(map(get_folder, paths))
+    root = make_tree(folders, np.bincount(codes, minlength=len(folders)))
     mask = None if how.classes_at else mask_beside(names)
     if mask:
         raise DataError(
@@ -56,7 +56,7 @@ def sources_by_layout(
             "them elsewhere, or take them as images by --classes-at 1."
         )
 
-    def rows_of(node: Node) -> npt.NDArray[np.int64]:
+    def get_rows(node: Node) -> npt.NDArray[np.int64]:
         numbers = [one.number for one in node.folders()]
         return np.flatnonzero(np.isin(codes, numbers))
 
@@ -68,8 +68,8 @@ def sources_by_layout(
         ]
 
     looks = Looks(
-        stems=cache(lambda node: stems_of(names, rows_of(node))),
-        few=cache(lambda node: few_valued(inputs, rows_of(node).tolist())),
+        stems=cache(lambda node: get_stems(names, get_rows(node))),
+        few=cache(lambda node: few_valued(inputs, get_rows(node).tolist())),
     )
     branches, beside = Reader(found, where, how, looks).branches(root)
     agreed = _agreed(branches, where)
@@ -131,7 +131,7 @@ def _source(
 def _folders_without_images(found: Found, root: Node) -> dict[str, Passed]:
     """Return the highest folders without images, as a group; none if there is none."""
     held = root.paths()
-    bare = sorted(f for f in found.folders if f not in held and folder_of(f) in held)
+    bare = sorted(f for f in found.folders if f not in held and get_folder(f) in held)
     return {NO_IMAGES: Passed(bare[0], len(bare))} if bare else {}
 
 

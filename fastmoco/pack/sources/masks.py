@@ -55,7 +55,7 @@ def masked_folders(
 
     Args:
         node: the folder above.
-        stems: gives those of the files in a folder and below; see `stems_of`.
+        stems: gives those of the files in a folder and below; see `get_stems`.
         few: tells whether images have few values; see `few_valued`.
     """
     children = list(node.children.values())
@@ -107,7 +107,7 @@ def _says_mask(node: Node) -> bool:
     return not _WORDS.isdisjoint(words) or {"ground", "truth"} <= set(words)
 
 
-def stems_of(names: Names, rows: npt.NDArray[np.int64]) -> set[str]:
+def get_stems(names: Names, rows: npt.NDArray[np.int64]) -> set[str]:
     """Return the names of files without folder, extension and what tells a mask from its image."""
     found = set()
     for row in rows.tolist():

@@ -33,7 +33,7 @@ def load_mat(file: Path | io.BytesIO, name: str, where: str) -> Any:
         raise _damaged(where, error) from error
 
 
-def shape_of(path: Path, name: str) -> tuple[int, ...]:
+def get_shape(path: Path, name: str) -> tuple[int, ...]:
     """Return the shape of a uint8 variable, without reading it.
 
     Raises:

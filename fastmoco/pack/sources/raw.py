@@ -106,7 +106,7 @@ def counted_names(stem: str, count: int) -> Names:
     return Names(f"{stem}/{index:0{width}d}" for index in range(count))
 
 
-def source_of(
+def make_source(
     names: Names,
     inputs: Inputs,
     labels: npt.NDArray[np.int32] | None,

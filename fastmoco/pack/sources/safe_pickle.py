@@ -96,7 +96,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(content: bytes, where: str) -> Mapping[str, Any]:
-    """Return the dictionary that a pickle holds; arrays in it are for `bytes_of`.
+    """Return the dictionary that a pickle holds; arrays in it are for `get_bytes`.
 
     Args:
         content: a pickle of protocol 0 to 4, by Python 2 or 3.
@@ -120,7 +120,7 @@ def load(content: bytes, where: str) -> Mapping[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def bytes_of(value: object, where: str) -> Bytes:
+def get_bytes(value: object, where: str) -> Bytes:
     """Return the uint8 array of a loaded pickle.
 
     Raises:

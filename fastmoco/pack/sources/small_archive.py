@@ -43,7 +43,7 @@ def members(path: Path, wanted: Collection[str]) -> dict[str, Bytes]:
     return found
 
 
-def first_folder_of(path: Path) -> str:
+def get_first_folder(path: Path) -> str:
     """Return the folder of the first member of a plain or gzipped tar, "" if there is none.
 
     Looks at the start only, so that recognizing a large archive costs nothing.

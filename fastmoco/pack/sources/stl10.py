@@ -9,7 +9,7 @@ from pathlib import Path
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import PixelInputs
 from fastmoco.pack.sources.base import Source
-from fastmoco.pack.sources.raw import as_labels, counted_names, mapped, records, source_of
+from fastmoco.pack.sources.raw import as_labels, counted_names, make_source, mapped, records
 
 FOLDER = "stl10_binary"
 CLASS_NAMES = "class_names.txt"
@@ -49,12 +49,12 @@ def _split(folder: Path, split: str, unlabelled: bool) -> Source:
     names = counted_names(f"{split}_X", len(images))
     inputs = PixelInputs(images, path)
     if unlabelled:
-        return source_of(names, inputs, None, [], str(path))
+        return make_source(names, inputs, None, [], str(path))
     labels = folder / f"{split}_y.bin"
     if not labels.is_file():
         raise DataError(f"{labels} is missing: put it there, or pass --unlabelled.")
     numbers = as_labels(mapped(labels), len(images), str(labels), first=1)
-    return source_of(names, inputs, numbers, _class_names(folder), str(labels))
+    return make_source(names, inputs, numbers, _class_names(folder), str(labels))
 
 
 def _class_names(folder: Path) -> list[str]:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import Input, Inputs, PixelInputs
 from fastmoco.pack.sources.base import Source
-from fastmoco.pack.sources.matlab import load_mat, shape_of
-from fastmoco.pack.sources.raw import as_labels, counted_names, source_of
+from fastmoco.pack.sources.matlab import get_shape, load_mat
+from fastmoco.pack.sources.raw import as_labels, counted_names, make_source
 
 SIDES = (32, 32, 3)
 SPLITS = ("train", "test", "extra")
@@ -79,13 +79,13 @@ def _file(folder: Path, split: str) -> Path:
 
 
 def _split(path: Path, unlabelled: bool) -> Source:
-    shape = shape_of(path, "X")
+    shape = get_shape(path, "X")
     if shape[:3] != SIDES or len(shape) not in (3, 4):
         raise DataError(f"{path} holds X of shape {shape}, not (32, 32, 3, N).")
     count = shape[3] if len(shape) == 4 else 1
     names = counted_names(path.stem, count)
     labels = None if unlabelled else _labels(path, count)
-    return source_of(names, MatInputs(path, count), labels, DIGITS, str(path))
+    return make_source(names, MatInputs(path, count), labels, DIGITS, str(path))
 
 
 def _labels(path: Path, count: int) -> npt.NDArray[np.int32]:

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.core.files import load_array
-from fastmoco.dataset.classes import classes_of
+from fastmoco.dataset.classes import get_classes
 from fastmoco.errors import DataError
 from fastmoco.pack.inputs import FileInputs, PixelInputs
 from fastmoco.pack.sources.base import Names, Reject, Source, by_name, check_labels, no_labels
-from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, number_names, source_of
+from fastmoco.pack.sources.raw import Bytes, as_labels, counted_names, make_source, number_names
 from fastmoco.pack.sources.tree import is_split
 
 SUFFIXES = (".npy", ".pt")
@@ -43,11 +43,11 @@ def open_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
     images = _as_images(_array(path), path)
     names = counted_names(path.stem, len(images))
     inputs = PixelInputs(images, path)
-    beside = None if unlabelled else _one_of([path.with_name(f"{path.stem}_labels")])
+    beside = None if unlabelled else _get_one([path.with_name(f"{path.stem}_labels")])
     if beside is None:
-        return {"": source_of(names, inputs, None, [], str(path))}
+        return {"": make_source(names, inputs, None, [], str(path))}
     labels, classes = _read_labels(beside, len(images))
-    return {"": source_of(names, inputs, labels, classes, str(beside))}
+    return {"": make_source(names, inputs, labels, classes, str(beside))}
 
 
 def is_png_tensor(path: Path) -> bool:
@@ -76,7 +76,7 @@ def open_png_tensor(path: Path, unlabelled: bool = False) -> dict[str, Source]:
         raise DataError(f"{path} holds two folders of one split: {', '.join(splits)}.")
     found = {split: _images(folder) for split, folder in splits.items()}
     labels = {
-        split: None if unlabelled else _labels_of(splits[split], list(images))
+        split: None if unlabelled else _get_labels(splits[split], list(images))
         for split, (images, _) in found.items()
     }
     counts = [number_names(one) for one in labels.values() if one is not None]
@@ -106,10 +106,10 @@ def _label_file(folder: Path) -> Path | None:
     folder = Path(os.path.abspath(folder))  # `.` has no name
     stems = dict.fromkeys([folder.name, _stem(folder)])
     endings = ("_labels", "_label_tensor")
-    return _one_of([folder.parent / (stem + ending) for stem in stems for ending in endings])
+    return _get_one([folder.parent / (stem + ending) for stem in stems for ending in endings])
 
 
-def _one_of(stems: list[Path]) -> Path | None:
+def _get_one(stems: list[Path]) -> Path | None:
     files = [stem.with_name(stem.name + suffix) for stem in stems for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
@@ -147,10 +147,10 @@ def _read_labels(path: Path, count: int) -> tuple[npt.NDArray[np.int32], list[st
     if array.dtype.kind != "U" or array.shape != (count,):
         labels = as_labels(array, count, str(path), missing=True)
         return labels, number_names(labels)
-    return classes_of(array.tolist())
+    return get_classes(array.tolist())
 
 
-def _labels_of(folder: Path, numbers: list[int]) -> npt.NDArray[np.int32] | None:
+def _get_labels(folder: Path, numbers: list[int]) -> npt.NDArray[np.int32] | None:
     file = _label_file(folder)
     if file is None:
         return None

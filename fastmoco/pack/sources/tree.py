@@ -88,7 +88,7 @@ class Node:
         return path[len(self.path) + bool(self.path) :].split("/")
 
 
-def tree_of(folders: Sequence[str], counts: npt.NDArray[np.int64]) -> Node:
+def make_tree(folders: Sequence[str], counts: npt.NDArray[np.int64]) -> Node:
     """Return the root of a tree.
 
     Args:

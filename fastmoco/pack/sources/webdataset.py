@@ -12,7 +12,7 @@ import numpy as np
 
 from fastmoco.dataset.classes import Found
 from fastmoco.errors import DataError
-from fastmoco.pack.foreign import BESIDE, Adopted, Contents, label_of
+from fastmoco.pack.foreign import BESIDE, Adopted, Contents, get_label
 from fastmoco.pack.inputs import ArchiveInputs, Concat, Span
 from fastmoco.pack.kinds import hidden_folder
 from fastmoco.pack.sources.agree import in_one_numbering
@@ -30,7 +30,7 @@ def is_webdataset(path: Path) -> bool:
     It is if labels stand beside its images, or other texts and all lies in one folder: there may be
     captions in class folders, too.
     """
-    tars = shards_of(path) if path.is_dir() else [path]
+    tars = get_shards(path) if path.is_dir() else [path]
     if not tars or tars[0].suffix != ".tar" or (path.is_dir() and _has_folders(path)):
         return False
     members = [m for m in islice(walk(tars[0]), _LOOKED_AT) if isinstance(m, Member)]
@@ -45,12 +45,12 @@ def _has_folders(path: Path) -> bool:
     return any(not hidden_folder(name) and name != "_tmp" for name in folders)  # of img2dataset
 
 
-def shards_of(folder: Path) -> list[Path]:
+def get_shards(folder: Path) -> list[Path]:
     """Return the tars of a folder, in the order of their names."""
     return sorted(path for path in folder.glob("[!.]*.tar") if path.is_file())
 
 
-def splits_of(shards: Sequence[Path]) -> dict[str, list[Path]]:
+def get_splits(shards: Sequence[Path]) -> dict[str, list[Path]]:
     """Return shards by the split that their names say; "" for all if they do not say one each.
 
     `imagenet-train-0007.tar` says train, if there is another split beside it.
@@ -78,12 +78,12 @@ def open_webdataset(path: Path, unlabelled: bool = False) -> dict[str, Source]:
         DataError: a shard is damaged or compressed, there is no image, or a split has a class that
             the one to train on has not.
     """
-    shards = shards_of(path) if path.is_dir() else [path]
+    shards = get_shards(path) if path.is_dir() else [path]
     if not shards:
         raise DataError(f"{path} holds no *.tar.")
     sources = {
         split: _source(mine, f"{path} {split}".rstrip(), unlabelled)
-        for split, mine in splits_of(shards).items()
+        for split, mine in get_splits(shards).items()
     }
     return in_one_numbering(sources, str(path))
 
@@ -101,7 +101,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
             for image in contents.samples(found, shard.name):
                 names.add(f"{shard.name}!{image.name}")
                 places.append((image.offset, image.size))
-                value = None if unlabelled else label_of(stream, contents, image, None)
+                value = None if unlabelled else get_label(stream, contents, image, None)
                 codes.append(-1 if value is None else values.code(value))
                 has_json = has_json or contents.side(image, "json") is not None
         for name, reason in found.rejects:
@@ -113,7 +113,7 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
         parts.append(ArchiveInputs(shard, Span, table, table[:, 1]))
     if not names:
         raise DataError(f"{where} holds no images.")
-    labels, classes = values.labels_of(codes)
+    labels, classes = values.get_labels(codes)
     check_labels(labels, classes, where)
     notes = []
     if has_json and not classes and not unlabelled:

@@ -24,8 +24,8 @@ def noise() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def pixels_of() -> Callable[[Source], Any]:
-    """`pixels_of(source)`, all its raw images through its inputs, stacked."""
+def to_pixels() -> Callable[[Source], Any]:
+    """`to_pixels(source)`, all its raw images through its inputs, stacked."""
 
     def read(source: Source) -> Any:
         found = [source.inputs[row] for row in range(len(source))]
@@ -38,8 +38,8 @@ def pixels_of() -> Callable[[Source], Any]:
 
 
 @pytest.fixture(scope="session")
-def bytes_of() -> Callable[[Source], dict[str, bytes]]:
-    """`bytes_of(source)`, the encoded bytes of each image by name, through its inputs."""
+def get_bytes() -> Callable[[Source], dict[str, bytes]]:
+    """`get_bytes(source)`, the encoded bytes of each image by name, through its inputs."""
 
     def read(source: Source) -> dict[str, bytes]:
         return {name: source.inputs[row].read(LIMIT) for row, name in enumerate(source.names)}
@@ -60,8 +60,8 @@ def touch() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def labels_of() -> Callable[[Source], dict[str, str]]:
-    """`labels_of(source)`, the class name of each image by its own, "" for none."""
+def get_labels() -> Callable[[Source], dict[str, str]]:
+    """`get_labels(source)`, the class name of each image by its own, "" for none."""
 
     def read(source: Source) -> dict[str, str]:
         names: Iterable[str] = source.names

@@ -42,38 +42,38 @@ def expected(names=NAMES) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_zip_gives_what_is_in_it(tmp_path, bytes_of, labels_of, method):
+def test_a_zip_gives_what_is_in_it(tmp_path, get_bytes, get_labels, method):
     found = open_zip(write_zip(tmp_path / "x.zip", method=method))[""]
-    assert bytes_of(found) == expected()
-    assert labels_of(found) == {"a/1.png": "a", "a/2.jpg": "a", "b/3.png": "b"}
+    assert get_bytes(found) == expected()
+    assert get_labels(found) == {"a/1.png": "a", "a/2.jpg": "a", "b/3.png": "b"}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_tar_gives_what_is_in_it(tmp_path, bytes_of, labels_of, format):
+def test_a_tar_gives_what_is_in_it(tmp_path, get_bytes, get_labels, format):
     names = NAMES if format == tarfile.USTAR_FORMAT else [*NAMES, "b/" + 200 * "é" + ".png"]
     found = open_tar(write_tar(tmp_path / "x.tar", names, format=format))[""]
-    assert bytes_of(found) == expected(names)
-    assert labels_of(found)["b/3.png"] == "b"
+    assert get_bytes(found) == expected(names)
+    assert get_labels(found)["b/3.png"] == "b"
 
 
-def test_members_are_sorted_by_name_whatever_their_order(tmp_path, bytes_of):
+def test_members_are_sorted_by_name_whatever_their_order(tmp_path, get_bytes):
     for opened in (
         open_zip(write_zip(tmp_path / "x.zip", NAMES[::-1])),
         open_tar(write_tar(tmp_path / "x.tar", NAMES[::-1])),
     ):
         assert list(opened[""].names) == NAMES
-        assert bytes_of(opened[""]) == expected()
+        assert get_bytes(opened[""]) == expected()
 
 
-def test_one_folder_around_all_does_not_count(tmp_path, bytes_of, labels_of):
+def test_one_folder_around_all_does_not_count(tmp_path, get_bytes, get_labels):
     names = [f"top/{split}/{name}" for split in ("train", "val") for name in NAMES]
     for opened in (
         open_zip(write_zip(tmp_path / "x.zip", names)),
         open_tar(write_tar(tmp_path / "x.tar", names)),
     ):
         assert set(opened) == {"train", "val"}
-        assert bytes_of(opened["val"]) == expected(names[3:])
-        assert set(labels_of(opened["train"]).values()) == {"a", "b"}
+        assert get_bytes(opened["val"]) == expected(names[3:])
+        assert set(get_labels(opened["train"]).values()) == {"a", "b"}
 
 
 def test_hidden_members_do_not_count(tmp_path):
@@ -190,30 +190,30 @@ def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
     assert reasons["4.png"] == reasons["5.png"] == "is not a regular file"
 
 
-def test_hard_links_in_a_tar_are_images_under_each_name(tmp_path, bytes_of, labels_of):
+def test_hard_links_in_a_tar_are_images_under_each_name(tmp_path, get_bytes, get_labels):
     path = write_tar(tmp_path / "x.tar")
     with tarfile.open(path, "a") as archive:
         info = tarfile.TarInfo("b/4.png")
         info.type, info.linkname = tarfile.LNKTYPE, "a/1.png"
         archive.addfile(info)
     found = open_tar(path)[""]
-    assert bytes_of(found) == {**expected(), "b/4.png": content_of("a/1.png")}
-    assert labels_of(found)["b/4.png"] == "b"
+    assert get_bytes(found) == {**expected(), "b/4.png": content_of("a/1.png")}
+    assert get_labels(found)["b/4.png"] == "b"
     assert found.notes == ["1 hard links are packed under each of their names"]
 
 
-def test_the_last_member_of_a_name_counts(tmp_path, bytes_of):
+def test_the_last_member_of_a_name_counts(tmp_path, get_bytes):
     path = write_tar(tmp_path / "x.tar")
     with tarfile.open(path, "a") as archive:
         info = tarfile.TarInfo("a/1.png")
         info.size = 5
         archive.addfile(info, io.BytesIO(b"later"))
     found = open_tar(path)[""]
-    assert bytes_of(found) == {**expected(), "a/1.png": b"later"}
+    assert get_bytes(found) == {**expected(), "a/1.png": b"later"}
     assert found.notes == ["1 members are left out for later ones of the same name"]
 
 
-def test_a_zip_of_windows_has_backslashes(tmp_path, labels_of):
+def test_a_zip_of_windows_has_backslashes(tmp_path, get_labels):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("train", "val"):
             for kind in "ab":
@@ -221,7 +221,7 @@ def test_a_zip_of_windows_has_backslashes(tmp_path, labels_of):
                 info.filename, info.create_system = f"top\\{name}\\{kind}\\1.png", 0
                 archive.writestr(info, b"x")
     found = open_zip(tmp_path / "x.zip")
-    assert labels_of(found["val"]) == {"top/val/a/1.png": "a", "top/val/b/1.png": "b"}
+    assert get_labels(found["val"]) == {"top/val/a/1.png": "a", "top/val/b/1.png": "b"}
 
 
 def test_names_that_are_utf8_without_saying_so(tmp_path):

@@ -129,18 +129,18 @@ def numbers(batches: list[int], classes: int) -> list[int]:
     return [label for number in batches for label in labels(number, classes)]
 
 
-def check_opened(found: Any, folder: str, pixels_of: Any) -> None:
+def check_opened(found: Any, folder: str, to_pixels: Any) -> None:
     _, classes, train, test = VERSIONS[folder]
     assert list(found) == ["train", "test"]
     for split, batches in (("train", train), ("test", test)):
-        np.testing.assert_array_equal(pixels_of(found[split]), images(batches))
+        np.testing.assert_array_equal(to_pixels(found[split]), images(batches))
         assert found[split].labels.tolist() == numbers(batches, len(classes))
         assert found[split].classes == classes
         assert len(set(found[split].names)) == len(found[split])
 
 
 @pytest.mark.parametrize("folder", VERSIONS)
-def test_every_version_in_every_form_gives_the_images_and_labels(tmp_path, pixels_of, folder):
+def test_every_version_in_every_form_gives_the_images_and_labels(tmp_path, to_pixels, folder):
     files = VERSIONS[folder][0]()
     inner = write(tmp_path / "data", folder, files)
     forms = [inner, inner.parent]
@@ -150,24 +150,24 @@ def test_every_version_in_every_form_gives_the_images_and_labels(tmp_path, pixel
     ]
     for form in forms:
         assert recognize(form) == "cifar"
-        check_opened(open_sources(form), folder, pixels_of)
+        check_opened(open_sources(form), folder, to_pixels)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
-def test_every_protocol_gives_the_same(tmp_path, pixels_of, protocol):
+def test_every_protocol_gives_the_same(tmp_path, to_pixels, protocol):
     folder = "cifar-10-batches-py"
     check_opened(
-        open_cifar(write(tmp_path, folder, ten_python(protocol=protocol))), folder, pixels_of
+        open_cifar(write(tmp_path, folder, ten_python(protocol=protocol))), folder, to_pixels
     )
 
 
-def test_the_pickles_of_python_2_are_read(tmp_path, pixels_of):
+def test_the_pickles_of_python_2_are_read(tmp_path, to_pixels):
     files = ten_python()
     for number, name in enumerate([*BATCHES, "test_batch"], 1):
         files[name] = python2(number, "labels", 10)
         assert pickle.loads(files[name], encoding="latin1")["data"].shape == (N, 3072)
     found = open_cifar(write(tmp_path, "cifar-10-batches-py", files))
-    check_opened(found, "cifar-10-batches-py", pixels_of)
+    check_opened(found, "cifar-10-batches-py", to_pixels)
     assert found["train"].names[N] == "data_batch_2/photo_0.png"
 
 
@@ -178,12 +178,12 @@ def test_the_pickles_of_python_2_are_read(tmp_path, pixels_of):
         ("cifar-100-python", torchvision.datasets.CIFAR100),
     ],
 )
-def test_torchvision_reads_the_same(tmp_path, monkeypatch, pixels_of, folder, peer):
+def test_torchvision_reads_the_same(tmp_path, monkeypatch, to_pixels, folder, peer):
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     found = open_cifar(write(tmp_path, folder, VERSIONS[folder][0]()))
     for split in ("train", "test"):
         theirs = peer(str(tmp_path), train=split == "train")
-        np.testing.assert_array_equal(pixels_of(found[split]), theirs.data)
+        np.testing.assert_array_equal(to_pixels(found[split]), theirs.data)
         assert found[split].labels.tolist() == theirs.targets
         assert found[split].classes == theirs.classes
 

@@ -21,24 +21,24 @@ def table(tmp_path, touch):
     return write
 
 
-def test_rows_become_samples_sorted_by_name(table, bytes_of, labels_of):
+def test_rows_become_samples_sorted_by_name(table, get_bytes, get_labels):
     path = table("label,path,note\ndog,b/2.png,x\ncat,a.png,y\n", "a.png", "b/2.png", "c.png")
     assert recognize(path) == "csv"
     found = open_sources(path)
     assert list(found) == [""]
-    assert labels_of(found[""]) == {"a.png": "cat", "b/2.png": "dog"}
+    assert get_labels(found[""]) == {"a.png": "cat", "b/2.png": "dog"}
     assert found[""].labels_from == "the column label"
     assert found[""].notes == ["columns that were not read: 'note'"]
-    assert bytes_of(found[""]) == {"a.png": b"a.png", "b/2.png": b"b/2.png"}
+    assert get_bytes(found[""]) == {"a.png": b"a.png", "b/2.png": b"b/2.png"}
     assert found[""].left_out == []
 
 
-def test_splits_share_their_classes(table, labels_of):
+def test_splits_share_their_classes(table, get_labels):
     rows = "1.png,b,train\n2.png,c,train\n3.png,c,val\n4.png,a,val\n"
     found = open_table(table(f"path,label,split\n{rows}", *(f"{n}.png" for n in range(1, 5))))
     assert list(found) == ["train", "val"]
     assert found["train"].classes == found["val"].classes == ["a", "b", "c"]
-    assert labels_of(found["train"]) == {"1.png": "b", "2.png": "c"}
+    assert get_labels(found["train"]) == {"1.png": "b", "2.png": "c"}
     assert found["val"].labels.tolist() == [2, 0]
 
 
@@ -50,10 +50,10 @@ def test_whole_numbers_keep_their_number(table):
 
 
 @pytest.mark.parametrize("labels", [("1", "x"), ("01", "02"), ("²", "³"), ("-1.5", "1")])
-def test_other_labels_are_names(table, labels_of, labels):
+def test_other_labels_are_names(table, get_labels, labels):
     path = table(f"path,label\n1.png,{labels[0]}\n2.png,{labels[1]}\n", "1.png", "2.png")
     found = open_table(path)[""]
-    assert labels_of(found) == {"1.png": labels[0], "2.png": labels[1]}
+    assert get_labels(found) == {"1.png": labels[0], "2.png": labels[1]}
     assert found.classes == sorted(labels)
 
 
@@ -63,12 +63,12 @@ def test_without_labels(table):
         assert (found.labels.tolist(), found.classes) == ([-1], [])
 
 
-def test_quotes_byte_order_marks_and_line_ends(table, bytes_of):
+def test_quotes_byte_order_marks_and_line_ends(table, get_bytes):
     names = ["a,b.png", 'say "x".png', "two\nlines.png", "é .png"]
     quoted = ['"{}"'.format(name.replace('"', '""')) for name in names]
     text = b"\xef\xbb\xbf" + ("path\r\n" + "\r\n".join([*quoted, "", ""])).encode()
     found = open_table(table(text, *names))[""]
-    assert bytes_of(found) == {name: name.encode() for name in names}
+    assert get_bytes(found) == {name: name.encode() for name in names}
 
 
 def test_missing_are_listed_and_links_followed(table, tmp_path, touch):
@@ -98,30 +98,30 @@ def test_missing_are_listed_and_links_followed(table, tmp_path, touch):
         "path\tlabel\na/1.png\tx\nb/2.png\ty\n".encode("utf-16"),
     ],
 )
-def test_as_people_write_it(table, labels_of, text):
+def test_as_people_write_it(table, get_labels, text):
     found = open_sources(table(text, "a/1.png", "b/2.png"))
-    assert labels_of(found[""]) == {"a/1.png": "x", "b/2.png": "y"}
+    assert get_labels(found[""]) == {"a/1.png": "x", "b/2.png": "y"}
 
 
-def test_ids_are_stems_of_files(table, labels_of):
+def test_ids_are_stems_of_files(table, get_labels):
     """Of one file each; what is missing is listed, whatever stands before it."""
     path = table("id,label\na/1,x\n2,y\n3,x\n", "a/1.png", "2.jpeg", "3.png", "3.jpg")
     found = open_sources(path)[""]
-    assert labels_of(found) == {"a/1.png": "x", "2.jpeg": "y"}
+    assert get_labels(found) == {"a/1.png": "x", "2.jpeg": "y"}
     assert found.left_out == [Reject("3", "does not exist")]
 
 
-def test_what_is_missing_elsewhere_is_listed(table, labels_of):
+def test_what_is_missing_elsewhere_is_listed(table, get_labels):
     names = ("0.png", "1.png", "2.png", "3.png")
     rows = "".join(f"/elsewhere/{name},{'xy'[place // 2]}\n" for place, name in enumerate(names))
     path = table(f"path,label\n{rows}", "1.png", "2.png")
     found = open_sources(path, folder=path.parent)[""]
-    assert labels_of(found) == {"1.png": "x", "2.png": "y"}
+    assert get_labels(found) == {"1.png": "x", "2.png": "y"}
     assert found.left_out == [Reject(name, "does not exist") for name in ("0.png", "3.png")]
 
 
 @pytest.mark.parametrize("where", ["images/", "{root}/images/", "../root/images/", "D:\\img\\"])
-def test_another_root(table, tmp_path, labels_of, where):
+def test_another_root(table, tmp_path, get_labels, where):
     """Of a list that lies elsewhere, or was written on another machine."""
     where = where.format(root=tmp_path / "root")
     rows = "".join(f"{where}{name},{name[0]}\n" for name in ("a/1.png", "b/2.png"))
@@ -131,7 +131,7 @@ def test_another_root(table, tmp_path, labels_of, where):
     path.write_text(f"path,label\n{rows}")
     images = tmp_path / "root/images"
     folder = images.parent if where == "images/" else images
-    found = labels_of(open_sources(path, folder=folder)[""])
+    found = get_labels(open_sources(path, folder=folder)[""])
     start = where if where == "images/" else ""
     assert found == {f"{start}a/1.png": "a", f"{start}b/2.png": "b"}
     if where.startswith(("/", "..")):

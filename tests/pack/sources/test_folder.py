@@ -10,23 +10,23 @@ from fastmoco.pack.sources.base import Reject
 from fastmoco.pack.sources.folder import open_folder
 
 
-def test_class_folder_gives_sorted_names_labels_and_bytes(tmp_path, touch, bytes_of, labels_of):
+def test_class_folder_gives_sorted_names_labels_and_bytes(tmp_path, touch, get_bytes, get_labels):
     touch(tmp_path, "b/2.JPG", "b/deep/er/1.png", "a/9.webp")
     found = open_folder(tmp_path)
     assert list(found) == [""]
     assert list(found[""].names) == ["a/9.webp", "b/2.JPG", "b/deep/er/1.png"]
-    assert labels_of(found[""]) == {"a/9.webp": "a", "b/2.JPG": "b", "b/deep/er/1.png": "b"}
-    assert bytes_of(found[""]) == {name: name.encode() for name in found[""].names}
+    assert get_labels(found[""]) == {"a/9.webp": "a", "b/2.JPG": "b", "b/deep/er/1.png": "b"}
+    assert get_bytes(found[""]) == {name: name.encode() for name in found[""].names}
     assert found[""].left_out == []
 
 
-def test_each_split_folder_is_a_source(tmp_path, touch, bytes_of, labels_of):
+def test_each_split_folder_is_a_source(tmp_path, touch, get_bytes, get_labels):
     touch(tmp_path, "train/b/1.png", "train/a/1.png", "val/b/2.png", "val/a/3.png", "val/x.txt")
     found = open_folder(tmp_path)
     assert set(found) == {"train", "val"}
-    assert labels_of(found["train"]) == {"train/a/1.png": "a", "train/b/1.png": "b"}
-    assert labels_of(found["val"]) == {"val/a/3.png": "a", "val/b/2.png": "b"}
-    assert bytes_of(found["val"])["val/b/2.png"] == b"val/b/2.png"
+    assert get_labels(found["train"]) == {"train/a/1.png": "a", "train/b/1.png": "b"}
+    assert get_labels(found["val"]) == {"val/a/3.png": "a", "val/b/2.png": "b"}
+    assert get_bytes(found["val"])["val/b/2.png"] == b"val/b/2.png"
     assert found["train"].left_out == found["val"].left_out == []
     passed = {kind: (group.first, group.count) for kind, group in found["train"].passed.items()}
     assert passed == {"captions and side files": ("val/x.txt", 1)}
@@ -83,7 +83,7 @@ def test_hidden_files_and_folders_do_not_count(tmp_path, touch):
     assert found.passed["hidden and system files and folders"].count == 2
 
 
-def test_links_are_followed_and_what_is_no_file_is_left_out(tmp_path, touch, bytes_of):
+def test_links_are_followed_and_what_is_no_file_is_left_out(tmp_path, touch, get_bytes):
     root = tmp_path / "root"
     touch(tmp_path, "root/ok.png", "elsewhere/there.png", "elsewhere/deep/below.png")
     (root / "alias.png").symlink_to("ok.png")
@@ -97,7 +97,7 @@ def test_links_are_followed_and_what_is_no_file_is_left_out(tmp_path, touch, byt
     for up in (root / "up", tmp_path / "elsewhere/deep/back", tmp_path / "elsewhere/self"):
         up.symlink_to(tmp_path if up.name == "up" else tmp_path / "elsewhere")
     found = open_folder(root, unlabelled=True)[""]
-    assert bytes_of(found) == {
+    assert get_bytes(found) == {
         "alias.png": b"root/ok.png",
         "folder/deep/below.png": b"elsewhere/deep/below.png",
         "folder/there.png": b"elsewhere/there.png",

@@ -85,33 +85,33 @@ def write(root, train=True, val=True, devkit="tar"):
     return root
 
 
-def check_train(source, bytes_of, labels_of):
+def check_train(source, get_bytes, get_labels):
     images = {
         f"{wnid}/{name}": content for wnid in WNIDS for name, content in train_images(wnid).items()
     }
-    assert bytes_of(source) == images
+    assert get_bytes(source) == images
     assert list(source.names) == sorted(images)
-    assert labels_of(source) == {name: name[:9] for name in images}
+    assert get_labels(source) == {name: name[:9] for name in images}
     assert source.classes == WNIDS
 
 
-def check_val(source, bytes_of, labels_of):
-    assert bytes_of(source) == val_images()
+def check_val(source, get_bytes, get_labels):
+    assert get_bytes(source) == val_images()
     assert list(source.names) == sorted(val_images())
     number_of = {number: wnid for number, wnid, _ in SYNSETS}
-    assert list(labels_of(source).values()) == [number_of[number] for number in TRUTH]
+    assert list(get_labels(source).values()) == [number_of[number] for number in TRUTH]
     assert source.classes == WNIDS
 
 
 @pytest.mark.parametrize("devkit", ["tar", "folder"])
-def test_images_and_labels_come_back(tmp_path, bytes_of, labels_of, devkit):
+def test_images_and_labels_come_back(tmp_path, get_bytes, get_labels, devkit):
     write(tmp_path, devkit=devkit)
     assert recognize(tmp_path) == "imagenet"
     before = sorted(path for path in tmp_path.rglob("*"))
     found = open_sources(tmp_path)
     assert list(found) == ["train", "val"]
-    check_train(found["train"], bytes_of, labels_of)
-    check_val(found["val"], bytes_of, labels_of)
+    check_train(found["train"], get_bytes, get_labels)
+    check_val(found["val"], get_bytes, get_labels)
     assert sorted(path for path in tmp_path.rglob("*")) == before, "something was extracted"
 
 
@@ -125,13 +125,13 @@ def test_images_are_spans_of_the_outer_file(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_one_tar_alone(tmp_path, bytes_of, labels_of, split):
+def test_one_tar_alone(tmp_path, get_bytes, get_labels, split):
     write(tmp_path)
     path = tmp_path / {"train": TRAIN, "val": VAL}[split]
     assert recognize(path) == "imagenet"
     found = open_sources(path)
     assert list(found) == [split]
-    {"train": check_train, "val": check_val}[split](found[split], bytes_of, labels_of)
+    {"train": check_train, "val": check_val}[split](found[split], get_bytes, get_labels)
 
 
 def test_val_needs_the_devkit_or_no_labels(tmp_path):

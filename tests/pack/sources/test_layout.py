@@ -8,13 +8,13 @@ from fastmoco.pack.understood import understood
 
 
 @pytest.fixture
-def described(tmp_path, touch, labels_of):
+def described(tmp_path, touch, get_labels):
     """`described(*names, **options)`: the class of each image by split, "" for none."""
 
     def describe(*names, **options):
         touch(tmp_path / "SOURCE", *names)
         found = open_sources(tmp_path / "SOURCE", **options)
-        return {split: labels_of(source) for split, source in found.items()}
+        return {split: get_labels(source) for split, source in found.items()}
 
     return describe
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastmoco.errors import DataError
-from fastmoco.pack.sources.safe_pickle import ADMITTED, bytes_of, load
+from fastmoco.pack.sources.safe_pickle import ADMITTED, get_bytes, load
 
 
 class Runs:
@@ -131,7 +131,7 @@ def test_an_array_that_claims_more_than_it_has_is_refused():
     claims = whole.replace(b"K\x02K\x03\x86", b"K\x20K\x03\x86")
     assert claims != whole
     with pytest.raises(DataError, match="no sound array"):
-        bytes_of(load(claims, "PICKLE")["a"], "PICKLE")
+        get_bytes(load(claims, "PICKLE")["a"], "PICKLE")
 
 
 def test_arrays_in_either_order_come_back():
@@ -139,7 +139,7 @@ def test_arrays_in_either_order_come_back():
         array = np.asarray(np.arange(6, dtype=np.uint8).reshape(2, 3), order=order)
         for protocol in (2, 4):
             loaded = load(pickle.dumps({"a": array}, protocol=protocol), "PICKLE")
-            np.testing.assert_array_equal(bytes_of(loaded["a"], "PICKLE"), array)
+            np.testing.assert_array_equal(get_bytes(loaded["a"], "PICKLE"), array)
 
 
 def test_bytes_are_admitted_in_one_encoding_only():
@@ -161,6 +161,6 @@ def test_random_damage_never_escapes():
         for _ in range(3):
             content[chance.integers(len(content))] = chance.integers(256)
         try:
-            bytes_of(load(bytes(content), "PICKLE").get("data"), "PICKLE")
+            get_bytes(load(bytes(content), "PICKLE").get("data"), "PICKLE")
         except DataError:
             continue

@@ -33,14 +33,14 @@ def write(folder, noise):
     return images
 
 
-def test_images_and_labels_come_back(tmp_path, noise, pixels_of):
+def test_images_and_labels_come_back(tmp_path, noise, to_pixels):
     images = write(tmp_path / "stl10_binary", noise)
     for path in (tmp_path, tmp_path / "stl10_binary"):
         assert recognize(path) == "stl10"
         found = open_sources(path)
         assert list(found) == ["train", "test", "unlabeled"]
         for split, source in found.items():
-            np.testing.assert_array_equal(pixels_of(source), images[split])
+            np.testing.assert_array_equal(to_pixels(source), images[split])
         assert found["train"].labels.tolist() == [0, 9, 2]
         assert found["test"].labels.tolist() == [1, 1, 8, 0]
         assert found["train"].classes == NAMES
@@ -48,12 +48,12 @@ def test_images_and_labels_come_back(tmp_path, noise, pixels_of):
         assert found["test"].names[3] == "test_X/00003"
 
 
-def test_torchvision_reads_the_same(tmp_path, noise, pixels_of, monkeypatch):
+def test_torchvision_reads_the_same(tmp_path, noise, to_pixels, monkeypatch):
     write(tmp_path / "stl10_binary", noise)
     monkeypatch.setattr(torchvision.datasets.stl10, "check_integrity", lambda *_: True)
     for split, source in open_stl10(tmp_path).items():
         theirs = torchvision.datasets.STL10(str(tmp_path), split=split)
-        np.testing.assert_array_equal(pixels_of(source), theirs.data.transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(to_pixels(source), theirs.data.transpose(0, 2, 3, 1))
         assert source.labels.tolist() == theirs.labels.astype(np.int8).tolist()
         assert not source.classes or source.classes == theirs.classes
 

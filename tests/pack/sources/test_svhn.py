@@ -30,34 +30,34 @@ def write(folder, noise, compress=True, kind=np.uint8):
 
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("kind", [np.uint8, np.float64])
-def test_images_and_labels_come_back(tmp_path, noise, pixels_of, compress, kind):
+def test_images_and_labels_come_back(tmp_path, noise, to_pixels, compress, kind):
     images = write(tmp_path, noise, compress, kind)
     assert recognize(tmp_path) == "svhn"
     found = open_sources(tmp_path)
     assert list(found) == ["train", "test", "extra"]
     for split, source in found.items():
-        np.testing.assert_array_equal(pixels_of(source), images[split])
+        np.testing.assert_array_equal(to_pixels(source), images[split])
         assert source.labels.tolist() == [number % 10 for number in LABELS[split]]
         assert source.classes == [str(digit) for digit in range(10)]
     assert found["extra"].names[2] == "extra_32x32/00002"
 
 
-def test_torchvision_reads_the_same(tmp_path, noise, pixels_of, monkeypatch):
+def test_torchvision_reads_the_same(tmp_path, noise, to_pixels, monkeypatch):
     write(tmp_path, noise)
     monkeypatch.setattr(torchvision.datasets.svhn, "check_integrity", lambda *_: True)
     for split, source in open_svhn(tmp_path).items():
         theirs = torchvision.datasets.SVHN(str(tmp_path), split=split)
-        np.testing.assert_array_equal(pixels_of(source), theirs.data.transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(to_pixels(source), theirs.data.transpose(0, 2, 3, 1))
         assert source.labels.tolist() == theirs.labels.tolist()
 
 
-def test_one_file_is_a_source_without_splits(tmp_path, noise, pixels_of):
+def test_one_file_is_a_source_without_splits(tmp_path, noise, to_pixels):
     images = write(tmp_path, noise)
     path = tmp_path / "test_32x32.mat"
     assert recognize(path) == "svhn"
     found = open_sources(path)
     assert list(found) == [""]
-    np.testing.assert_array_equal(pixels_of(found[""]), images["test"])
+    np.testing.assert_array_equal(to_pixels(found[""]), images["test"])
 
 
 def test_opening_reads_no_image(tmp_path, noise, monkeypatch):

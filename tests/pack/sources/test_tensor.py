@@ -42,7 +42,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_and_labels_come_back(tmp_path, noise, pixels_of, suffix, layout):
+def test_images_and_labels_come_back(tmp_path, noise, to_pixels, suffix, layout):
     shape, upright = LAYOUTS[layout]
     array = noise(*shape)
     path = save(tmp_path / f"X{suffix}", array)
@@ -50,7 +50,7 @@ def test_images_and_labels_come_back(tmp_path, noise, pixels_of, suffix, layout)
         beside = save(tmp_path / f"X_labels{labels}", np.array(LABELS))
         assert recognize(path) == "tensor"
         found = open_sources(path)[""]
-        np.testing.assert_array_equal(pixels_of(found), upright(array))
+        np.testing.assert_array_equal(to_pixels(found), upright(array))
         assert found.labels.tolist() == LABELS
         assert found.classes == ["0", "1", "2"]
         assert found.names[3] == "X/00003"
@@ -74,17 +74,17 @@ def test_labels_as_people_save_them(tmp_path, noise, labels, classes, numbers):
     assert (found.classes, found.labels.tolist()) == (classes, numbers)
 
 
-def test_alpha_is_dropped(tmp_path, noise, pixels_of):
+def test_alpha_is_dropped(tmp_path, noise, to_pixels):
     array = noise(4, 5, 7, 4)
     for name, stored in (("rows", array), ("planes", np.moveaxis(array, 3, 1))):
         found = open_tensor(save(tmp_path / f"{name}.npy", stored))[""]
-        np.testing.assert_array_equal(pixels_of(found), array[..., :3])
+        np.testing.assert_array_equal(to_pixels(found), array[..., :3])
 
 
-def test_arrays_in_columns_come_back(tmp_path, noise, pixels_of):
+def test_arrays_in_columns_come_back(tmp_path, noise, to_pixels):
     array = np.asfortranarray(noise(4, 5, 7, 3))
     found = open_tensor(save(tmp_path / "X.npy", array))[""]
-    np.testing.assert_array_equal(pixels_of(found), array)
+    np.testing.assert_array_equal(to_pixels(found), array)
 
 
 def test_without_labels(tmp_path, noise):
@@ -233,14 +233,14 @@ def write_pngs(folder, noise, count=4):
         ("train", "train_label_tensor.pt"),
     ],
 )
-def test_image_i_has_label_i(tmp_path, noise, bytes_of, monkeypatch, folder, beside):
+def test_image_i_has_label_i(tmp_path, noise, get_bytes, monkeypatch, folder, beside):
     # Twelve images: in the order of the names, 10 would come before 2.
     images = write_pngs(tmp_path / folder, noise, 12)
     labels = [(5 * n) % 7 for n in range(12)]
     save(tmp_path / beside, np.array(labels))
     assert recognize(tmp_path / folder) == "png-tensor"
     found = open_sources(tmp_path / folder)[""]
-    assert bytes_of(found) == images
+    assert get_bytes(found) == images
     assert list(found.names) == [f"{n}.png" for n in range(12)]
     assert found.labels.tolist() == labels
     assert found.classes == [str(n) for n in range(7)]
@@ -250,7 +250,7 @@ def test_image_i_has_label_i(tmp_path, noise, bytes_of, monkeypatch, folder, bes
     assert open_sources(Path("."))[""].labels.tolist() == labels
 
 
-def test_the_folder_above_gives_the_splits(tmp_path, noise, bytes_of):
+def test_the_folder_above_gives_the_splits(tmp_path, noise, get_bytes):
     images = {split: write_pngs(tmp_path / split, noise) for split in ("train", "val_data")}
     images["unlabeled"] = write_pngs(tmp_path / "unlabeled", noise, 3)
     write_pngs(tmp_path / "scratch", noise)
@@ -259,9 +259,9 @@ def test_the_folder_above_gives_the_splits(tmp_path, noise, bytes_of):
     assert recognize(tmp_path) == "png-tensor"
     found = open_sources(tmp_path)
     assert set(found) == {"train", "val", "unlabeled"}
-    assert bytes_of(found["train"]) == images["train"]
-    assert bytes_of(found["val"]) == images["val_data"]
-    assert bytes_of(found["unlabeled"]) == images["unlabeled"]
+    assert get_bytes(found["train"]) == images["train"]
+    assert get_bytes(found["val"]) == images["val_data"]
+    assert get_bytes(found["unlabeled"]) == images["unlabeled"]
     assert found["train"].labels.tolist() == [0, 1, 2, 1]
     assert found["val"].labels.tolist() == [3, 0, 1, 1]
     assert found["train"].classes == found["val"].classes == ["0", "1", "2", "3"]
