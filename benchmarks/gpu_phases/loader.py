@@ -26,11 +26,12 @@ WARM_UP = 4  # batches behind the first: more than are made ahead
 COMPARED = 4  # batches whose pixels are compared
 WORKERS = 16  # of ImageFolder's DataLoader
 SMALL_BATCH = 64  # of ImageFolder's, whose workers make two batches each ahead: see `image_folder`
-# Decoder, share of the hardware's, threads.
+# Decoder ("fused": views drawn on the CPU and copied, no DALI), share of the hardware's, threads.
 Way = tuple[str, float, int]
 WAYS: tuple[Way, ...] = (
     ("mixed", 0.65, 8),
     ("cpu", 0.0, 16),
+    ("fused", 0.0, 16),
     ("mixed", 0.9, 8),
     ("mixed", 0.0, 8),
     ("mixed", 0.65, 16),
@@ -42,7 +43,7 @@ WAYS: tuple[Way, ...] = (
     ("mixed", 0.9, 4),
     ("mixed", 0.0, 4),
 )
-TOY_WAYS: tuple[Way, ...] = (("cpu", 0.0, 1), ("cpu", 0.0, 2))
+TOY_WAYS: tuple[Way, ...] = (("cpu", 0.0, 1), ("fused", 0.0, 2))
 
 
 def items(task: Task) -> Items:
@@ -71,6 +72,8 @@ def get_name(way: Way) -> str:
     """Return what the page calls a way to decode."""
     decoder, load, threads = way
     share = f", hardware {load:g}" if decoder == "mixed" else ""
+    if decoder == "fused":
+        return f"draw/ours, fused and copied, {threads} threads"
     return f"draw/ours, decode {decoder}{share}, {threads} threads"
 
 
@@ -78,7 +81,8 @@ def recipe_of(task: Task, way: Way, device: str) -> Recipe:
     """Return the shipped recipe of MoCo v2 on the photographs."""
     decoder, load, threads = way
     options = [
-        f"runtime.decode={decoder}",
+        f"runtime.executor={'fused' if decoder == 'fused' else 'dali'}",
+        f"runtime.decode={'auto' if decoder == 'fused' else decoder}",
         f"runtime.hw_decoder_load={load}",
         f"runtime.threads={threads}",
     ]
@@ -88,7 +92,7 @@ def recipe_of(task: Task, way: Way, device: str) -> Recipe:
 
 def draw(task: Task, way: Way) -> Figures:
     """Measure our loader."""
-    from fastmoco.load import dali_executor  # noqa: F401  # its import is not what is measured
+    from fastmoco.load import dali_executor, fused_executor  # noqa: F401  # not what is measured
 
     forget()
     device = torch.device(task.device)

@@ -42,11 +42,11 @@ def render(
                 work = source(number)
                 if work is None:
                     break
-                ahead.append(_Drawing(work, look, pool, settings.threads))
+                ahead.append(_Drawing(work, look, pool, settings))
                 if len(ahead) > settings.prefetch:
-                    yield ahead.popleft().wait(settings.device)
+                    yield ahead.popleft().wait()
             while ahead:
-                yield ahead.popleft().wait(settings.device)
+                yield ahead.popleft().wait()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -58,26 +58,26 @@ class _Drawing:
         work: what to draw.
         look: what all batches have in common.
         pool: draws it.
-        threads: of the pool.
+        settings: where the views end up, and the threads of the pool.
     """
 
     def __init__(
-        self, work: EncodedBatch, look: PipelineSpec, pool: ThreadPoolExecutor, threads: int
+        self, work: EncodedBatch, look: PipelineSpec, pool: ThreadPoolExecutor, settings: Settings
     ) -> None:
-        self._work = work
+        self._work, self._device = work, settings.device
         shape = len(work.ids), look.size, look.size, 3
-        # numpy asks for huge pages where torch does not: fewer page faults in a new batch.
-        self._views = [np.empty(shape, np.float32) for _ in work.numbers]
+        self._views = [_empty(shape, settings.device) for _ in work.numbers]
+        arrays = [view.numpy() for view in self._views]
         scale = (1 / (255 * np.array(look.std))).astype(np.float32)
         shift = (-np.array(look.mean) / look.std).astype(np.float32)
         tables = [table(params) for params in work.numbers]
         self._parts: list[tuple[slice, Future[None]]] = []
-        for rows in _chunks(work.images, threads):
-            given = [params[rows] for params in tables], [view[rows] for view in self._views]
+        for rows in _chunks(work.images, settings.threads):
+            given = [params[rows] for params in tables], [array[rows] for array in arrays]
             part = pool.submit(_draw, work.images[rows], *given, scale, shift)
             self._parts.append((rows, part))
 
-    def wait(self, device: torch.device) -> DecodedBatch:
+    def wait(self) -> DecodedBatch:
         """Return the batch once it is drawn."""
         corrupt: list[int] = []
         for rows, part in self._parts:
@@ -87,8 +87,15 @@ class _Drawing:
                 corrupt += self._work.ids[rows][failure.places].tolist()
         if corrupt:
             raise CorruptSamples(corrupt)
-        views = (torch.from_numpy(view).permute(0, 3, 1, 2).to(device) for view in self._views)
-        return DecodedBatch(self._work, tuple(views))
+        views = (view.to(self._device, non_blocking=True) for view in self._views)
+        return DecodedBatch(self._work, tuple(view.permute(0, 3, 1, 2) for view in views))
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":  # torch keeps such memory until the copy out of it is done
+        return torch.empty(shape, pin_memory=True)
+    # numpy asks for huge pages where torch does not: fewer page faults in a new batch.
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _chunks(images: Images, threads: int) -> Iterator[slice]:
