@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastmoco import __version__
-from fastmoco.cli import check, data, models, runs
+from fastmoco.cli import check, data, labels, models, runs
 from fastmoco.core.streams import lasting_output
 from fastmoco.core.terminal import echo, told
 from fastmoco.errors import FastmocoError
@@ -20,7 +20,6 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "verify": data.verify,
         "inspect": data.inspect,
         "index": data.index,
-        "label": data.label,
         "views": data.views,
     },
     "Runs": {
@@ -30,6 +29,10 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "finetune": runs.finetune,
         "report": runs.report,
         "demo": runs.demo,
+    },
+    "Labels": {
+        "query": labels.query,
+        "label": data.label,
     },
     "Encoders": {
         "import": models.import_,

@@ -29,6 +29,7 @@ class Stream(Enum):
     SPLIT = 2  # of a source into parts, by class; -1 is a class here
     WINDOW = 1 << 32  # the order within a window of shards
     SUBSET = 1 << 33  # a share of every class, by class
+    QUERY = 3 << 33  # samples to ask labels for
     STUDY = 1 << 34  # the pictures and samples of a report
     VIEWS = 0x766965777300
     SHUFFLE_BN = 1 << 63  # by step

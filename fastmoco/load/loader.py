@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from fastmoco.load.executor import (
     Settings,
     Source,
 )
-from fastmoco.load.pixel_cache import open_cache
+from fastmoco.load.pixel_cache import PixelCache, open_cache
 from fastmoco.load.sampler import Plan, make_plan
 from fastmoco.load.view_params import ViewParams, central, draw
 
@@ -86,7 +87,6 @@ class Loader:
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
         self.settings = _decided(settings, self._reader)
-        self._images = open_cache(data, self.settings) or self._reader
         self._max_bad = max_bad
         self.bad: set[int] = set()
 
@@ -113,6 +113,10 @@ class Loader:
             ranks=world.size,
             max_bad=recipe.data.max_bad_images,
         )
+
+    @cached_property
+    def _images(self) -> PixelCache | Reader:
+        return open_cache(self.data, self.settings) or self._reader
 
     def numbers(self, positions: Ids, ids: Ids) -> list[ViewParams]:
         """Return each view's numbers at consecutive `positions`, which hold `ids`."""
@@ -161,6 +165,7 @@ class Loader:
 
     def _drawn(self, start: int) -> Iterator[Batch]:
         share = self.plan.batch // self._ranks
+        _ = self._images  # which may decode the sets, before threads ask for them
         with _read_ahead(lambda number, pool: self.work(start + number, pool)) as ahead:
 
             def source(number: int) -> EncodedBatch | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,8 @@ def _decoded(path: Path, shard_set: ShardSet, shape: tuple[int, ...], settings: 
         pixels.flush()
     for older in set(path.parent.glob("pixels-*.npy")) - {path}:
         if path.parent == shard_set.root:  # of the set before it was packed anew
-            older.unlink()
+            with suppress(OSError):  # Windows keeps what is mapped
+                older.unlink()
     found = _mapped(path, shape)
     assert found is not None
     return found

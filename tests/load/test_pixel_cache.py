@@ -14,12 +14,13 @@ import pytest
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.load import pixel_cache as module
 from fastmoco.load.executor import Settings
-from fastmoco.load.loader import evaluation_batches
+from fastmoco.load.loader import Loader, evaluation_batches
 from fastmoco.load.pixel_cache import open_cache
+from fastmoco.load.sampler import Plan
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 
-from .conftest import LOOK, assert_equal, stream
+from .conftest import LOOK, VIEWS, assert_equal, stream
 
 DECODED = Settings("fused", threads=2)
 CACHED = replace(DECODED, pixels="auto")
@@ -52,6 +53,12 @@ def test_what_is_drawn_is_the_same_to_the_bit(two_sets, capsys):
         for s in (DECODED, CACHED)
     ]
     assert_equal(*views)
+
+
+def test_a_loader_that_draws_nothing_decodes_no_set(two_sets):
+    """As of a dry run."""
+    Loader(two_sets, Plan(28, 8, 3), VIEWS, **LOOK, settings=CACHED)
+    assert files(two_sets) == []
 
 
 def test_a_look_at_a_few_images_decodes_no_set(two_sets):

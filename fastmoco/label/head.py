@@ -1,0 +1,185 @@
+"""A calibrated linear classifier on frozen features: the one behind every question."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastmoco.core.rng import Ids, Permutation, Stream
+
+STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Candidates for C, the inverse strength of the penalty."""
+_FOLDS, _FEW = 5, 20  # below so many out-of-fold samples nothing is chosen
+_BINS = 15  # of the calibration error
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def standardize(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """Return (n, d) fp64 rows of length 4: unit features about the center, so that one C fits all.
+
+    Args:
+        features: (n, d), as the encoder gives them.
+        center: (d,) mean of the pool's unit features, see `pool_center`.
+    """
+    moved = torch.nn.functional.normalize(features.double(), dim=1) - center
+    return 4 * torch.nn.functional.normalize(moved, dim=1)
+
+
+def pool_center(features: torch.Tensor) -> torch.Tensor:
+    """Return the (d,) fp64 mean of unit features."""
+    return torch.nn.functional.normalize(features.double(), dim=1).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits W x + b over a temperature.
+
+    Attributes:
+        weight, bias: (c, d) and (c,) fp64.
+        strength: C of the penalty |W|^2 / (2 C n).
+        temperature: that the logits are divided by (Guo et al. 2017).
+        samples: labels it was fitted on.
+        accuracy: out of fold, percent; None: too few labels to tell.
+        error_before, error: expected calibration error out of fold, without and with temperature.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    strength: float = 1.0
+    temperature: float = 1.0
+    samples: int = 0
+    accuracy: float | None = None
+    error_before: float | None = None
+    error: float | None = None
+
+    def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return (n, c) fp64 for (n, d) standardized rows."""
+        logits = rows @ self.weight.T + self.bias
+        return (logits / self.temperature).softmax(dim=1)
+
+
+def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int = 0) -> Head:
+    """Fit a head whose C and temperature are chosen out of fold; no test set plays a part.
+
+    Args:
+        rows: (n, d) fp64, standardized.
+        labels: (n,) int64.
+        classes: their number c.
+        seed: of the folds.
+    """
+    folds = torch.from_numpy(assign_folds(labels.cpu().numpy(), seed)).to(rows.device)
+    held = folds >= 0
+    if int(held.sum()) < _FEW:
+        weight, bias = fit_linear(rows, labels, classes, 1.0)
+        return Head(weight, bias, samples=len(rows))
+    logits = {c: torch.zeros(len(rows), classes).to(rows) for c in STRENGTHS}
+    for fold in range(int(folds.max()) + 1):
+        out, start = folds == fold, None
+        for strength in STRENGTHS:  # ascending: each starts from the one before
+            start = fit_linear(rows[~out], labels[~out], classes, strength, start)
+            logits[strength][out] = rows[out] @ start[0].T + start[1]
+    found = {}
+    for strength in STRENGTHS:
+        temperature = fit_temperature(logits[strength][held], labels[held])
+        loss = _loss(logits[strength][held], labels[held], temperature)
+        found[strength] = (loss, strength, temperature)
+    _, strength, temperature = min(found.values())
+    chosen, right = logits[strength][held], labels[held]
+    weight, bias = fit_linear(rows, labels, classes, strength)
+    return Head(
+        weight,
+        bias,
+        strength,
+        temperature,
+        len(rows),
+        100 * float((chosen.argmax(dim=1) == right).double().mean()),
+        calibration_error(chosen.softmax(dim=1), right),
+        calibration_error((chosen / temperature).softmax(dim=1), right),
+    )
+
+
+def assign_folds(labels: Ids, seed: int) -> Ids:
+    """Return the (n,) fold of each sample, dealt class by class; -1: the only one of its class."""
+    sizes = {label: int((labels == label).sum()) for label in np.unique(labels).tolist()}
+    several = [size for size in sizes.values() if size > 1]
+    folds = np.full(len(labels), -1, dtype=np.int64)
+    for label, size in sizes.items():
+        if size > 1:
+            order = Permutation(size, seed, Stream.SUBSET, label + 1)(np.arange(size))
+            folds[np.flatnonzero(labels == label)[order]] = np.arange(size) % min(
+                _FOLDS, min(several)
+            )
+    return folds
+
+
+def fit_linear(
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    strength: float,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimize mean cross-entropy + |W|^2 / (2 C n), as scikit-learn's LogisticRegression(C) does.
+
+    Returns:
+        (c, d) weight and (c,) bias.
+    """
+    weight = torch.zeros(classes, rows.shape[1]).to(rows) if start is None else start[0].clone()
+    bias = torch.zeros(classes).to(rows) if start is None else start[1].clone()
+    for tensor in (weight, bias):
+        tensor.requires_grad_()
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=100,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        value = torch.nn.functional.cross_entropy(rows @ weight.T + bias, labels)
+        value = value + weight.square().sum() / (2 * strength * len(rows))
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the temperature in 0.1..10 of the least cross-entropy, by golden section on log T."""
+    return math.exp(
+        _golden_section(lambda x: _loss(logits, labels, math.exp(x)), -math.log(10), math.log(10))
+    )
+
+
+def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > 1e-4:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = function(right)
+    return (low + high) / 2
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
+    return float(torch.nn.functional.cross_entropy(logits / temperature, labels))
+
+
+def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the expected calibration error: |accuracy - confidence|, averaged over equal bins."""
+    confidence, predicted = probabilities.max(dim=1)
+    right = (predicted == labels).double()
+    bins = (confidence * _BINS).ceil().clamp(min=1).long() - 1
+    counts = torch.zeros(_BINS).to(confidence).index_add(0, bins, torch.ones_like(confidence))
+    gaps = torch.zeros(_BINS).to(confidence).index_add(0, bins, right - confidence)
+    return float(gaps.abs().sum() / counts.sum())

@@ -1,0 +1,83 @@
+"""How unsure a classifier is of each sample, and the order in which samples are asked for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastmoco.core.rng import Ids
+from fastmoco.label.head import Head
+
+Scores = npt.NDArray[np.float64]
+_CHUNK = 16384  # rows whose probabilities are held at a time: 100 MB of 800 classes
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What a head says of each of n samples.
+
+    Attributes:
+        predicted: (n,) class.
+        confidence: (n,) p1, the largest probability.
+        margin: (n,) p1 - p2.
+        entropy: (n,) of 0..1: divided by that of the uniform distribution.
+    """
+
+    predicted: Ids
+    confidence: Scores
+    margin: Scores
+    entropy: Scores
+
+    def least(self) -> Scores:
+        """Return 1 - p1: the larger, the sooner it is asked for."""
+        return 1 - self.confidence
+
+    def scores(self, strategy: str) -> Scores:
+        """Return the (n,) scores of a strategy, the largest to be asked for first."""
+        by_name = {
+            "least": self.least(),
+            "margin": -self.margin,
+            "entropy": self.entropy,
+        }
+        if strategy in by_name:
+            return by_name[strategy]
+        assert strategy == "intersection"
+        # The samples among the first r by all three are those whose worst rank is r or better.
+        ranks = [np.argsort(rank_scores(scores)) for scores in by_name.values()]
+        return -np.max(ranks, axis=0).astype(np.float64)
+
+
+def judge(head: Head, rows: torch.Tensor) -> Beliefs:
+    """Return what a head says of (n, d) standardized rows, chunk by chunk."""
+    parts = []
+    for chunk in rows.split(_CHUNK):
+        p = head.probabilities(chunk)
+        top, places = p.topk(2, dim=1)
+        entropy = -torch.special.xlogy(p, p).sum(dim=1) / np.log(p.shape[1])
+        parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
+    columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return Beliefs(*columns)
+
+
+def rank_scores(scores: Scores) -> Ids:
+    """Return places by score, the largest first; of equal ones, the first (ids are shuffled)."""
+    return np.argsort(-scores, kind="stable")
+
+
+def balance(order: Ids, predicted: Ids, budget: int, classes: int) -> Ids:
+    """Return the first places of an order with at most ceil(budget / classes) of a predicted class.
+
+    Those passed over follow where the end is reached.
+    """
+    most, taken, passed = -(-budget // classes), [], []
+    counts = np.zeros(classes, np.int64)
+    for place in order.tolist():
+        if len(taken) == budget:
+            break
+        if counts[predicted[place]] < most:
+            counts[predicted[place]] += 1
+            taken.append(place)
+        else:
+            passed.append(place)
+    return np.array((taken + passed)[:budget], np.int64)

@@ -1,0 +1,205 @@
+"""Requests: from a run and a pool to a CSV, and back as labels."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from recipes import recipe_from
+
+from fastmoco import cli
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
+from fastmoco.models.encoder import Encoder
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.packer import pack
+from fastmoco.runs.run_folder import RunFolder
+
+Make = Callable[..., Path]
+STRATEGIES = ("random", "least", "margin", "entropy", "intersection", "coreset", "herding")
+
+
+@pytest.fixture
+def place(make_images: Make, make_picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with labelled sets `train` and `test`, a `pool` that shares images with both."""
+    make_images(tmp_path / "in/train", ("ape", "bee", "cow"), 8)
+    make_images(tmp_path / "in/test", ("ape", "bee", "cow"), 4, (30, 30))
+    make_images(tmp_path / "in/pool", ("ape", "bee", "cow"), 12, (36, 28))
+    for name in ("ape", "bee", "cow"):
+        for split, number in (("train", 0), ("test", 1)):
+            source = tmp_path / f"in/{split}/{name}/{number:04d}.jpg"
+            shutil.copy(source, tmp_path / f"in/pool/{name}/of-{split}.jpg")
+    shutil.copy(tmp_path / "in/pool/ape/0003.jpg", tmp_path / "in/pool/bee/twice.jpg")
+    for split in ("train", "test", "pool"):
+        pack(tmp_path / "in" / split, tmp_path / split, PackOptions())
+    torch.manual_seed(0)
+    spec = EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8)
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    values = {
+        "name": "tiny",
+        "data": [str(tmp_path / "pool")],
+        "out": str(run.root),
+        "monitor": {"bank": str(tmp_path / "train"), "queries": str(tmp_path / "test")},
+        **{"arch": "resnet10", "stem": "small-stride2", "dim": 8, "image_size": 16},
+        **{"views": [{}, {}], "batch": 8, "bn_group": 4, "queue": 64, "optimizer": {"lr": 0.1}},
+        **{"schedule": {"epochs": 2}, "precision": "fp32", "device": "cpu", "threads": 1},
+    }
+    run.describe(recipe_from(values), {})
+    run.save({"encoder_q": Encoder(spec).state_dict()}, 5, {}, keep=2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["fastmoco", *map(str, words)])
+        cli.main()
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+def asked(path: Path) -> list[int]:
+    with path.open() as stream:
+        return [int(row["sample"]) for row in csv.DictReader(stream)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_has_a_label_is_not_asked_for(place, capsys, strategy):
+    """Nor what is in the test set, nor the same bytes twice."""
+    code, out, err = command(
+        capsys, "query", "run", "pool", "--budget", 36, "--strategy", strategy, "--device", "cpu"
+    )
+    assert code == 0, err
+    pool = ShardSet(place / "pool")
+    names = {pool.get_name(sample) for sample in asked(place / "request.csv")}
+    assert len(names) == 36 and not any("of-" in name for name in names)
+    assert not {"ape/0003.jpg", "bee/twice.jpg"} <= names
+    for words in (
+        "3 samples are left out: labelled already",
+        "3 samples are left out: of the test",
+    ):
+        assert words in out
+    assert "1 samples are left out: their bytes come before in the pool" in out
+    told = json.loads((place / "request.json").read_text())
+    assert (told["strategy"], told["candidates"], told["budget"]) == (strategy, 36, 36)
+
+
+@pytest.mark.parametrize("strategy", ["random", "margin", "herding"])
+def test_the_pools_own_labels_change_no_request(place, capsys, strategy):
+    arguments = ("query", "run", "pool", "--budget", 9, "--strategy", strategy, "--device", "cpu")
+    assert command(capsys, *arguments)[0] == 0
+    files = ("request.csv", "request.details.csv", "request.json")
+    before = [(place / name).read_bytes() for name in files]
+    rows = np.array(ShardSet(place / "pool").samples)
+    rows["label"] = np.random.default_rng(0).permutation(rows["label"])
+    np.save(place / "pool/samples.npy", rows)
+    code, _, err = command(capsys, *arguments)
+    assert code == 2 and "--replace" in err
+    assert command(capsys, *arguments, "--replace")[0] == 0
+    assert [(place / name).read_bytes() for name in files] == before
+
+
+def test_a_round_trip(place, capsys):
+    """Asked, labelled by the truth, read back; then nobody asks for those again."""
+    arguments = ("query", "run", "pool", "--budget", 6, "--device", "cpu")
+    code, out, _ = command(capsys, *arguments, "--images", "look")
+    assert code == 0 and "by herding" in out and "8 labels a class are few" in out
+    pool = ShardSet(place / "pool")
+    first = asked(place / "request.csv")
+    copies = sorted(path.name for path in (place / "look").iterdir())
+    assert copies == [f"{rank:05d}-{sample}.jpg" for rank, sample in enumerate(first, 1)]
+    lines = (place / "request.csv").read_text().splitlines()
+    filled = [lines[0], *(line + line.split(",")[1].split("/")[0] for line in lines[1:])]
+    (place / "back.csv").write_text("\n".join(filled) + "\n")
+    code, out, err = command(capsys, "label", "pool", "back.csv", "--name", "asked")
+    assert code == 0 and "6 labels" in out, err
+    table = Labelled.of(pool, "asked")
+    assert table.ids.tolist() == sorted(first)
+    truth = [pool.get_name(int(i)).split("/")[0] for i in table.ids]
+    assert [table.classes[label] for label in table.labels] == truth
+    code, out, _ = command(capsys, *arguments, "--replace")
+    assert code == 0 and "6 samples are left out: labelled in the table 'asked'" in out
+    assert not set(first) & set(asked(place / "request.csv"))
+
+
+def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
+    arguments = ("query", "run", "pool", "--budget", 6, "--device", "cpu")
+    command(capsys, *arguments, "--out", "one.csv")
+    command(capsys, *arguments, "--out", "two.csv", "--exclude", "one.csv")
+    assert not set(asked(place / "one.csv")) & set(asked(place / "two.csv"))
+    code, _, err = command(capsys, *arguments, "--out", "three.csv", "--exclude", "run/config.yaml")
+    assert code == 3 and "is no request" in err and not (place / "three.csv").exists()
+
+
+def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
+    config = place / "run/config.yaml"
+
+    values = yaml.safe_load(config.read_text()) | {"monitor": None}
+    config.write_text(yaml.safe_dump(values))
+    for strategy in ("auto", "random", "herding", "coreset"):
+        out = f"{strategy}.csv"
+        code, _, err = command(
+            capsys, *("query", "run", "pool", "--budget", 4, "--strategy", strategy, "--out", out)
+        )
+        assert code == 0, err
+        assert len(asked(place / out)) == 4
+        details = (place / f"{strategy}.details.csv").read_text().splitlines()
+        assert details[1].endswith(",1,,,,"), "no head, no beliefs"
+    code, _, err = command(
+        capsys, "query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "no.csv"
+    )
+    assert code == 2 and "needs labels" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("--budget", "0"), 2, "--budget 0: pool has 36 samples to ask for"),
+        (("--budget", "37"), 2, "--budget 37: pool has 36 samples to ask for"),
+        (("--budget", "3", "--strategy", "scores"), 2, "belong together"),
+        (("--budget", "3", "--scores", "x.npy"), 2, "belong together"),
+        (
+            ("--budget", "3", "--strategy", "scores", "--scores", "short.npy"),
+            3,
+            "has the shape (3,)",
+        ),
+        (("--budget", "3", "--strategy", "scores", "--scores", "nan.npy"), 3, "sample 5 is no fin"),
+        (("--budget", "3", "--out", "request.txt"), 2, "must end in .csv"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(place, capsys, words, code, told):
+    count = len(ShardSet(place / "pool"))
+    np.save(place / "short.npy", np.zeros(3))
+    odd = np.zeros(count)
+    odd[5] = np.nan
+    np.save(place / "nan.npy", odd)
+    found, _, err = command(capsys, "query", "run", "pool", *words, "--device", "cpu")
+    assert (found, told in err) == (code, True), err
+    assert not list(place.glob("request*"))
+
+
+def test_scores_of_ones_own_are_taken_largest_first(place, capsys):
+    pool = ShardSet(place / "pool")
+    scores = np.random.default_rng(1).permutation(len(pool)).astype(float)
+    np.save(place / "mine.npy", scores)
+    words = ("--budget", 5, "--strategy", "scores", "--scores", "mine.npy", "--exclude", "old.csv")
+    (place / "old.csv").write_text(f"sample,name,label\n{int(scores.argmax())},x,\n")
+    assert command(capsys, "query", "run", "pool", *words)[0] == 0
+    found = asked(place / "request.csv")
+    values = scores[found].tolist()
+    assert values == sorted(values, reverse=True) and int(scores.argmax()) not in found
+
+
+def test_when_all_is_labelled_that_is_told(place, capsys):
+    pool = ShardSet(place / "pool")
+    rows = np.array([(i, 0, 1.0) for i in range(len(pool))], dtype=LABEL_DTYPE)
+    write_labels(pool, "all", rows, ["ape"], "by hand")
+    code, _, err = command(capsys, "query", "run", "pool", "--budget", 1)
+    assert code == 3 and "no sample left to ask for" in err
