@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with lasting_output():
-        return _ran(arguments)
+        return _run_command(arguments)
 
 
-def _ran(arguments: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     try:
         if {"-h", "--help"} & set(arguments):
             echo(_USAGE)
@@ -72,7 +72,7 @@ def _ran(arguments: list[str]) -> int:
         return told(error)
     except KeyboardInterrupt as error:
         if speaks():
-            echo(_interrupted(error), err=True)
+            echo(_describe_interrupt(error), err=True)
         return 130
     return 0
 
@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe) -> None:
         FastmocoError: why it would not start.
     """
     with init_distributed(recipe.runtime.device) as (world, device):
-        recipe, loader = _prepared(recipe, world, device)
+        recipe, loader = _prepare(recipe, world, device)
         if world.is_main:
             for name, value in outlook(recipe, loader.plan, world, device).items():
                 echo(f"{name:<28}{value}")
@@ -101,9 +101,9 @@ def pretrain(recipe: Recipe) -> RunFolder:
     """
     with init_distributed(recipe.runtime.device, recipe.runtime.stall_s) as (world, device):
         # Refuses what does not fit, before the run folder is made.
-        recipe, loader = _prepared(recipe, world, device)
+        recipe, loader = _prepare(recipe, world, device)
         run = RunFolder(recipe.out)
-        with run.locked() if world.is_main else nullcontext(), _reported(run, world):
+        with run.locked() if world.is_main else nullcontext(), _recording_failures(run, world):
             done = _train(recipe, loader, run, world, device)
             if world.is_main:
                 _finish(recipe, run, done, loader.plan)
@@ -111,7 +111,7 @@ def pretrain(recipe: Recipe) -> RunFolder:
 
 
 @contextmanager
-def _reported(run: RunFolder, world: World) -> Iterator[None]:
+def _recording_failures(run: RunFolder, world: World) -> Iterator[None]:
     """Write down why a run ended early, as far as the disk still can."""
     try:
         yield
@@ -125,7 +125,7 @@ def _reported(run: RunFolder, world: World) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if world.is_main:
             with suppress(OSError):
-                run.finish(130, _interrupted(error))
+                run.finish(130, _describe_interrupt(error))
         raise
     except Exception as error:
         if world.is_main and not run.ended():
@@ -135,12 +135,12 @@ def _reported(run: RunFolder, world: World) -> Iterator[None]:
         raise
 
 
-def _interrupted(error: KeyboardInterrupt) -> str:
+def _describe_interrupt(error: KeyboardInterrupt) -> str:
     """Return in words where; no marker is left: nobody starts a run again that a person ended."""
     return " ".join(["interrupted", *error.args]) + ": the same command goes on"
 
 
-def _prepared(recipe: Recipe, world: World, device: torch.device) -> tuple[Recipe, Loader]:
+def _prepare(recipe: Recipe, world: World, device: torch.device) -> tuple[Recipe, Loader]:
     check_bn_group(recipe, world.size, world.size // world.local_size)
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
