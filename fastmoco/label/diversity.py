@@ -67,8 +67,9 @@ def herding(
     """
     points = rows if reference is None else reference
     covered = torch.zeros(len(points)).to(points)
-    for block in labelled.split(_BLOCK):
-        covered = torch.maximum(covered, _kernel(block, points).amax(dim=0))
+    for start in range(0, len(labelled), _BLOCK):
+        near = _kernel(labelled[start : start + _BLOCK], points).amax(dim=0)
+        covered = torch.maximum(covered, near)
 
     def gains(places: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         blocks = (

@@ -181,6 +181,8 @@ def find_candidates(
 
 def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
     """Return the strategy, and why that one where it was not named."""
+    if (options.strategy == "scores") != (options.scores is not None):
+        raise UsageError("--strategy scores and --scores FILE.npy belong together.")
     each = len(train.ids) / len(train.classes) if train else 0
     if options.strategy == "auto":
         if each < _FEW_LABELS:
@@ -191,8 +193,6 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
             f"--strategy {options.strategy} needs labels: name them by --train, or begin with "
             "herding or random."
         )
-    if (options.strategy == "scores") != (options.scores is not None):
-        raise UsageError("--strategy scores and --scores FILE.npy belong together.")
     return options.strategy, ""
 
 
@@ -257,7 +257,7 @@ def read_scores(path: Path | None, samples: int) -> "np.ndarray[Any, Any]":
     """
     assert path is not None
     try:
-        scores = np.load(path, allow_pickle=False).astype(np.float64)
+        scores: np.ndarray[Any, Any] = np.load(path, allow_pickle=False).astype(np.float64)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read as numbers: {error}.") from error
     if scores.shape != (samples,):

@@ -45,14 +45,15 @@ class Beliefs:
         assert strategy == "intersection"
         # The samples among the first r by all three are those whose worst rank is r or better.
         ranks = [np.argsort(rank_scores(scores)) for scores in by_name.values()]
-        return -np.max(ranks, axis=0).astype(np.float64)
+        worst: Scores = np.max(ranks, axis=0).astype(np.float64)
+        return -worst
 
 
 def judge(head: Head, rows: torch.Tensor) -> Beliefs:
     """Return what a head says of (n, d) standardized rows, chunk by chunk."""
     parts = []
-    for chunk in rows.split(_CHUNK):
-        p = head.probabilities(chunk)
+    for start in range(0, len(rows), _CHUNK):
+        p = head.probabilities(rows[start : start + _CHUNK])
         top, places = p.topk(2, dim=1)
         entropy = -torch.special.xlogy(p, p).sum(dim=1) / np.log(p.shape[1])
         parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
@@ -70,7 +71,9 @@ def balance(order: Ids, predicted: Ids, budget: int, classes: int) -> Ids:
 
     Those passed over follow where the end is reached.
     """
-    most, taken, passed = -(-budget // classes), [], []
+    most = -(-budget // classes)
+    taken: list[int] = []
+    passed: list[int] = []
     counts = np.zeros(classes, np.int64)
     for place in order.tolist():
         if len(taken) == budget:
