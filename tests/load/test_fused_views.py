@@ -1,5 +1,9 @@
 """The compiled pass against torchvision's functions on float64, and against a naive rendering."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +141,36 @@ def test_an_image_is_drawn_alike_in_any_company(make_picture):
     for i, image in enumerate(images):
         alone = rendered([image], params.rows(slice(i, i + 1)), 24)
         assert np.array_equal(alone[0], together[i])
+
+
+COLD = """
+import os
+import subprocess
+import sys
+
+import numpy as np
+from fastmoco.load.fused_views import render_views, table
+from fastmoco.load.view_params import central
+
+image, out = np.full((8, 8, 3), 7, np.uint8), np.empty((1, 4, 4, 3), np.float32)
+where = np.zeros(1, np.int64), np.array([[8, 8]]), table(central(np.array([[8, 8]]), 1.0))
+one = np.ones(3, np.float32)
+render_views(image.reshape(-1), *where, np.arange(1), one, 0 * one, out)
+print(out.min(), out.max())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_functions_are_kept_where_they_can_be(tmp_path, writable):
+    cache = tmp_path / "cache" if writable else "/dev/null/cache"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COLD], env=environment, capture_output=True, text=True, check=True
+    )
+    low, high = map(float, done.stdout.split())
+    assert low == pytest.approx(7) and high == pytest.approx(7)
+    assert ("compiles anew at each start" in done.stderr) is not writable
+    if writable:
+        assert list((tmp_path / "cache/fastmoco").rglob("*.nbc"))
