@@ -95,11 +95,11 @@ def test_the_fastest_number_of_workers_is_tried(photos, monkeypatch):
     monkeypatch.setattr(
         bench, "measure", lambda name, arm: Found(times[json.loads(arm.command[-1])["workers"]])
     )
-    assert bench._best_workers(photos, bench.Settings(rivals=("imagefolder",))) == 2
+    assert bench.best_workers(photos, bench.Settings(rivals=("imagefolder",))) == 2
 
 
 def test_an_unknown_rival_is_refused(photos):
-    with pytest.raises(UsageError, match="no rival 'other'; there are imagefolder, webdataset"):
+    with pytest.raises(UsageError, match="no rival 'other'; there are dali, cached, imagefolder"):
         bench.bench_loader(photos, bench.Settings(rivals=("other",)), 1)
 
 

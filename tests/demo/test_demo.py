@@ -223,7 +223,7 @@ def test_views_png_holds_the_views_of_step_0(
         size=recipe.encoder.image_size,
         mean=recipe.encoder.mean,
         std=recipe.encoder.std,
-        settings=Settings(),
+        settings=Settings("fused"),
     )
     batch = next(loader.batches())
     plot = np.asarray(Image.open(out / "views.png").convert("RGB"))
