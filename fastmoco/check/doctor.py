@@ -44,7 +44,7 @@ def examine(data: Path | None = None) -> Iterator[Finding]:
         DataError: there is no set.
     """
     yield Finding("Python", platform.python_version())
-    for package in ("torch", "torchvision", "numpy", "pillow"):
+    for package in ("torch", "torchvision", "numpy", "numba", "pillow"):
         yield Finding(package, _version(package) or "missing")
     yield _dali()
     yield from _gpus()
@@ -66,6 +66,8 @@ def _dali() -> Finding:
     for cuda in ("130", "120"):
         if found := _version(f"nvidia-dali-cuda{cuda}"):
             return Finding("DALI", f"{found} for CUDA {cuda[:2]}")
+    if not torch.cuda.is_available():
+        return Finding("DALI", "missing; a CPU needs none")
     return Finding(
         "DALI",
         "missing",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastmoco.check import throughput
+from fastmoco.check import doctor, throughput
 from fastmoco.check.doctor import examine
 from fastmoco.check.throughput import Throughput, Timer
 from fastmoco.config.loading import load_recipe
@@ -60,9 +60,12 @@ def test_the_doctor_looks_at_everything(run: Run, small_set: ShardSet) -> None:
 
 def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr("fastmoco.check.doctor._version", lambda package: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     findings = {finding.name: finding for finding in examine()}
     assert findings["torch"].found == "missing"
-    assert "fastmoco[cuda13]" in findings["DALI"].remedy
+    assert findings["DALI"].found == "missing; a CPU needs none" and not findings["DALI"].remedy
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "fastmoco[cuda13]" in doctor._dali().remedy
     with pytest.raises(DataError):
         list(examine(tmp_path))
 
