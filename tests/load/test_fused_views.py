@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision_executor as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms.v2 import functional as F
 
 from fastmoco.config.recipe import View
 from fastmoco.core.rng import uniforms
@@ -46,24 +46,8 @@ def rendered(images: list[np.ndarray], params: ViewParams, side: int) -> np.ndar
 
 def by_torchvision(image: np.ndarray, params: ViewParams, i: int, side: int) -> np.ndarray:
     """Draw a view without rounding, in levels of 255."""
-    top, left, height, width = params.crop[i].tolist()
-    x = torch.from_numpy(image).permute(2, 0, 1).double() / 255
-    x = F.resized_crop(x, top, left, height, width, [side, side], antialias=True)
-    if params.jitter[i]:
-        x = F.adjust_brightness(x, float(params.brightness[i]))
-        x = F.adjust_contrast(x, float(params.contrast[i]))
-        x = F.adjust_saturation(x, float(params.saturation[i]))
-        x = F.adjust_hue(x, float(params.hue[i]))
-    if params.grayscale[i]:
-        x = F.rgb_to_grayscale(x, num_output_channels=3)
-    if params.blur[i]:
-        sigma = float(params.sigma[i])
-        window = 2 * int(np.ceil(3 * sigma)) + 1
-        x = F.gaussian_blur(x, [window, window], [sigma, sigma])
-    if params.solarize[i]:
-        x = F.solarize(x, 128 / 255)
-    x = F.horizontal_flip(x) if params.flip[i] else x
-    return (255 * x).permute(1, 2, 0).numpy()
+    levels = torch.from_numpy(image).permute(2, 0, 1).double()
+    return (255 * oracle.draw(levels / 255, params, i, side)).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize(

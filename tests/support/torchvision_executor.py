@@ -36,12 +36,13 @@ def _decode(encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
 
 
 def _view(images: Sequence[torch.Tensor], numbers: ViewParams, look: PipelineSpec) -> torch.Tensor:
-    drawn = torch.stack([_draw(x, numbers, i, look.size) for i, x in enumerate(images)])
+    drawn = torch.stack([draw(x, numbers, i, look.size) for i, x in enumerate(images)])
     mean, std = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
     return ((drawn / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _draw(image: torch.Tensor, view: ViewParams, i: int, size: int) -> torch.Tensor:
+def draw(image: torch.Tensor, view: ViewParams, i: int, size: int) -> torch.Tensor:
+    """Draw the i-th of some views, (3, size, size); on floats of 0..1 nothing is rounded."""
     top, left, height, width = view.crop[i].tolist()
     x: torch.Tensor = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
     if view.jitter[i]:
@@ -57,5 +58,5 @@ def _draw(image: torch.Tensor, view: ViewParams, i: int, size: int) -> torch.Ten
         window = 2 * int(np.ceil(3 * sigma)) + 1
         x = F.gaussian_blur(x, [window, window], [sigma, sigma])
     if view.solarize[i]:
-        x = F.solarize(x, 128)
+        x = F.solarize(x, 128 / 255 if x.is_floating_point() else 128)
     return F.horizontal_flip(x) if view.flip[i] else x
