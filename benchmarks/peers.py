@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from baselines.loaders import official_views
+from baselines.loaders import lightly_views, official_views
 from baselines.reference_moco import OfficialMoCo
 from comparisons.loader import Settings as LoaderSettings
 from comparisons.loader import best_workers
@@ -85,7 +85,7 @@ def official(
         moco = OfficialMoCo(recipe, World(), device, tuned)
         return moco.model.encoder_q, lambda q, k: moco.step(q, k, 0)
 
-    views = partial(_official_views, root, recipe, steps, workers)
+    views = partial(_views, official_views, root, recipe, steps, workers)
     return _measured(section, start, lambda: _on_device(views(), device, tuned), steps)
 
 
@@ -93,21 +93,10 @@ def lightly(
     section: Section, root: str, options: dict[str, Any], steps: int, workers: int, tuned: bool
 ) -> dict[str, Any]:
     """Train with lightly's MoCo v2, as its documentation writes it."""
-    from lightly.transforms.moco_transform import MoCoV2Transform
-    from torch.utils.data import DataLoader, RandomSampler
-    from torchvision import datasets
-
     recipe = recipe_of(root, options)
-    device, size = get_device(recipe.runtime.device, 0), recipe.encoder.image_size
-
-    def views() -> Generator[Views]:
-        folder = datasets.ImageFolder(root, MoCoV2Transform(input_size=size))
-        sampler = RandomSampler(folder, num_samples=(WARM_UP + steps) * recipe.batch)
-        batches = DataLoader(folder, recipe.batch, sampler=sampler, num_workers=workers)
-        for pair, _ in batches:
-            yield tuple(pair)
-
+    device = get_device(recipe.runtime.device, 0)
     start = partial(_lightly_step, recipe, device, tuned)
+    views = partial(_views, lightly_views, root, recipe, steps, workers)
     return _measured(section, start, lambda: _on_device(views(), device, tuned), steps)
 
 
@@ -144,9 +133,10 @@ def _lightly_step(recipe: Recipe, device: torch.device, tuned: bool) -> tuple[nn
     return query, step
 
 
-def _official_views(root: str, recipe: Recipe, steps: int, workers: int) -> Generator[Views]:
-    size, count = recipe.encoder.image_size, WARM_UP + steps
-    return official_views(root, size, recipe.batch, count, workers)
+def _views(
+    draw: Callable[..., Generator[Views]], root: str, recipe: Recipe, steps: int, workers: int
+) -> Generator[Views]:
+    return draw(root, recipe.encoder.image_size, recipe.batch, WARM_UP + steps, workers)
 
 
 def _on_device(views: Iterator[Views], device: torch.device, tuned: bool) -> Iterator[Views]:

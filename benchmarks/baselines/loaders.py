@@ -76,16 +76,19 @@ def lightly(
     section: Section, root: str, size: int, batch: int, batches: int, workers: int
 ) -> dict[str, Any]:
     """Draw with lightly's `MoCoV2Transform`."""
+    import lightly.transforms  # noqa: F401  # its import is not what is measured
+
+    count = WARM_UP + batches
+    return measured(section, lambda: lightly_views(root, size, batch, count, workers), batches)
+
+
+def lightly_views(root: str, size: int, batch: int, count: int, workers: int) -> Generator[Views]:
+    """Yield `count` batches of two views of the images of a folder, by lightly's transform."""
     from lightly.transforms.moco_transform import MoCoV2Transform
     from torchvision import datasets
 
-    transform = MoCoV2Transform(input_size=size)
-
-    def open_batches() -> Generator[Views]:
-        folder = datasets.ImageFolder(root, transform)
-        return _views(_loader(folder, batch, WARM_UP + batches, workers))
-
-    return measured(section, open_batches, batches)
+    folder = datasets.ImageFolder(root, MoCoV2Transform(input_size=size))
+    return _views(_loader(folder, batch, count, workers))
 
 
 def webdataset(
