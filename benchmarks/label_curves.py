@@ -19,31 +19,23 @@ import typer
 from fastmoco.core.environment import environment
 from fastmoco.core.rng import Ids, Permutation, Stream, stratified
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.label.diversity import coreset, herding
-from fastmoco.label.head import fit_head, fit_linear, pool_center, standardize
-from fastmoco.label.uncertainty import balance, judge, rank_scores
+from fastmoco.label.head import fit_linear, pool_center, standardize
+from fastmoco.label.query import Options, choose
 
 STRATEGIES = ("random", "herding", "coreset", "margin", "least", "entropy", "intersection")
 STRENGTH = 10.0
 
 
-def choose(
+def ask_for(
     strategy: str, rows: torch.Tensor, labels: torch.Tensor, known: Ids, count: int, seed: int
 ) -> Ids:
     """Return places to ask for among those that are not known."""
     free = np.setdiff1d(np.arange(len(rows)), known)
-    here, there = rows[torch.from_numpy(free)], rows[torch.from_numpy(known)]
     if strategy == "random":
         return free[Permutation(len(free), seed, Stream.QUERY)(np.arange(count))]
-    if strategy == "herding":
-        return free[herding(here / 4, there / 4, count)]
-    if strategy == "coreset":
-        return free[coreset(here / 4, there / 4, count)]
-    classes = int(labels.max()) + 1
-    head = fit_head(there, labels[torch.from_numpy(known)], classes, seed)
-    beliefs = judge(head, here)
-    order = rank_scores(beliefs.scores(strategy))
-    return free[balance(order, beliefs.predicted, count, classes)]
+    here, places = rows[torch.from_numpy(free)], torch.from_numpy(known)
+    options, classes = Options(count, strategy, seed=seed), int(labels.max()) + 1
+    return free[choose(strategy, here, rows[places], labels[places], classes, options, [])[0]]
 
 
 def curve(
@@ -63,7 +55,7 @@ def curve(
         right = (test[0] @ weight.T + bias).argmax(dim=1) == test[1]
         yield len(known), 100 * float(right.double().mean())
         if number < rounds:
-            new = choose(strategy, rows, labels, known, ask, 1000 * seed + number)
+            new = ask_for(strategy, rows, labels, known, ask, 1000 * seed + number)
             known = np.sort(np.concatenate([known, new]))
 
 

@@ -155,7 +155,7 @@ def find_candidates(
     hashes = np.array(pool.samples["hash"])
 
     def leave_out(which: "np.ndarray[Any, Any]", why: str) -> None:
-        if count := int((which & free).sum()):
+        if count := int(free[which].sum()):
             warnings.append(f"{count:,} samples are left out: {why}")
         free[which] = False
 
@@ -165,10 +165,10 @@ def find_candidates(
             leave_out(np.isin(hashes, known), why)
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
-        leave_out(np.isin(np.arange(len(pool)), rows.ids), f"labelled in the table {path.stem!r}")
+        leave_out(rows.ids, f"labelled in the table {path.stem!r}")
     for request in exclude:
-        asked = np.array(read_request(request), np.int64)
-        leave_out(np.isin(np.arange(len(pool)), asked), f"asked for in {request}")
+        asked = np.unique(np.array(read_request(request), np.int64))
+        leave_out(asked[(asked >= 0) & (asked < len(pool))], f"asked for in {request}")
     _, firsts = np.unique(hashes, return_index=True)
     again = np.ones(len(pool), dtype=bool)
     again[firsts] = False
@@ -217,21 +217,49 @@ def _by_features(
     raw = features(pool, candidates)
     center = pool_center(raw)
     rows = standardize(raw, center)
-    known = standardize(features(train.set, train.ids), center) if train else rows[:0]
+    if not train:
+        return choose(strategy, rows, rows[:0], None, 0, options, warnings)
+    known = standardize(features(train.set, train.ids), center)
+    labels = torch.from_numpy(train.labels).to(rows.device)
+    return choose(strategy, rows, known, labels, len(train.classes), options, warnings)
+
+
+def choose(
+    strategy: str,
+    rows: torch.Tensor,
+    known: torch.Tensor,
+    labels: torch.Tensor | None,
+    classes: int,
+    options: Options,
+    warnings: list[str],
+) -> tuple[Ids, Head | None, Beliefs | None]:
+    """Choose among samples by their features.
+
+    Args:
+        strategy: one that looks at features.
+        rows: (n, d) standardized, of the candidates.
+        known: (m, d) standardized, of what is labelled.
+        labels: (m,) of it; None: a strategy that needs none.
+        classes: their number.
+        options: the budget and the rest.
+        warnings: what the reader should know is added.
+
+    Returns:
+        (budget,) places, the head and what it says of them, if the strategy has one.
+    """
     if strategy == "coreset":
         return coreset(rows / 4, known / 4, options.budget), None, None
     if strategy == "herding":
         return _herd(rows / 4, known / 4, options, warnings), None, None
-    assert train
-    labels = torch.from_numpy(train.labels).to(rows.device)
-    head = fit_head(known, labels, len(train.classes), options.seed)
-    if (each := len(train.ids) / len(train.classes)) < _FEW_LABELS:
+    assert labels is not None
+    head = fit_head(known, labels, classes, options.seed)
+    if (each := len(labels) / classes) < _FEW_LABELS:
         few = f"{each:.0f} labels a class are few for uncertainty: --strategy herding serves better"
         warnings.append(few)
     beliefs = judge(head, rows)
     places = rank_scores(beliefs.scores(strategy))
     if options.balanced:
-        places = balance(places, beliefs.predicted, options.budget, len(train.classes))
+        places = balance(places, beliefs.predicted, options.budget, classes)
     places = places[: options.budget]
     of_chosen = Beliefs(*(column[places] for column in vars(beliefs).values()))
     return places, head, of_chosen
