@@ -12,13 +12,15 @@ STEPS = 40
 
 
 def items(task: Task) -> Items:
-    """Return the recipe as shipped, then compiled."""
+    """Return the recipe as shipped, compiled, and compiled with views from the CPU."""
     if task.dry:
         return {"train/resnet10 at 32 px, 16": Item(lambda: compare(task, []))}
+    compiled, fused = "runtime.compile=true", "runtime.executor=fused"
     return {
         "train/resnet50 at 224 px, 256": Item(lambda: compare(task, [])),
-        "train/the same, compiled": Item(
-            lambda: compare(task, ["runtime.compile=true"]), COMPILING_S
+        "train/the same, compiled": Item(lambda: compare(task, [compiled]), COMPILING_S),
+        "train/compiled, drawn by fused": Item(
+            lambda: compare(task, [compiled, fused]), COMPILING_S
         ),
     }
 

@@ -66,8 +66,8 @@ class Throughput:
         """Say what sets the pace, and what would change it."""
         if self.together >= WHOLE * self.step:
             return (
-                "The step sets the pace: data never waits. A faster step: runtime.compile=true "
-                "for long runs, a smaller encoder.image_size or encoder.arch."
+                "The step sets the pace: data never waits. A faster step: a smaller "
+                "encoder.image_size or encoder.arch."
             )
         if self.loader < self.step:
             gpu = " runtime.decode=mixed," if self.on_gpu else ""
@@ -78,8 +78,8 @@ class Throughput:
         if not self.on_gpu:
             return "Loader and step share the cores: each alone is faster. That is as it should be."
         return (
-            "Loader and step get into each other's way on the host: runtime.compile=true leaves "
-            "it fewer kernels to launch; fewer runtime.threads may help too."
+            "Loader and step get into each other's way on the host: fewer runtime.threads may "
+            "help, and runtime.compile=true, if it is off, leaves fewer kernels to launch."
         )
 
 

@@ -255,7 +255,8 @@ class Runtime(Strict):
 
     Attributes:
         precision: that the network computes in; weights and loss are fp32 (fp64: all of it).
-        compile: compile the encoders by torch.compile.
+        compile: compile the encoders by torch.compile; "auto": on a GPU, where Triton finds a C
+            compiler, unless the run is deterministic or BatchNorm spans ranks.
         deterministic: let torch choose deterministic kernels alone; slower on a GPU.
         accumulate: parts that a rank's share of a step goes through the network in, to save
             memory; BatchNorm's groups being fixed, the step stays the same.
@@ -282,7 +283,7 @@ class Runtime(Strict):
     """
 
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     deterministic: bool = False
     accumulate: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"

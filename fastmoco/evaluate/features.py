@@ -115,7 +115,9 @@ def embed(
         if batch is None:
             continue
         with torch.inference_mode(), preprocessing.autocast():
-            features = network(preprocessing.cast(batch.views[0]))
+            # Not the call that may be compiled: a last batch of another size would have it compiled
+            # anew, for sizes that vary, and training with it.
+            features = network.forward(preprocessing.cast(batch.views[0]))
         here = slice(first, first + len(batch.ids))
         rows[here] = features
         finite[here] = rows[here].isfinite().all(dim=1)  # not waited for

@@ -42,7 +42,7 @@ def test_bench_answers_on_the_users_own_set(run: Run, small_set: ShardSet) -> No
         (80, 100, 70, True, "try runtime.decode=mixed, more runtime.threads"),
         (80, 100, 70, False, "try more runtime.threads"),
         (300, 100, 60, False, "share the cores"),
-        (300, 100, 60, True, "runtime.compile=true"),
+        (300, 100, 60, True, "fewer runtime.threads"),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(

@@ -1,6 +1,8 @@
 """Features: against a loop over the source images with PIL, torchvision and nothing else."""
 
+import copy
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -81,6 +83,20 @@ def test_batches_do_not_matter(
     torch.testing.assert_close(
         embed(trained, data, "head", preprocessing()), whole, rtol=1e-4, atol=1e-5
     )
+
+
+def _refuse(*graph: object) -> NoReturn:
+    raise AssertionError("compiled")
+
+
+def test_what_training_compiled_is_not_compiled_again(
+    trained: Encoder, small_set: ShardSet
+) -> None:
+    """A last batch of another size would have it compiled anew, for sizes that vary: minutes."""
+    data, compiled = ConcatShardSets([small_set]), copy.deepcopy(trained)
+    compiled.compile(backend=_refuse)
+    features = embed(compiled, data, "head", preprocessing())
+    assert torch.equal(features, embed(trained, data, "head", preprocessing()))
 
 
 @pytest.mark.parametrize("size", [2, 5, 7, 24])

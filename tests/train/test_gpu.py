@@ -6,6 +6,7 @@ import pytest
 import torch
 from recipes import recipe_from
 from states import tensors
+from waits import no_waits
 
 from fastmoco.core.distributed import World
 from fastmoco.train.engine import Engine
@@ -23,7 +24,7 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(worker, device: torch.device, **options: object) -> Engine:
-    values = worker.DEFAULTS | {"batch": 32, "bn_group": 16} | options
+    values = worker.DEFAULTS | {"batch": 32, "bn_group": 16, "compile": False} | options
     return Engine(recipe_from(values), World(), device)
 
 
@@ -37,6 +38,13 @@ def test_a_step_equals_that_of_the_cpu(worker):
     assert int(ours.objective.queue.pointer) == int(theirs.objective.queue.pointer)
 
 
+def test_a_compiled_step_equals_a_plain_one(worker):
+    plain, compiled = (engine(worker, GPU, precision="fp32", compile=c) for c in (False, "auto"))
+    views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
+    a, b = (moco.step(*views, 0) for moco in (plain, compiled))
+    assert torch.allclose(a.loss, b.loss, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", ["sgd", "lars", "adam", "adamw"])
 @pytest.mark.parametrize("more", [{}, {"symmetric": True, "accumulate": 2, "clip": 1.0}], ids=str)
@@ -45,11 +53,8 @@ def test_a_step_never_waits(worker, precision, name, more):
     moco = engine(worker, GPU, precision=precision, optimizer=optimizer, **more)
     views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
     moco.step(*views, 0)  # makes what is made once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         moco.step(*views, 1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_snapshot_is_of_its_step_and_never_waits(worker):
@@ -57,12 +62,9 @@ def test_a_snapshot_is_of_its_step_and_never_waits(worker):
     views = [view.float().to(GPU) for view in worker.images(32, 0, size=16)]
     moco.step(*views, 0)
     before = tensors(copy.deepcopy(moco.state()))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         finished = snapshot(moco.state(), GPU)
         moco.step(*views, 1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     ours = tensors(finished())
     assert all(torch.equal(ours[name], before[name].cpu()) for name in before)
 

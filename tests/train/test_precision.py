@@ -9,7 +9,7 @@ from recipes import recipe_from
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
-from fastmoco.train.engine import Engine
+from fastmoco.train.engine import Engine, should_compile
 
 CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -93,3 +93,29 @@ def test_a_compiled_step_equals_a_plain_one(worker):
     a, b = (moco.step(*worker.images(16, 0), 0) for moco in (plain, compiled))
     assert torch.allclose(a.loss, b.loss, rtol=0, atol=1e-9)
     assert torch.allclose(a.grad_norm, b.grad_norm, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "bn", "ranks", "deterministic", "expected"),
+    [
+        ("auto", "cuda", "groups", 2, False, True),
+        ("auto", "cuda", "whole", 1, False, True),
+        ("auto", "cuda", "whole", 2, False, False),
+        ("auto", "cuda", "groups", 1, True, False),
+        ("auto", "cpu", "groups", 1, False, False),
+        (True, "cpu", "whole", 2, True, True),
+        (False, "cuda", "groups", 1, False, False),
+    ],
+)
+def test_auto_compiles_where_it_is_one_graph_on_a_gpu(
+    worker, monkeypatch, compile, device, bn, ranks, deterministic, expected
+):
+    recipe = recipe_from(
+        {**worker.DEFAULTS, "bn": bn, "compile": compile, "deterministic": deterministic}
+    )
+    monkeypatch.setenv("CC", "cc")
+    assert should_compile(recipe, World(0, ranks), torch.device(device)) is expected
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    without = expected if compile != "auto" else False
+    assert should_compile(recipe, World(0, ranks), torch.device(device)) is without
