@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.classes import Found, Known, few, is_no_label, is_utf8, parse_number
+from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet
 from fastmoco.errors import DataError
 from fastmoco.label.names import Names, find_samples, get_left_out, guess_meaning, is_name_of
@@ -94,6 +95,23 @@ def read_table(
         names,
         [note for note in notes if note],
     )
+
+
+def read_labelled(root: Path, table: str) -> Labelled:
+    """Return the samples of a set that a table labels.
+
+    Args:
+        root: the set.
+        table: the name of a side table, or the path of a `.npy` or of a CSV, see `read_table`.
+
+    Raises:
+        DataError: no set there, or the table does not fit it.
+    """
+    shard_set = ShardSet(root)
+    if Path(table).suffix.lower() not in (".csv", ".jsonl"):
+        return Labelled.of(shard_set, table)
+    found = read_table(shard_set, Path(table))
+    return Labelled.of_rows(shard_set, found.ids, found.labels, found.weights, found.classes, table)
 
 
 class _Faults:
