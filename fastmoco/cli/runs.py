@@ -61,6 +61,8 @@ def knn(
     sets = Sets(train, test, labels, more)
     with _evaluation(run, sets, device, precision) as opened:
         found = opened.knn(feature, k, t)
+        if opened.world.is_main and opened.train.relative_weights() is not None:
+            echo("warning: weights of labels do not count in kNN", err=True)
         _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
 
 
@@ -84,6 +86,7 @@ def probe(
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
+    choose: options.Chosen = "holdout",
     seed: Annotated[int, options.of_seed("Of the order.")] = 0,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -99,6 +102,7 @@ def probe(
         features="cached" if cached else "augmented",
         schedule=schedule,
         warmup=warmup,
+        choose=choose,
     )
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:
@@ -240,8 +244,11 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     if not opened.world.is_main:
         return
     echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    chosen = found.get("chosen")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
+        if chosen and score["lr"] == chosen["lr"]:
+            mark = f" <- chosen by {chosen['held_out']} labels held out ({chosen['by']}){mark}"
         accuracies = "diverged"
         if "diverged" not in score:
             accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"

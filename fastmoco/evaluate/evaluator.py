@@ -1,5 +1,6 @@
 """From a run folder to a number: opens what an evaluation needs, and writes down what it found."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -11,8 +12,9 @@ import torch
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, get_device
-from fastmoco.dataset.labels import Labelled, labelled_pair
+from fastmoco.dataset.labels import Labelled, Weights, labelled_pair
 from fastmoco.errors import UsageError
+from fastmoco.evaluate.choosing import HeldOut
 from fastmoco.evaluate.features import (
     Feature,
     Pair,
@@ -27,6 +29,7 @@ from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.probe import (
     Heads,
     ProbeConfig,
+    held_out_top1,
     judge,
     record,
     scores,
@@ -134,7 +137,10 @@ class Evaluation:
         return embed_labelled(self.encoder, one, feature, self.preprocessing, self.world)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
-        """Classify the test set by its nearest neighbors in the training set, and record it."""
+        """Classify the test set by its nearest neighbors in the training set, and record it.
+
+        Each has one vote by its similarity: weights of labels do not count.
+        """
         bank = KNNClassifier(*self.features(self.train, feature), self.classes, k, t, self.world)
         found = bank.predict(*self.features(self.test, feature))
         protocol = {"feature": feature, "k": k, "t": t, "precision": self.preprocessing.precision}
@@ -153,42 +159,63 @@ class Evaluation:
             UsageError: the ranks cannot share a batch evenly.
             DivergedError: of no learning rate the logits are finite numbers.
         """
+        held, rates = None, len(protocol.lrs)
+        if protocol.choose == "holdout" and rates > 1:
+            held = HeldOut.of(self.train, protocol.seed)
+        weights = held.weights(self.train) if held else self.train.relative_weights()
+        cached = protocol.features == "cached"
         with unchanged(self.encoder):
             test = self.features(self.test, "backbone")
-            if protocol.features == "cached":
-                heads = self._train_cached(protocol, on_epoch)
+            if cached or held:
+                train = self.features(self.train, "backbone")
+            if cached:
+                everything = self._train_cached(train, protocol, weights, on_epoch)
             else:
-                heads = self._train_augmented(protocol, on_epoch)
+                everything = self._train_augmented(protocol, weights, on_epoch)
+        heads = everything.group(0, rates)
         found = [one.gathered(self.world) for one in judge(heads, *test)]
         result = record(scores(heads, found), protocol)
+        lr = result["best"]["lr"]
+        if held:
+            folds = torch.from_numpy(held.folds[self.world.share(len(held.folds))])
+            top1 = held_out_top1(everything, rates, train, folds.to(train[1].device), self.world)
+            sound = [t if one.finite() else math.nan for t, one in zip(top1, found, strict=True)]
+            result["chosen"] = held.record(protocol.lrs, sound)
+            lr = result["chosen"]["lr"]
         result["protocol"]["precision"] = self.preprocessing.precision
-        sound = (one for one in found if one.finite())
-        return self.record(result, max(sound, key=lambda one: one.top(1)))
+        return self.record(result, found[protocol.lrs.index(lr)])
 
-    def _train_cached(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
+    def _train_cached(
+        self,
+        train: Pair,
+        protocol: ProbeConfig,
+        weights: Weights | None,
+        on_epoch: Callable[[int], None],
+    ) -> Heads:
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
         # Shared out, each step would have to average gradients 40 times as large as its batch.
-        samples = [
-            self.world.gather_shares(rows, len(self.train.ids))
-            for rows in self.features(self.train, "backbone")
-        ]
-        if (weights := self.train.relative_weights()) is not None:
+        samples = [self.world.gather_shares(rows, len(self.train.ids)) for rows in train]
+        if weights is not None:
             samples.append(torch.from_numpy(weights).to(samples[0].device))
-        return train_cached(tuple(samples), self.classes, protocol, on_epoch)
+        groups = _count_groups(weights)
+        return train_cached(tuple(samples), self.classes, protocol, on_epoch, groups)
 
-    def _train_augmented(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
-        heads = Heads(self.encoder.features, self.classes, protocol.lrs)
+    def _train_augmented(
+        self, protocol: ProbeConfig, weights: Weights | None, on_epoch: Callable[[int], None]
+    ) -> Heads:
+        lrs = protocol.lrs * _count_groups(weights)
+        heads = Heads(self.encoder.features, self.classes, lrs)
         heads.to(self.preprocessing.settings.device)
-        crops = self._crops(protocol)
+        crops = self._crops(protocol, weights)
         epochs = self._augmented_epochs(crops, protocol.epochs)
         per_epoch = crops.plan.steps_per_epoch
         train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.world)
         return heads
 
-    def _crops(self, protocol: ProbeConfig) -> Crops:
+    def _crops(self, protocol: ProbeConfig, weights: Weights | None = None) -> Crops:
         return Crops(
             self.train,
-            self.train.relative_weights(),
+            weights,
             protocol.batch,
             protocol.seed,
             self.preprocessing,
@@ -224,6 +251,11 @@ class Evaluation:
         except (OSError, MemoryError, UsageError) as error:
             reason = getattr(error, "strerror", None) or str(error) or "out of memory"
             return result | {"unrecorded": f"{self.run.root} cannot be written ({reason})"}
+
+
+def _count_groups(weights: Weights | None) -> int:
+    """Return how many groups of heads weights are for."""
+    return 1 if weights is None or weights.ndim == 1 else weights.shape[1]
 
 
 def _described(one: Labelled) -> dict[str, Any]:

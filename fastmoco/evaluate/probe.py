@@ -15,6 +15,7 @@ from torch import nn
 from fastmoco.core.distributed import World
 from fastmoco.core.schedules import cosine
 from fastmoco.errors import DivergedError
+from fastmoco.evaluate.choosing import Choose
 from fastmoco.evaluate.features import Pair, Samples
 from fastmoco.evaluate.predictions import Predictions
 
@@ -34,6 +35,8 @@ class ProbeConfig:
             each epoch, as in the paper).
         schedule: "step" (the paper's) or "cosine", which falls each step.
         warmup: epochs of a linear rise before either.
+        choose: the rate whose number counts, by labels held out of training or, as before, by
+            the test set; of one rate there is nothing to choose.
     """
 
     epochs: int = 100
@@ -43,6 +46,7 @@ class ProbeConfig:
     features: str = "augmented"
     schedule: Literal["step", "cosine"] = "step"
     warmup: float = 0.0
+    choose: Choose = "holdout"
 
     def rate(self, step: int, per_epoch: int) -> float:
         """Return what the learning rates are multiplied by in a step, counted from 0."""
@@ -97,14 +101,26 @@ class Heads(nn.Module):
         Args:
             features: (n, features) fp32.
             labels: (n,) int64.
-            weights: (n,) fp32, that the losses of the samples are multiplied by; None: 1.
+            weights: (n,) fp32, that the losses of the samples are multiplied by, or (n, m) for m
+                groups of heads, one after the other; None: 1.
         """
         logits = self(features)
         wanted = labels[:, None].expand(-1, len(self.lrs))
         each = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         if weights is not None:
-            each = each * weights[:, None]
+            each = (each.view(*weights.shape, -1) * weights[..., None]).flatten(1)
         return (each.mean(dim=0) * self.lrs).sum()
+
+    def group(self, number: int, size: int) -> "Heads":
+        """Return `size` of the heads, copied: those from `number * size` on."""
+        part = slice(number * size, (number + 1) * size)
+        classes = len(self.bias) // len(self.rates)
+        found = Heads(self.weight.shape[1], classes, self.rates[part]).to(self.weight)
+        rows = slice(part.start * classes, part.stop * classes)
+        with torch.no_grad():
+            found.weight.copy_(self.weight[rows])
+            found.bias.copy_(self.bias[rows])
+        return found
 
 
 def train_heads(
@@ -174,6 +190,7 @@ def train_cached(
     classes: int,
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
+    groups: int = 1,
 ) -> Heads:
     """Return heads trained on cached features, on their device.
 
@@ -182,8 +199,9 @@ def train_cached(
         classes: number of labels.
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
+        groups: of heads, one for each column of the weights.
     """
-    heads = Heads(train[0].shape[1], classes, protocol.lrs).to(train[0].device)
+    heads = Heads(train[0].shape[1], classes, protocol.lrs * groups).to(train[0].device)
     per_epoch = -(-len(train[0]) // protocol.batch)
     train_heads(heads, cached_epochs(train, protocol), per_epoch, protocol, on_epoch)
     return heads
@@ -193,6 +211,34 @@ def probe_cached(train: Samples, test: Pair, classes: int, protocol: ProbeConfig
     """Train the heads on cached features and score them on those of a test set."""
     heads = train_cached(train, classes, protocol)
     return scores(heads, judge(heads, *test))
+
+
+def held_out_top1(
+    heads: Heads, rates: int, samples: Pair, folds: torch.Tensor, world: World = World()
+) -> list[float]:
+    """Return for each rate the top-1 of the samples by the heads that did not see them, percent.
+
+    Args:
+        heads: groups of `rates` heads; group 1 + f was trained without the samples of fold f.
+        rates: their number.
+        samples: (n, features) fp32 features and (n,) int64 labels, this rank's share.
+        folds: (n,) int64; -1: seen by all.
+        world: that shares the samples.
+
+    Returns:
+        NaN for a rate at which a head diverged.
+    """
+    right, total = torch.zeros(rates, dtype=torch.float64), 0
+    for fold in range(len(heads.rates) // rates - 1):
+        out = folds == fold
+        total += int(out.sum())
+        if out.any():
+            found = judge(heads.group(1 + fold, rates), *(part[out] for part in samples))
+            counts = [float((one.place == 0).sum()) if one.finite() else math.nan for one in found]
+            right += torch.tensor(counts)
+    parts = world.gather_object((right, total))
+    share = sum(part for part, _ in parts) / sum(count for _, count in parts)
+    return (100 * torch.as_tensor(share)).tolist()
 
 
 def get_best(found: Sequence[Score]) -> Score:

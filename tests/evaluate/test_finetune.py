@@ -175,7 +175,19 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
     """Gradients are averaged, bank and queries divided; rank 0 alone writes and talks."""
     run = make_run(executor="fused").root
     which = ["--train", str(sets[0]), "--test", str(sets[1])]
-    probe = ["probe", str(run), *which, "--epochs", "2", "--batch", "12", "--lr", "0.1"]
+    probe = [
+        "probe",
+        str(run),
+        *which,
+        "--epochs",
+        "2",
+        "--batch",
+        "12",
+        "--lr",
+        "0.1",
+        "--lr",
+        "1",
+    ]
     knn = ["knn", str(run), *which, "--k", "7"]
     tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -198,4 +210,5 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
         np.testing.assert_allclose(second["confidence"], first["confidence"], atol=1e-4)
         assert np.array_equal(second["predicted"], first["predicted"])
         assert two["top1"] == one["top1"]
+    assert rows[0]["chosen"] == rows[1]["chosen"] and rows[0]["chosen"]["by"] == "holdout"
     assert [row["protocol"]["bn_batch"] for row in rows[4:]] == [8, 4]
