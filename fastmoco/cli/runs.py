@@ -248,7 +248,7 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
         if chosen and score["lr"] == chosen["lr"]:
-            mark = f" <- chosen by {chosen['held_out']} labels held out ({chosen['by']}){mark}"
+            mark = f" <- chosen by {chosen['images']} labels held out ({chosen['by']}){mark}"
         accuracies = "diverged"
         if "diverged" not in score:
             accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"

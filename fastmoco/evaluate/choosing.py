@@ -49,6 +49,11 @@ class HeldOut:
         return cls("folds", folds)
 
     @property
+    def images(self) -> int:
+        """Samples that are held out at some time."""
+        return int((self.folds >= 0).sum())
+
+    @property
     def count(self) -> int:
         """Trainings that leave some out."""
         return int(self.folds.max()) + 1
@@ -64,22 +69,27 @@ class HeldOut:
         relative: Weights = (table / table.mean(axis=0)).astype(np.float32)
         return relative
 
-    def record(self, rates: Sequence[float], top1: Sequence[float]) -> dict[str, Any]:
-        """Return the chosen rate with what it was chosen by: the highest top-1, ties to the lower.
 
-        Args:
-            rates: learning rates.
-            top1: of the held-out samples, percent; NaN: it diverged.
+def choose_rate(
+    rates: Sequence[float], top1: Sequence[float], by: str, images: int
+) -> dict[str, Any]:
+    """Return the rate of the highest top-1, ties to the lower, with what it was chosen by.
 
-        Raises:
-            DivergedError: all did.
-        """
-        sound = [(-top, rate) for rate, top in zip(rates, top1, strict=True) if math.isfinite(top)]
-        if not sound:
-            raise DivergedError(f"Training diverged at every learning rate {rates}: lower --lr.")
-        return {
-            "lr": min(sound)[1],
-            "by": self.how,
-            "held_out": int((self.folds >= 0).sum()),
-            "held_out_top1": [top if math.isfinite(top) else None for top in top1],
-        }
+    Args:
+        rates: learning rates.
+        top1: theirs, percent; NaN: it diverged.
+        by: which images: "holdout", "folds" or "test".
+        images: their number.
+
+    Raises:
+        DivergedError: all did.
+    """
+    pairs = [
+        (rate, top if math.isfinite(top) else None) for rate, top in zip(rates, top1, strict=True)
+    ]
+    sound = [(-top, rate) for rate, top in pairs if top is not None]
+    if not sound:
+        named = ", ".join(f"{rate:g}" for rate in rates)
+        raise DivergedError(f"Training diverged at every learning rate ({named}): lower --lr.")
+    candidates = [{"lr": rate, "top1": top} for rate, top in pairs]
+    return {"lr": min(sound)[1], "by": by, "images": images, "candidates": candidates}

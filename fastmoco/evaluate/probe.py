@@ -91,25 +91,22 @@ class Heads(nn.Module):
         heads = len(self.rates)  # view(-1) could not tell the classes of no features
         return logits.view(len(features), heads, len(self.bias) // heads)
 
-    def loss(
-        self, features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    def losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the cross-entropies of the heads, each times its learning rate, summed.
-
-        SGD without weight decay at rate 1 on this sum moves each head as its own rate would.
+        """Return the (heads,) cross-entropies.
 
         Args:
-            features: (n, features) fp32.
+            logits: (n, heads, classes).
             labels: (n,) int64.
             weights: (n,) fp32, that the losses of the samples are multiplied by, or (n, m) for m
                 groups of heads, one after the other; None: 1.
         """
-        logits = self(features)
         wanted = labels[:, None].expand(-1, len(self.lrs))
         each = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         if weights is not None:
             each = (each.view(*weights.shape, -1) * weights[..., None]).flatten(1)
-        return (each.mean(dim=0) * self.lrs).sum()
+        return each.mean(dim=0)
 
     def group(self, number: int, size: int) -> "Heads":
         """Return `size` of the heads, copied: those from `number * size` on."""
@@ -130,8 +127,11 @@ def train_heads(
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
     world: World = World(),
-) -> None:
+) -> torch.Tensor:
     """Train the heads in place.
+
+    SGD without weight decay at rate 1, on the sum of the losses each times its learning rate, moves
+    each head as its own rate would.
 
     Args:
         heads: to train.
@@ -140,18 +140,28 @@ def train_heads(
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
         world: each has an equal share of every batch.
+
+    Returns:
+        (epochs, 2, heads) mean loss and share of right guesses of the training batches.
     """
+    curve = torch.zeros(protocol.epochs, 2, len(heads.rates)).to(heads.lrs)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
     for epoch, batches in enumerate(epochs):
         for step, batch in enumerate(batches, epoch * per_epoch):
             optimizer.param_groups[0]["lr"] = protocol.rate(step, per_epoch)
             optimizer.zero_grad()
-            heads.loss(*batch).backward()  # type: ignore[no-untyped-call]
+            features, labels, *weights = batch
+            logits = heads(features)
+            losses = heads.losses(logits, labels, *weights)
+            (losses * heads.lrs).sum().backward()  # type: ignore[no-untyped-call]
+            right = (logits.detach().argmax(dim=2) == labels[:, None]).to(losses.dtype)
+            curve[epoch] += torch.stack([losses.detach(), right.mean(dim=0)]) / per_epoch
             for parameter in heads.parameters():
                 if parameter.grad is not None:
                     world.mean_(parameter.grad)
             optimizer.step()
         on_epoch(epoch + 1)
+    return world.mean_(curve)
 
 
 def cached_epochs(samples: Samples, protocol: ProbeConfig) -> Iterator[Iterator[Samples]]:
@@ -176,6 +186,17 @@ def judge(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Pr
     return [Predictions.cat(own) for own in parts]
 
 
+@torch.no_grad()
+def count_right(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the (heads,) right guesses among (N, features) features with (N,) int64 labels."""
+    found = torch.zeros(len(heads.rates), dtype=torch.int64, device=labels.device)
+    for some, wanted in zip(
+        torch.split(features, _CHUNK), torch.split(labels, _CHUNK), strict=True
+    ):
+        found += (heads(some).argmax(dim=2) == wanted[:, None]).sum(dim=0)
+    return found
+
+
 def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
     """Return each head's top-1 and top-5 accuracy."""
     pairs = zip(heads.rates, found, strict=True)
@@ -190,7 +211,6 @@ def train_cached(
     classes: int,
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
-    groups: int = 1,
 ) -> Heads:
     """Return heads trained on cached features, on their device.
 
@@ -199,9 +219,8 @@ def train_cached(
         classes: number of labels.
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
-        groups: of heads, one for each column of the weights.
     """
-    heads = Heads(train[0].shape[1], classes, protocol.lrs * groups).to(train[0].device)
+    heads = Heads(train[0].shape[1], classes, protocol.lrs).to(train[0].device)
     per_epoch = -(-len(train[0]) // protocol.batch)
     train_heads(heads, cached_epochs(train, protocol), per_epoch, protocol, on_epoch)
     return heads

@@ -10,7 +10,7 @@ import torch
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DivergedError, UsageError
-from fastmoco.evaluate.choosing import HeldOut
+from fastmoco.evaluate.choosing import HeldOut, choose_rate
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.probe import (
     Heads,
@@ -57,17 +57,16 @@ def test_folds_where_a_class_has_fewer(small_set: ShardSet) -> None:
         HeldOut.of(labelled(small_set, [0, 1, 2]), seed=1)
 
 
-def test_the_highest_wins_and_of_equal_ones_the_lower_rate(small_set: ShardSet) -> None:
-    held = HeldOut.of(labelled(small_set, [0, 0, 1, 1]), seed=0)
-    assert held.record((3.0, 0.1, 1.0), [50, 75, 75])["lr"] == 0.1
-    assert held.record((3.0, 0.1), [50, float("nan")]) == {
+def test_the_highest_wins_and_of_equal_ones_the_lower_rate() -> None:
+    assert choose_rate((3.0, 0.1, 1.0), [50, 75, 75], "folds", 4)["lr"] == 0.1
+    assert choose_rate((3.0, 0.1), [50, float("nan")], "folds", 4) == {
         "lr": 3.0,
         "by": "folds",
-        "held_out": 4,
-        "held_out_top1": [50, None],
+        "images": 4,
+        "candidates": [{"lr": 3.0, "top1": 50}, {"lr": 0.1, "top1": None}],
     }
-    with pytest.raises(DivergedError, match="diverged at every learning rate"):
-        held.record((3.0,), [float("nan")])
+    with pytest.raises(DivergedError, match=r"diverged at every learning rate \(3\)"):
+        choose_rate((3.0,), [float("nan")], "folds", 4)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -122,7 +121,7 @@ def test_the_test_set_chooses_nothing(evaluation: Evaluation, features: str) -> 
     first = evaluation.probe(protocol)
     second = replace(evaluation, test=shuffled).probe(protocol)
     assert first["chosen"] == second["chosen"] and first["chosen"]["by"] == "folds"
-    assert first["chosen"]["held_out"] == 24 and first["chosen"]["lr"] > 1e-6
+    assert first["chosen"]["images"] == 24 and first["chosen"]["lr"] > 1e-6
     assert first["best"] != second["best"]
     for row in (first, second):
         assert row["best"]["top1"] == max(one["top1"] for one in row["learning_rates"])
