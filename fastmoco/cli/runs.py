@@ -127,12 +127,14 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
     lr: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
             callback=options.positive,
-            help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
+            help="Of the backbone; several to choose among. [default: 0.02, from scratch 0.1, "
+            "times batch / 256]",
         ),
     ] = None,
+    choose: options.Chosen = "holdout",
     head_lr: Annotated[
         float | None,
         typer.Option(
@@ -147,6 +149,9 @@ def finetune(
     size: Annotated[
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
+    even: Annotated[
+        bool, typer.Option("--even", help="Show every class equally often, in as many steps.")
+    ] = False,
     seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
@@ -165,13 +170,16 @@ def finetune(
         from_scratch=from_scratch,
         epochs=epochs,
         steps=steps,
-        lr=lr,
+        lr=lr[0] if lr else None,
+        lrs=tuple(lr or ()),
+        choose=choose,
         head_lr=head_lr,
         batch=batch,
         weight_decay=weight_decay,
         seed=seed,
         normalize=normalize,
         size=size,
+        even=even,
     )
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:
@@ -253,6 +261,11 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
         if "diverged" not in score:
             accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
         echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+    if chosen and "learning_rates" not in found:
+        echo(f"  rate {chosen['lr']:g} chosen by {chosen['images']} images ({chosen['by']}):")
+        for one in chosen["candidates"]:
+            top1 = "diverged" if one["top1"] is None else f"top-1 {one['top1']:6.2f} %"
+            echo(f"  lr {one['lr']:<5g} {top1}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
     echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))
