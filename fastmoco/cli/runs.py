@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -15,6 +15,17 @@ from fastmoco.errors import UsageError
 
 if TYPE_CHECKING:
     from fastmoco.evaluate.evaluator import Evaluation
+
+
+class Sets(NamedTuple):
+    """What a classifier is trained on and tested on, as the options say it."""
+
+    train: Path | None
+    test: Path | None
+    labels: str | None
+    more: list[str] | None
+    per_class: int | None = None
+    seed: int = 0
 
 
 def pretrain(
@@ -37,6 +48,7 @@ def knn(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
     feature: options.Feature = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbors that vote.")] = 200,
     t: Annotated[
@@ -46,8 +58,11 @@ def knn(
     device: options.Device = "auto",
 ) -> None:
     """Classify a test set by its nearest neighbors among the features of a run."""
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more)
+    with _evaluation(run, sets, device, precision) as opened:
         found = opened.knn(feature, k, t)
+        if opened.world.is_main and opened.train.relative_weights() is not None:
+            echo("warning: weights of labels do not count in kNN", err=True)
         _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
 
 
@@ -56,6 +71,8 @@ def probe(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
+    per_class: options.PerClass = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
         list[float] | None,
@@ -69,6 +86,7 @@ def probe(
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
+    choose: options.Chosen = "holdout",
     seed: Annotated[int, options.of_seed("Of the order.")] = 0,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -84,8 +102,10 @@ def probe(
         features="cached" if cached else "augmented",
         schedule=schedule,
         warmup=warmup,
+        choose=choose,
     )
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more, per_class, seed)
+    with _evaluation(run, sets, device, precision) as opened:
         with progress("probe") as on_progress:
             found = opened.probe(protocol, lambda done: on_progress(done, epochs))
         _tell(opened, found, f"linear probe, {protocol.features} features, {epochs} epochs")
@@ -96,6 +116,8 @@ def finetune(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
+    per_class: options.PerClass = None,
     fraction: Annotated[float, typer.Option(help="Of the labels of each class, 0..1.")] = 1,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Random weights: the supervised baseline.")
@@ -105,12 +127,14 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
     lr: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
             callback=options.positive,
-            help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
+            help="Of the backbone; several to choose among. [default: 0.02, from scratch 0.1, "
+            "times batch / 256]",
         ),
     ] = None,
+    choose: options.Chosen = "holdout",
     head_lr: Annotated[
         float | None,
         typer.Option(
@@ -125,6 +149,9 @@ def finetune(
     size: Annotated[
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
+    even: Annotated[
+        bool, typer.Option("--even", help="Show every class equally often, in as many steps.")
+    ] = False,
     seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
@@ -136,20 +163,26 @@ def finetune(
 
     if not 0 < fraction <= 1:
         raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
+    if per_class and fraction < 1:
+        raise UsageError("--fraction and --per-class both choose labels: pass one of them.")
     tuning = FinetuneConfig(
         fraction=fraction,
         from_scratch=from_scratch,
         epochs=epochs,
         steps=steps,
-        lr=lr,
+        lr=lr[0] if lr else None,
+        lrs=tuple(lr or ()),
+        choose=choose,
         head_lr=head_lr,
         batch=batch,
         weight_decay=weight_decay,
         seed=seed,
         normalize=normalize,
         size=size,
+        even=even,
     )
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more, per_class, seed)
+    with _evaluation(run, sets, device, precision) as opened:
         with progress("finetune") as on_progress:
             found = tune(opened, tuning, on_progress, save)
         start = "from scratch" if from_scratch else "from the run's backbone"
@@ -188,19 +221,26 @@ def demo(
 
 @contextmanager
 def _evaluation(
-    run: Path,
-    train: Path | None,
-    test: Path | None,
-    device: str,
-    labels: str | None,
-    precision: str | None,
+    run: Path, sets: Sets, device: str, precision: str | None
 ) -> Iterator["Evaluation"]:
     """Open a run and its labelled sets, on the ranks that torchrun started."""
     from fastmoco.core.distributed import init_distributed
     from fastmoco.evaluate.evaluator import Evaluation
+    from fastmoco.label.table import read_labelled
 
     with init_distributed(device) as (world, _):
-        opened = Evaluation.open(run, train, test, device, labels, precision, world)
+        opened = Evaluation.open(
+            run,
+            sets.train,
+            sets.test,
+            device,
+            sets.labels,
+            precision,
+            world,
+            [read_labelled(*pair) for pair in options.split_pairs(sets.more)],
+            sets.per_class,
+            sets.seed,
+        )
         if world.is_main:
             for caution in opened.cautions:
                 echo(f"warning: {caution}", err=True)
@@ -212,12 +252,20 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     if not opened.world.is_main:
         return
     echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    chosen = found.get("chosen")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
+        if chosen and score["lr"] == chosen["lr"]:
+            mark = f" <- chosen by {chosen['images']} labels held out ({chosen['by']}){mark}"
         accuracies = "diverged"
         if "diverged" not in score:
             accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
         echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+    if chosen and "learning_rates" not in found:
+        echo(f"  rate {chosen['lr']:g} chosen by {chosen['images']} images ({chosen['by']}):")
+        for one in chosen["candidates"]:
+            top1 = "diverged" if one["top1"] is None else f"top-1 {one['top1']:6.2f} %"
+            echo(f"  lr {one['lr']:<5g} {top1}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
     echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from fastmoco.core.rng import Ids, Permutation, Stream
+from fastmoco.core.rng import assign_folds
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidates for C, the inverse strength of the penalty."""
-_FOLDS, _FEW = 5, 20  # below so many out-of-fold samples nothing is chosen
+_FEW = 20  # below so many out-of-fold samples nothing is chosen
 _BINS = 15  # of the calibration error
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -98,20 +97,6 @@ def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int =
         calibration_error(chosen.softmax(dim=1), right),
         calibration_error((chosen / temperature).softmax(dim=1), right),
     )
-
-
-def assign_folds(labels: Ids, seed: int) -> Ids:
-    """Return the (n,) fold of each sample, dealt class by class; -1: the only one of its class."""
-    sizes = {label: int((labels == label).sum()) for label in np.unique(labels).tolist()}
-    several = [size for size in sizes.values() if size > 1]
-    folds = np.full(len(labels), -1, dtype=np.int64)
-    for label, size in sizes.items():
-        if size > 1:
-            order = Permutation(size, seed, Stream.SUBSET, label + 1)(np.arange(size))
-            folds[np.flatnonzero(labels == label)[order]] = np.arange(size) % min(
-                _FOLDS, min(several)
-            )
-    return folds
 
 
 def fit_linear(

@@ -161,14 +161,16 @@ def find_candidates(
 
     for labelled, why in ((train, "labelled already"), (test, "of the test set")):
         if labelled:
-            known = np.array(labelled.set.samples["hash"])[labelled.ids]
+            known = labelled.data.rows(labelled.ids)["hash"]
             leave_out(np.isin(hashes, known), why)
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
-        leave_out(rows.ids, f"labelled in the table {path.stem!r}")
+        known = hashes[rows.ids]
+        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r}")
     for request in exclude:
         asked = np.unique(np.array(read_request(request), np.int64))
-        leave_out(asked[(asked >= 0) & (asked < len(pool))], f"asked for in {request}")
+        known = hashes[asked[(asked >= 0) & (asked < len(pool))]]
+        leave_out(np.isin(hashes, known), f"asked for in {request}")
     _, firsts = np.unique(hashes, return_index=True)
     again = np.ones(len(pool), dtype=bool)
     again[firsts] = False
@@ -210,16 +212,15 @@ def _by_features(
     settings = get_settings(run.runtime(), World(), device)
     preprocessing = frozen_preprocessing(spec, run.runtime(), settings)
 
-    def features(shard_set: ShardSet, ids: Ids) -> torch.Tensor:
-        data = ConcatShardSets([shard_set])
+    def features(data: ConcatShardSets, ids: Ids) -> torch.Tensor:
         return embed(encoder, data, options.feature, preprocessing, ids=ids)
 
-    raw = features(pool, candidates)
+    raw = features(ConcatShardSets([pool]), candidates)
     center = pool_center(raw)
     rows = standardize(raw, center)
     if not train:
         return choose(strategy, rows, rows[:0], None, 0, options, warnings)
-    known = standardize(features(train.set, train.ids), center)
+    known = standardize(features(train.data, train.ids), center)
     labels = torch.from_numpy(train.labels).to(rows.device)
     return choose(strategy, rows, known, labels, len(train.classes), options, warnings)
 
