@@ -22,7 +22,10 @@ from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.label.head import fit_linear, pool_center, standardize
 from fastmoco.label.query import Options, choose
 
-STRATEGIES = ("random", "herding", "coreset", "margin", "least", "entropy", "intersection")
+STRATEGIES = (
+    *("random", "herding", "typiclust", "kmeans", "coreset"),
+    *("hybrid", "margin", "least", "entropy", "intersection"),
+)
 STRENGTH = 10.0
 
 

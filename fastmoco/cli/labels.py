@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from fastmoco.dataset.labels import Labelled
 
 Strategy = Literal[
-    "auto", "random", "least", "margin", "entropy", "intersection", "coreset", "herding", "scores"
+    "auto",
+    "random",
+    "least",
+    "margin",
+    "entropy",
+    "intersection",
+    "hybrid",
+    "coreset",
+    "herding",
+    "kmeans",
+    "typiclust",
+    "scores",
 ]
 
 

@@ -14,7 +14,7 @@ from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
-from fastmoco.label.diversity import coreset, herding
+from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
 from fastmoco.label.head import Head, fit_head, pool_center, standardize
 from fastmoco.label.request import Request, read_request
 from fastmoco.label.uncertainty import Beliefs, balance, judge, rank_scores
@@ -22,9 +22,11 @@ from fastmoco.load.executor import get_settings
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 
-BY_HEAD = ("least", "margin", "entropy", "intersection")
+BY_HEAD = ("least", "margin", "entropy", "intersection", "hybrid")
 _FEW_LABELS = 100  # a class; below, covering the pool brings more than uncertainty
+_LOSES_WITH_FEW = ("least", "entropy", "intersection", "coreset")
 _CANDIDATES, _REFERENCE = 65_536, 32_768  # that herding looks at, of a larger pool
+_UNSURE = 10  # times the budget: the samples that hybrid clusters
 
 
 @dataclass(frozen=True)
@@ -214,22 +216,47 @@ def choose(
     Returns:
         (budget,) places, the head and what it says of them, if the strategy has one.
     """
-    if strategy == "coreset":
-        return coreset(rows / 4, known / 4, options.budget), None, None
+    budget, seed = options.budget, options.seed
+    loses = strategy in _LOSES_WITH_FEW or (strategy == "margin" and not options.balanced)
+    if labels is not None and loses and (each := len(labels) / classes) < _FEW_LABELS:
+        warnings.append(
+            f"{each:.0f} labels a class are few for {strategy}: --strategy herding serves better"
+        )
     if strategy == "herding":
         return _herd(rows / 4, known / 4, options, warnings), None, None
+    if strategy == "coreset":
+        return coreset(rows, known, budget), None, None
+    if strategy == "kmeans":
+        return spread(rows, budget, seed), None, None
+    if strategy == "typiclust":
+        _check_clusters(len(known) + budget, classes, warnings)
+        return typiclust(rows, known, budget, seed), None, None
     assert labels is not None
-    head = fit_head(known, labels, classes, options.seed)
-    if (each := len(labels) / classes) < _FEW_LABELS:
-        few = f"{each:.0f} labels a class are few for uncertainty: --strategy herding serves better"
-        warnings.append(few)
+    head = fit_head(known, labels, classes, seed)
     beliefs = judge(head, rows)
-    places = rank_scores(beliefs.scores(strategy))
-    if options.balanced:
-        places = balance(places, beliefs.predicted, options.budget, classes)
-    places = places[: options.budget]
+    if strategy == "hybrid":
+        unsure = rank_scores(-beliefs.margin)[: _UNSURE * budget]
+        weights = torch.from_numpy(beliefs.margin[unsure].max() - beliefs.margin[unsure] + 1e-3)
+        some = rows[torch.from_numpy(unsure)]
+        places = unsure[spread(some, budget, seed, weights.to(rows.device))]
+    else:
+        places = rank_scores(beliefs.scores(strategy))
+        if options.balanced:
+            places = balance(places, beliefs.predicted, budget, classes)
+    places = places[:budget]
     of_chosen = Beliefs(*(column[places] for column in vars(beliefs).values()))
     return places, head, of_chosen
+
+
+def _check_clusters(wanted: int, classes: int, warnings: list[str]) -> None:
+    """Refuse typiclust with clusters that hold several classes each: there it loses to chance."""
+    if min(wanted, CLUSTERS) < 2 * classes:
+        raise UsageError(
+            f"typiclust would make {min(wanted, CLUSTERS)} clusters, too few for {classes} "
+            "classes: choose --strategy herding."
+        )
+    if wanted > CLUSTERS:
+        warnings.append(f"typiclust makes {CLUSTERS} clusters at most, not {wanted:,}")
 
 
 def _herd(rows: torch.Tensor, known: torch.Tensor, options: Options, warnings: list[str]) -> Ids:

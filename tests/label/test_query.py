@@ -22,7 +22,10 @@ from fastmoco.pack.packer import pack
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., Path]
-STRATEGIES = ("random", "least", "margin", "entropy", "intersection", "coreset", "herding")
+STRATEGIES = (
+    *("random", "least", "margin", "entropy", "intersection", "hybrid"),
+    *("coreset", "herding", "kmeans", "typiclust"),
+)
 
 
 @pytest.fixture
@@ -143,7 +146,7 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
 
     values = yaml.safe_load(config.read_text()) | {"monitor": None}
     config.write_text(yaml.safe_dump(values))
-    for strategy in ("auto", "random", "herding", "coreset"):
+    for strategy in ("auto", "random", "herding", "coreset", "kmeans", "typiclust"):
         out = f"{strategy}.csv"
         code, _, err = command(
             capsys, *("query", "run", "pool", "--budget", 4, "--strategy", strategy, "--out", out)
