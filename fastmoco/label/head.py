@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fastmoco.core.rng import Ids, Permutation, Stream
+from fastmoco.core.rng import Ids, Permutation, Stream, raw_words
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidates for C, the inverse strength of the penalty."""
+CHUNK = 16_384  # rows in fp64, or their probabilities, at a time: 100 MB of 800 numbers
+_BOOTSTRAPS = 16  # the stream's numbers below are other choices
 _FOLDS, _FEW = 5, 20  # below so many out-of-fold samples nothing is chosen
 _BINS = 15  # of the calibration error
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -29,7 +31,10 @@ def standardize(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
 
 def pool_center(features: torch.Tensor) -> torch.Tensor:
     """Return the (d,) fp64 mean of unit features."""
-    return torch.nn.functional.normalize(features.double(), dim=1).mean(dim=0)
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for part in torch.split(features, CHUNK):
+        total += torch.nn.functional.normalize(part.double(), dim=1).sum(dim=0)
+    return total / len(features)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,16 @@ def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int =
         calibration_error(chosen.softmax(dim=1), right),
         calibration_error((chosen / temperature).softmax(dim=1), right),
     )
+
+
+def fit_bootstrap(
+    head: Head, rows: torch.Tensor, labels: torch.Tensor, seed: int, member: int
+) -> Head:
+    """Fit a head anew, with its C and temperature, on as many labels drawn with replacement."""
+    words = raw_words(seed, Stream.QUERY, _BOOTSTRAPS + member, len(labels))
+    drawn = torch.from_numpy((words % np.uint64(len(labels))).astype(np.int64)).to(rows.device)
+    weight, bias = fit_linear(rows[drawn], labels[drawn], len(head.bias), head.strength)
+    return replace(head, weight=weight, bias=bias)
 
 
 def assign_folds(labels: Ids, seed: int) -> Ids:
