@@ -4,7 +4,7 @@
 
 RUN has a monitor: its bank is pool and truth at once, its queries are the test set. Each seed
 begins with the same few labels a class for all strategies, asks as often as told, learns the truth,
-and fits a linear head (C 10, no temperature) on what is labelled. Features are computed once.
+and fits a linear head (C 10, no temperature) on what is labelled. PoolFeatures are computed once.
 """
 
 import json
@@ -21,7 +21,7 @@ from fastmoco.core.environment import environment
 from fastmoco.core.rng import Ids, Permutation, Stream, stratified
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.label.head import fit_linear, pool_center, standardize
-from fastmoco.label.pool import Features
+from fastmoco.label.pool import PoolFeatures
 from fastmoco.label.query import Options, choose
 
 STRATEGIES = (
@@ -40,7 +40,7 @@ def ask_for(
     if strategy == "random":
         return free[Permutation(len(free), seed, Stream.QUERY)(np.arange(count))]
     places = torch.from_numpy(known)
-    features = Features(rows[torch.from_numpy(free)], rows[places], step=0)
+    features = PoolFeatures(rows[torch.from_numpy(free)], rows[places], step=0)
     options, classes = Options(count, strategy, seed=seed), int(labels.max()) + 1
     if strategy == "disagreement":
         options = replace(options, members=MEMBERS)

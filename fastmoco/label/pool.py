@@ -16,7 +16,7 @@ from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 
 
-class Features(NamedTuple):
+class PoolFeatures(NamedTuple):
     """Standardized features by one encoder, see `label.head.standardize`.
 
     Attributes:
@@ -30,7 +30,7 @@ class Features(NamedTuple):
     step: int
 
 
-def get_features(
+def embed_pool(
     root: Path,
     pool: ShardSet,
     candidates: Ids,
@@ -38,7 +38,7 @@ def get_features(
     feature: Feature,
     device: str,
     warnings: list[str],
-) -> Features:
+) -> PoolFeatures:
     """Embed candidates and labelled samples by a run.
 
     Raises:
@@ -61,4 +61,4 @@ def get_features(
     known = standardize(features(train.set, train.ids) if train else rows[:0], center)
     for part in torch.split(rows, CHUNK):  # in place: there is room for one pool
         part.copy_(standardize(part, center))
-    return Features(rows, known, step)
+    return PoolFeatures(rows, known, step)

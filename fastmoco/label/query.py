@@ -15,7 +15,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
 from fastmoco.label.head import Head, fit_bootstrap, fit_head
-from fastmoco.label.pool import Features, get_features
+from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.request import Request, read_request
 from fastmoco.label.uncertainty import Beliefs, Member, balance, disagree, judge, rank_scores
 from fastmoco.runs.run_folder import RunFolder
@@ -93,7 +93,7 @@ def query(
     else:
         feature, device = options.feature, options.device
         features = [
-            get_features(run, shard_set, candidates, train, feature, device, warnings)
+            embed_pool(run, shard_set, candidates, train, feature, device, warnings)
             for run in (root, *options.committee)
         ]
         labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
@@ -186,7 +186,7 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
 
 
 def choose(
-    features: Sequence[Features],
+    features: Sequence[PoolFeatures],
     labels: torch.Tensor | None,
     classes: int,
     options: Options,
@@ -254,7 +254,7 @@ def _check_clusters(wanted: int, classes: int, warnings: list[str]) -> None:
 
 
 def _get_committee(
-    head: Head, features: Sequence[Features], labels: torch.Tensor, options: Options
+    head: Head, features: Sequence[PoolFeatures], labels: torch.Tensor, options: Options
 ) -> list[Member]:
     """Return the heads of the run, its own or on bootstraps, and one of each other run."""
     (rows, known, _), *others = features

@@ -10,7 +10,7 @@ from fastmoco.core.rng import Stream, raw_words
 from fastmoco.errors import UsageError
 from fastmoco.label.clusters import kmeans
 from fastmoco.label.head import Head, fit_head, fit_linear, standardize
-from fastmoco.label.pool import Features
+from fastmoco.label.pool import PoolFeatures
 from fastmoco.label.query import Options, choose
 from fastmoco.label.uncertainty import disagree, judge
 
@@ -31,7 +31,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_hybrid_clusters_the_samples_of_the_smallest_margin(data):
     rows, known, labels = data
     options = Options(6, "hybrid", balanced=False, seed=2)
-    places, head, of_chosen = choose([Features(rows, known, 1)], labels, CLASSES, options, [])
+    places, head, of_chosen = choose([PoolFeatures(rows, known, 1)], labels, CLASSES, options, [])
     assert head is not None and of_chosen is not None
     margins = judge(fit_head(known, labels, CLASSES, 2), rows).margin
     unsure = sorted(range(300), key=lambda i: margins[i])[:60]
@@ -61,13 +61,13 @@ def test_what_loses_with_few_labels_is_told(data, strategy, balanced, warned):
     rows, known, labels = data
     warnings: list[str] = []
     options = Options(5, strategy, balanced=balanced, members=2 * (strategy == "disagreement"))
-    choose([Features(rows, known, 1)], labels, CLASSES, options, warnings)
+    choose([PoolFeatures(rows, known, 1)], labels, CLASSES, options, warnings)
     assert any("10 labels a class are few" in warning for warning in warnings) == warned
 
 
 def test_typiclust_needs_two_clusters_a_class_and_makes_500_at_most(data, monkeypatch):
     rows, known, labels = data
-    features = [Features(rows, known, 1)]
+    features = [PoolFeatures(rows, known, 1)]
     with pytest.raises(UsageError, match=r"35 clusters, too few for 18 classes.*herding"):
         choose(features, labels, 18, Options(5, "typiclust"), [])
     monkeypatch.setattr("fastmoco.label.query.CLUSTERS", 34)
@@ -96,8 +96,8 @@ def test_disagreement_is_the_mean_divergence_from_the_mean(data, monkeypatch):
 def test_a_committee_is_of_bootstraps_and_of_other_runs(data):
     """The order is that of members fitted one by one; the beliefs are those of the run's head."""
     rows, known, labels = data
-    other = Features(rows.flip(1)[:, :4].contiguous(), known.flip(1)[:, :4].contiguous(), 1)
-    features = [Features(rows, known, 1), other]
+    other = PoolFeatures(rows.flip(1)[:, :4].contiguous(), known.flip(1)[:, :4].contiguous(), 1)
+    features = [PoolFeatures(rows, known, 1), other]
     head = fit_head(known, labels, CLASSES, 3)
     theirs = (fit_head(other.known, labels, CLASSES, 3), other.rows)
     words = [raw_words(3, Stream.QUERY, 16 + member, 30) for member in range(2)]
