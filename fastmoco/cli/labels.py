@@ -50,18 +50,18 @@ def query(
     device: options.Device = "auto",
 ) -> None:
     """Choose the images of a set whose labels would help most, for people to label."""
-    from fastmoco.label import query as module
+    from fastmoco.label.query import Options
+    from fastmoco.label.query import query as choose
+    from fastmoco.label.request import check_absent, describe, write_images, write_request
 
-    module.check_absent(out, replace)
-    asked = module.Options(
-        budget, strategy, feature, balance, seed, scores, tuple(exclude or ()), device
-    )
+    check_absent(out, replace)
+    asked = Options(budget, strategy, feature, balance, seed, scores, tuple(exclude or ()), device)
     first, second = _labelled(run, train, labels, test)
-    found = module.query(run, pool, asked, first, second)
+    request = choose(run, pool, asked, first, second)
     if images:
-        module.write_images(found, images)
-    module.write_request(found, out)
-    echo("\n".join(module.describe(found, out)))
+        write_images(request, images)
+    write_request(request, out)
+    echo("\n".join(describe(request, out)))
 
 
 def _labelled(
