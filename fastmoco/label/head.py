@@ -4,15 +4,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fastmoco.core.rng import assign_folds
+from fastmoco.core.rng import Ids, assign_folds
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidates for C, the inverse strength of the penalty."""
 _FEW = 20  # below so many out-of-fold samples nothing is chosen
 _BINS = 15  # of the calibration error
 _GOLDEN = (math.sqrt(5) - 1) / 2
+Scores = npt.NDArray[np.float64]
 
 
 def standardize(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
@@ -59,7 +62,32 @@ class Head:
         return (logits / self.temperature).softmax(dim=1)
 
 
+@dataclass(frozen=True)
+class OutOfFold:
+    """What heads say of m labelled samples that they were not fitted on.
+
+    Attributes:
+        folds: (m,) the fold of each.
+        labels: (m,) the given classes.
+        predicted: (m,) classes.
+        before, confidence: (m,) the predicted class's probability, without and with temperature.
+    """
+
+    folds: Ids
+    labels: Ids
+    predicted: Ids
+    before: Scores
+    confidence: Scores
+
+
 def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int = 0) -> Head:
+    """Return the head alone, see `cross_fit`."""
+    return cross_fit(rows, labels, classes, seed)[0]
+
+
+def cross_fit(
+    rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int = 0
+) -> tuple[Head, OutOfFold | None]:
     """Fit a head whose C and temperature are chosen out of fold; no test set plays a part.
 
     Args:
@@ -67,12 +95,16 @@ def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int =
         labels: (n,) int64.
         classes: their number c.
         seed: of the folds.
+
+    Returns:
+        The head, fitted on all samples, and what was said of those that were held out, in order;
+        None: too few were, and nothing is chosen.
     """
     folds = torch.from_numpy(assign_folds(labels.cpu().numpy(), seed)).to(rows.device)
     held = folds >= 0
     if int(held.sum()) < _FEW:
         weight, bias = fit_linear(rows, labels, classes, 1.0)
-        return Head(weight, bias, samples=len(rows))
+        return Head(weight, bias, samples=len(rows)), None
     logits = {c: torch.zeros(len(rows), classes).to(rows) for c in STRENGTHS}
     for fold in range(int(folds.max()) + 1):
         out, start = folds == fold, None
@@ -86,17 +118,15 @@ def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int =
         found[strength] = (loss, strength, temperature)
     _, strength, temperature = min(found.values())
     chosen, right = logits[strength][held], labels[held]
+    predicted = chosen.argmax(dim=1)
+    before, after = (z.softmax(dim=1).amax(dim=1) for z in (chosen, chosen / temperature))
     weight, bias = fit_linear(rows, labels, classes, strength)
-    return Head(
-        weight,
-        bias,
-        strength,
-        temperature,
-        len(rows),
-        100 * float((chosen.argmax(dim=1) == right).double().mean()),
-        calibration_error(chosen.softmax(dim=1), right),
-        calibration_error((chosen / temperature).softmax(dim=1), right),
-    )
+    columns = (folds[held], right, predicted, before, after)
+    out_of_fold = OutOfFold(*(column.cpu().numpy() for column in columns))
+    hits = (predicted == right).double()
+    errors = (calibration_error(confidence, hits) for confidence in (before, after))
+    accuracy = 100 * float(hits.mean())
+    return Head(weight, bias, strength, temperature, len(rows), accuracy, *errors), out_of_fold
 
 
 def fit_linear(
@@ -160,11 +190,22 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> flo
     return float(torch.nn.functional.cross_entropy(logits / temperature, labels))
 
 
-def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
     """Return the expected calibration error: |accuracy - confidence|, averaged over equal bins."""
-    confidence, predicted = probabilities.max(dim=1)
-    right = (predicted == labels).double()
+    counts, sums, hits = sum_by_confidence(confidence, right)
+    return float((hits - sums).abs().sum() / counts.sum())
+
+
+def sum_by_confidence(
+    confidence: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return, for 15 equal bins of the confidence, samples, sum of confidence, and right ones.
+
+    Args:
+        confidence: (n,) of 0..1; a bin holds its upper bound.
+        right: (n,) 1 where the prediction is right, else 0, of the same dtype.
+    """
     bins = (confidence * _BINS).ceil().clamp(min=1).long() - 1
-    counts = torch.zeros(_BINS).to(confidence).index_add(0, bins, torch.ones_like(confidence))
-    gaps = torch.zeros(_BINS).to(confidence).index_add(0, bins, right - confidence)
-    return float(gaps.abs().sum() / counts.sum())
+    columns = (torch.ones_like(confidence), confidence, right)
+    counts, sums, hits = (torch.zeros(_BINS).to(c).index_add(0, bins, c) for c in columns)
+    return counts, sums, hits

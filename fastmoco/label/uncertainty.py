@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastmoco.core.rng import Ids
-from fastmoco.label.head import Head
+from fastmoco.label.head import Head, Scores
 
-Scores = npt.NDArray[np.float64]
 _CHUNK = 16384  # rows whose probabilities are held at a time: 100 MB of 800 classes
 
 
