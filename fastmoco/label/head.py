@@ -80,13 +80,23 @@ class OutOfFold:
     confidence: Scores
 
 
-def fit_head(rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int = 0) -> Head:
+def fit_head(
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    seed: int = 0,
+    weights: torch.Tensor | None = None,
+) -> Head:
     """Return the head alone, see `cross_fit`."""
-    return cross_fit(rows, labels, classes, seed)[0]
+    return cross_fit(rows, labels, classes, seed, weights)[0]
 
 
 def cross_fit(
-    rows: torch.Tensor, labels: torch.Tensor, classes: int, seed: int = 0
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    seed: int = 0,
+    weights: torch.Tensor | None = None,
 ) -> tuple[Head, OutOfFold | None]:
     """Fit a head whose C and temperature are chosen out of fold; no test set plays a part.
 
@@ -95,6 +105,7 @@ def cross_fit(
         labels: (n,) int64.
         classes: their number c.
         seed: of the folds.
+        weights: (n,) fp64, what each counts in a fit; None: all the same.
 
     Returns:
         The head, fitted on all samples, and what was said of those that were held out, in order;
@@ -103,13 +114,14 @@ def cross_fit(
     folds = torch.from_numpy(assign_folds(labels.cpu().numpy(), seed)).to(rows.device)
     held = folds >= 0
     if int(held.sum()) < _FEW:
-        weight, bias = fit_linear(rows, labels, classes, 1.0)
+        weight, bias = fit_linear(rows, labels, classes, 1.0, weights=weights)
         return Head(weight, bias, samples=len(rows)), None
     logits = {c: torch.zeros(len(rows), classes).to(rows) for c in STRENGTHS}
     for fold in range(int(folds.max()) + 1):
         out, start = folds == fold, None
+        kept = None if weights is None else weights[~out]
         for strength in STRENGTHS:  # ascending: each starts from the one before
-            start = fit_linear(rows[~out], labels[~out], classes, strength, start)
+            start = fit_linear(rows[~out], labels[~out], classes, strength, start, kept)
             logits[strength][out] = rows[out] @ start[0].T + start[1]
     found = {}
     for strength in STRENGTHS:
@@ -120,7 +132,7 @@ def cross_fit(
     chosen, right = logits[strength][held], labels[held]
     predicted = chosen.argmax(dim=1)
     before, after = (z.softmax(dim=1).amax(dim=1) for z in (chosen, chosen / temperature))
-    weight, bias = fit_linear(rows, labels, classes, strength)
+    weight, bias = fit_linear(rows, labels, classes, strength, weights=weights)
     columns = (folds[held], right, predicted, before, after)
     out_of_fold = OutOfFold(*(column.cpu().numpy() for column in columns))
     hits = (predicted == right).double()
@@ -135,8 +147,16 @@ def fit_linear(
     classes: int,
     strength: float,
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimize mean cross-entropy + |W|^2 / (2 C n), as scikit-learn's LogisticRegression(C) does.
+
+    Args:
+        rows, labels: (n, d) and (n,), what is fitted.
+        classes: their number c.
+        strength: C.
+        start: weight and bias to begin with; None: zeros.
+        weights: (n,) what each counts, divided here by their mean; None: all the same.
 
     Returns:
         (c, d) weight and (c,) bias.
@@ -155,7 +175,8 @@ def fit_linear(
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
-        value = torch.nn.functional.cross_entropy(rows @ weight.T + bias, labels)
+        losses = torch.nn.functional.cross_entropy(rows @ weight.T + bias, labels, reduction="none")
+        value = (losses if weights is None else losses * weights / weights.mean()).mean()
         value = value + weight.square().sum() / (2 * strength * len(rows))
         value.backward()  # type: ignore[no-untyped-call]
         return value

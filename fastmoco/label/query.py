@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmoco.core.distributed import World, get_device
 from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
-from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
+from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import coreset, herding
-from fastmoco.label.head import Head, fit_head, pool_center, standardize
+from fastmoco.label.head import Head, fit_head
+from fastmoco.label.pool import embed_pool
 from fastmoco.label.request import Request, read_request
 from fastmoco.label.uncertainty import Beliefs, balance, judge, rank_scores
-from fastmoco.load.executor import get_settings
-from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 
 BY_HEAD = ("least", "margin", "entropy", "intersection")
@@ -174,22 +172,12 @@ def _by_features(
     train: Labelled | None,
     warnings: list[str],
 ) -> tuple[Ids, Head | None, Beliefs | None]:
-    run, device = RunFolder(root), get_device(options.device, 0)
-    encoder, spec, _ = load_encoder(run, device)
-    settings = get_settings(run.runtime(), World(), device)
-    preprocessing = frozen_preprocessing(spec, run.runtime(), settings)
-
-    def features(data: ConcatShardSets, ids: Ids) -> torch.Tensor:
-        return embed(encoder, data, options.feature, preprocessing, ids=ids)
-
-    raw = features(ConcatShardSets([pool]), candidates)
-    center = pool_center(raw)
-    rows = standardize(raw, center)
+    found = embed_pool(root, pool, candidates, train, options.feature, options.device, warnings)
     if not train:
-        return choose(strategy, rows, rows[:0], None, 0, options, warnings)
-    known = standardize(features(train.data, train.ids), center)
-    labels = torch.from_numpy(train.labels).to(rows.device)
-    return choose(strategy, rows, known, labels, len(train.classes), options, warnings)
+        return choose(strategy, found.rows, found.known, None, 0, options, warnings)
+    labels = torch.from_numpy(train.labels).to(found.rows.device)
+    classes = len(train.classes)
+    return choose(strategy, found.rows, found.known, labels, classes, options, warnings)
 
 
 def choose(

@@ -62,7 +62,8 @@ def _above(confidence: Scores, right: Mask) -> tuple[Scores, Ids, Ids]:
     """Return each different confidence, falling, and how many are at or above it and right."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
-    last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))  # of equal ones
+    different = np.append(falling[1:] != falling[:-1], True)[: len(falling)]
+    last = np.flatnonzero(different)  # of equal ones
     return falling[last], last + 1, right[order].cumsum()[last]
 
 
@@ -131,7 +132,8 @@ def trace_precision(judged: Judged) -> list[dict[str, float]]:
     Coverage is the share of all judged samples that are at the threshold or above.
     """
     thresholds, counts, hits = _above(judged.confidence, judged.right)
-    some = np.unique(np.linspace(0, len(counts) - 1, _DRAWN).round().astype(np.int64))
+    count = min(len(counts), _DRAWN)
+    some = np.linspace(0, len(counts) - 1, count).round().astype(np.int64)
     return [
         {
             "threshold": float(thresholds[place]),
