@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastmoco import __version__
-from fastmoco.cli import check, data, labels, models, runs
+from fastmoco.cli import check, data, labels, models, options, runs
 from fastmoco.core.streams import lasting_output
 from fastmoco.core.terminal import echo, told
 from fastmoco.errors import FastmocoError
@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Labels": {
         "query": labels.query,
         "label": data.label,
+        "pseudolabel": labels.pseudolabel,
     },
     "Encoders": {
         "import": models.import_,
@@ -86,7 +87,7 @@ def main() -> None:
 def _ran() -> int:
     """Run the command and return its exit code."""
     try:
-        app()
+        app(args=options.join_pairs(sys.argv[1:]))
     except (FastmocoError, OSError) as error:
         return told(error)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,33 @@ def positive(value: Any) -> Any:
         if number is not None and not 0 < number < float("inf"):
             raise typer.BadParameter(f"{number:g} is not above 0" + " and finite" * (number > 0))
     return value
+
+
+def join_pairs(words: Sequence[str]) -> list[str]:
+    """Join the two values of each `--more`: typer has no option of two values that can be repeated.
+
+    By a NUL, which no path holds.
+    """
+    found: list[str] = []
+    for word in words:
+        if found[-2:-1] == ["--more"] and "\0" not in found[-1] and not word.startswith("-"):
+            found[-1] += f"\0{word}"
+        else:
+            found.append(word)
+    return found
+
+
+def split_pairs(values: Sequence[str] | None) -> list[tuple[Path, str]]:
+    """Return the set and the table of each `--more`."""
+    pairs = (value.split("\0") for value in values or ())
+    return [(Path(root), table) for root, table in pairs]
+
+
+def _refuse_single(values: list[str] | None) -> list[str] | None:
+    for value in values or ():
+        if "\0" not in value:
+            raise typer.BadParameter("two values are needed, as in --more data/pool asked")
+    return values
 
 
 def of_seed(help: str) -> Any:
@@ -33,6 +61,17 @@ MaxRejects = Annotated[
 Run = Annotated[Path, typer.Argument(help="The run's folder.")]
 Labels = Annotated[
     str | None, typer.Option(help="Those of `fastmoco label`. [default: the monitor's, or packed]")
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        callback=_refuse_single,
+        metavar="SET TABLE",
+        help="Labels to train on too: TABLE of `fastmoco label`, or a CSV; repeatable.",
+    ),
+]
+PerClass = Annotated[
+    int | None, typer.Option(min=1, help="Labels of each class, drawn by --seed. [default: all]")
 ]
 Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -15,6 +15,17 @@ from fastmoco.errors import UsageError
 
 if TYPE_CHECKING:
     from fastmoco.evaluate.evaluator import Evaluation
+
+
+class Sets(NamedTuple):
+    """What a classifier is trained on and tested on, as the options say it."""
+
+    train: Path | None
+    test: Path | None
+    labels: str | None
+    more: list[str] | None
+    per_class: int | None = None
+    seed: int = 0
 
 
 def pretrain(
@@ -37,6 +48,7 @@ def knn(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
     feature: options.Feature = "backbone",
     k: Annotated[int, typer.Option(min=1, help="Neighbors that vote.")] = 200,
     t: Annotated[
@@ -46,7 +58,8 @@ def knn(
     device: options.Device = "auto",
 ) -> None:
     """Classify a test set by its nearest neighbors among the features of a run."""
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more)
+    with _evaluation(run, sets, device, precision) as opened:
         found = opened.knn(feature, k, t)
         _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
 
@@ -56,6 +69,8 @@ def probe(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
+    per_class: options.PerClass = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of training; milestones scale.")] = 100,
     lr: Annotated[
         list[float] | None,
@@ -85,7 +100,8 @@ def probe(
         schedule=schedule,
         warmup=warmup,
     )
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more, per_class, seed)
+    with _evaluation(run, sets, device, precision) as opened:
         with progress("probe") as on_progress:
             found = opened.probe(protocol, lambda done: on_progress(done, epochs))
         _tell(opened, found, f"linear probe, {protocol.features} features, {epochs} epochs")
@@ -96,6 +112,8 @@ def finetune(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    more: options.More = None,
+    per_class: options.PerClass = None,
     fraction: Annotated[float, typer.Option(help="Of the labels of each class, 0..1.")] = 1,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Random weights: the supervised baseline.")
@@ -136,6 +154,8 @@ def finetune(
 
     if not 0 < fraction <= 1:
         raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
+    if per_class and fraction < 1:
+        raise UsageError("--fraction and --per-class both choose labels: pass one of them.")
     tuning = FinetuneConfig(
         fraction=fraction,
         from_scratch=from_scratch,
@@ -149,7 +169,8 @@ def finetune(
         normalize=normalize,
         size=size,
     )
-    with _evaluation(run, train, test, device, labels, precision) as opened:
+    sets = Sets(train, test, labels, more, per_class, seed)
+    with _evaluation(run, sets, device, precision) as opened:
         with progress("finetune") as on_progress:
             found = tune(opened, tuning, on_progress, save)
         start = "from scratch" if from_scratch else "from the run's backbone"
@@ -188,19 +209,26 @@ def demo(
 
 @contextmanager
 def _evaluation(
-    run: Path,
-    train: Path | None,
-    test: Path | None,
-    device: str,
-    labels: str | None,
-    precision: str | None,
+    run: Path, sets: Sets, device: str, precision: str | None
 ) -> Iterator["Evaluation"]:
     """Open a run and its labelled sets, on the ranks that torchrun started."""
     from fastmoco.core.distributed import init_distributed
     from fastmoco.evaluate.evaluator import Evaluation
+    from fastmoco.label.table import read_labelled
 
     with init_distributed(device) as (world, _):
-        opened = Evaluation.open(run, train, test, device, labels, precision, world)
+        opened = Evaluation.open(
+            run,
+            sets.train,
+            sets.test,
+            device,
+            sets.labels,
+            precision,
+            world,
+            [read_labelled(*pair) for pair in options.split_pairs(sets.more)],
+            sets.per_class,
+            sets.seed,
+        )
         if world.is_main:
             for caution in opened.cautions:
                 echo(f"warning: {caution}", err=True)

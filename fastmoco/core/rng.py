@@ -6,7 +6,9 @@ drew, and each number can be had without those before it. Only weights and the q
 torch's generators, seeded by the recipe's `seed`.
 """
 
+from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,10 +122,38 @@ def stratified(labels: npt.NDArray[np.int32], fraction: float, seed: int) -> Ids
         fraction: of each class, in 0..1.
         seed: of the choice.
     """
-    chosen = []
+    return first_of_each(labels, seed, lambda size: max(1, round(fraction * size)))
+
+
+def first_of_each(
+    labels: npt.NDArray[np.integer[Any]], seed: int, count: Callable[[int], int]
+) -> Ids:
+    """Return the ids, sorted, of the first of every class in an order that the seed decides.
+
+    Args:
+        labels: (N,) class numbers; -1, no label, counts as a class of its own.
+        seed: of the choice.
+        count: how many of a class, by its size.
+    """
+    chosen = [order[: count(len(order))] for order in _by_class(labels, seed)]
+    return np.sort(np.concatenate(chosen))
+
+
+def assign_folds(labels: npt.NDArray[np.integer[Any]], seed: int, folds: int = 5) -> Ids:
+    """Return the (n,) fold of each sample, dealt class by class; -1: the only one of its class.
+
+    There are as many as the smallest class of several can fill, at most `folds`.
+    """
+    orders = [order for order in _by_class(labels, seed) if len(order) > 1]
+    found = np.full(len(labels), -1, dtype=np.int64)
+    for order in orders:
+        found[order] = np.arange(len(order)) % min(folds, *map(len, orders))
+    return found
+
+
+def _by_class(labels: npt.NDArray[np.integer[Any]], seed: int) -> Iterator[Ids]:
+    """Yield the ids of each class, permuted."""
     for label in np.unique(labels).tolist():
         ids = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(ids)))
         order = Permutation(len(ids), seed, Stream.SUBSET, label + 1)
-        chosen.append(ids[order(np.arange(count))])
-    return np.sort(np.concatenate(chosen))
+        yield ids[order(np.arange(len(ids)))]

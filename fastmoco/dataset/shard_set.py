@@ -451,6 +451,11 @@ class ConcatShardSets:
                 found[column][mask] = table[column]
         return found
 
+    def get_name(self, sample_id: int) -> str:
+        """Return the original name of a sample."""
+        which, row = self.locate(np.array([sample_id]))
+        return self.sets[int(which[0])].get_name(int(row[0]))
+
     def describe(self, sample_id: int) -> str:
         """Return the words that name a sample in an error."""
         which, row = self.locate(np.array([sample_id]))

@@ -33,7 +33,6 @@ from fastmoco.config.recipe import Recipe
 from fastmoco.core.files import new_folder, write_json
 from fastmoco.core.rng import Stream, raw_words
 from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import Pair
@@ -304,7 +303,7 @@ def _row(name: str, evaluation: Evaluation, train: Pair, test: Pair) -> Row:
 def _colors(evaluation: Evaluation, one: Labelled) -> Pair:
     preprocessing = evaluation.preprocessing
     batches = evaluation_batches(
-        ConcatShardSets([one.set]),
+        one.data,
         ids=one.ids,
         size=preprocessing.size,
         mean=preprocessing.mean,

@@ -1,6 +1,6 @@
 """From a run folder to a number: opens what an evaluation needs, and writes down what it found."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastmoco.evaluate.features import (
     Feature,
     Pair,
     Preprocessing,
+    Samples,
     embed_labelled,
     frozen_preprocessing,
 )
@@ -77,6 +78,9 @@ class Evaluation:
         labels: str | None = None,
         precision: str | None = None,
         world: World = World(),
+        more: Sequence[Labelled] = (),
+        per_class: int | None = None,
+        seed: int = 0,
     ) -> "Evaluation":
         """Open a run and two labelled sets, by default those of its monitor.
 
@@ -88,9 +92,12 @@ class Evaluation:
                 the monitor if both sets are the monitor's, else the packed labels.
             precision: of the forward pass, "bf16" or "fp32"; None: see `frozen_preprocessing`.
             world: of this evaluation.
+            more: labels that are added to the training set, see `dataset.labels.union`.
+            per_class: so many labels of each class, drawn by the seed; None: all.
+            seed: of that choice.
 
         Raises:
-            UsageError: no run there, or no sets named.
+            UsageError: no run there, no sets named, or too few labels of a class.
             CheckpointError: no checkpoint, or it does not fit the recipe.
             DataError: the sets do not fit together.
         """
@@ -107,7 +114,8 @@ class Evaluation:
         runtime = run.runtime()
         preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, world, where))
         preprocessing = replace(preprocessing, precision=precision or preprocessing.precision)
-        pair = labelled_pair(train, test, labels)
+        first, second = labelled_pair(train, test, labels, more)
+        pair = first.draw(per_class, seed) if per_class else first, second
         told = tuple(cautions(*pair, None if run.imported else step))  # imported: no steps of ours
         return cls(run, spec, recipe, encoder, step, preprocessing, *pair, world, told)
 
@@ -160,11 +168,13 @@ class Evaluation:
     def _train_cached(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
         # Shared out, each step would have to average gradients 40 times as large as its batch.
-        features, labels = (
+        samples = [
             self.world.gather_shares(rows, len(self.train.ids))
             for rows in self.features(self.train, "backbone")
-        )
-        return train_cached((features, labels), self.classes, protocol, on_epoch)
+        ]
+        if (weights := self.train.relative_weights()) is not None:
+            samples.append(torch.from_numpy(weights).to(samples[0].device))
+        return train_cached(tuple(samples), self.classes, protocol, on_epoch)
 
     def _train_augmented(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
         heads = Heads(self.encoder.features, self.classes, protocol.lrs)
@@ -178,18 +188,18 @@ class Evaluation:
     def _crops(self, protocol: ProbeConfig) -> Crops:
         return Crops(
             self.train,
-            self.train.ids,
+            self.train.relative_weights(),
             protocol.batch,
             protocol.seed,
             self.preprocessing,
             self.world,
         )
 
-    def _augmented_epochs(self, crops: Crops, epochs: int) -> Iterator[Iterator[Pair]]:
+    def _augmented_epochs(self, crops: Crops, epochs: int) -> Iterator[Iterator[Samples]]:
         """Yield the epochs of features of freshly cropped and flipped images."""
-        pairs = ((self._backbone(images), labels) for images, labels in crops.batches())
+        samples = ((self._backbone(images), *rest) for images, *rest in crops.batches())
         for _ in range(epochs):
-            yield islice(pairs, crops.plan.steps_per_epoch)
+            yield islice(samples, crops.plan.steps_per_epoch)
 
     @torch.no_grad()
     def _backbone(self, images: torch.Tensor) -> torch.Tensor:
@@ -218,5 +228,12 @@ class Evaluation:
 
 def _described(one: Labelled) -> dict[str, Any]:
     """Return what a number says about the samples that it was measured on."""
-    about = {"path": str(one.set.root), "set_id": one.set.manifest.set_id, "samples": len(one.ids)}
-    return about | ({"labels": one.table} if one.table else {})
+    first, *more = (
+        {"path": str(source.set.root), "set_id": source.set.manifest.set_id}
+        | {"samples": source.samples}
+        | ({"labels": source.table} if source.table else {})
+        for source in one.sources
+    )
+    if not more and not one.drawn:
+        return first
+    return first | {"more": more, "total": len(one.ids), **one.drawn}

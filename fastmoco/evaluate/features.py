@@ -21,6 +21,8 @@ from fastmoco.models.encoder import Encoder
 Feature = Literal["head", "backbone"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(n, width) fp32 features and (n,) int64 labels, on one device."""
+Samples = tuple[torch.Tensor, ...]
+"""Features or images, labels, and unless all count the same (n, ...) fp32 weights."""
 
 _BATCH = 128  # stays in the cache of a CPU core at 32 px; a GPU does not care
 
@@ -146,9 +148,7 @@ def embed_labelled(
     stop: Callable[[], bool] = never,
 ) -> Pair:
     """Return features and labels of this rank's share of labelled samples; see `embed`."""
-    features = embed(
-        encoder, ConcatShardSets([one.set]), feature, preprocessing, world, one.ids, stop
-    )
+    features = embed(encoder, one.data, feature, preprocessing, world, one.ids, stop)
     labels = torch.from_numpy(one.labels[world.share(len(one.labels))])
     return features, labels.to(features.device)
 

@@ -116,20 +116,24 @@ def finetune(
         raise UsageError(f"{save} exists: choose another folder by --save.")
     if save:
         make_parent(save)
-    train, world = evaluation.train, evaluation.world
-    places = stratified(train.labels.astype(np.int32), tuning.fraction, tuning.seed)
-    protocol = tuning.resolved(len(places), evaluation.preprocessing.size)
+    labelled, world = evaluation.train, evaluation.world
+    train = labelled.take(
+        stratified(labelled.labels.astype(np.int32), tuning.fraction, tuning.seed)
+    )
+    protocol = tuning.resolved(len(train.ids), evaluation.preprocessing.size)
     preprocessing = _sight(evaluation, protocol)
     if protocol.batch < 2 * world.size:
         raise UsageError(
             f"{protocol.batch} images on {world.size} processes leave BatchNorm nothing to "
             "average: start fewer, or use more labels."
         )
-    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, preprocessing, world)
+    crops = Crops(
+        train, train.relative_weights(), protocol.batch, protocol.seed, preprocessing, world
+    )
     network = _network(evaluation, protocol)
     _train(network, crops, protocol, on_step)
     found = _tested(network, evaluation, preprocessing)
-    counts = np.bincount(train.labels[places], minlength=evaluation.classes)
+    counts = np.bincount(train.labels, minlength=evaluation.classes)
     row = _row(
         protocol, preprocessing, dict(zip(train.classes, counts.tolist(), strict=True)), world
     )
@@ -189,11 +193,11 @@ def _train(
         optimizer, lambda step: cosine(step, protocol.steps or 1)
     )
     module = crops.world.wrap(network.train())
-    for done, (images, labels) in enumerate(islice(crops.batches(), protocol.steps), 1):
+    for done, (images, labels, *weights) in enumerate(islice(crops.batches(), protocol.steps), 1):
         with crops.preprocessing.autocast():
             logits = module(images)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        _loss(logits.float(), labels, *weights).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         on_step(done, protocol.steps)
@@ -202,6 +206,14 @@ def _train(
     for statistic in network.buffers():
         if statistic.is_floating_point():
             crops.world.mean_(statistic)
+
+
+def _loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    if weights is None:
+        return nn.functional.cross_entropy(logits, labels)
+    return (nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
 
 
 def _tested(network: Encoder, evaluation: Evaluation, preprocessing: Preprocessing) -> Predictions:

@@ -9,11 +9,9 @@ import torch
 
 from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
-from fastmoco.core.rng import Ids
-from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.dataset.labels import Labelled, Weights
 from fastmoco.errors import UsageError
-from fastmoco.evaluate.features import Preprocessing
+from fastmoco.evaluate.features import Preprocessing, Samples
 from fastmoco.load.loader import Loader
 from fastmoco.load.order import Shuffled, SubsetOrder
 from fastmoco.load.sampler import Plan
@@ -27,8 +25,8 @@ class Crops:
     """An endless stream of a labelled set's images.
 
     Attributes:
-        labelled: where they come from.
-        ids: (n,) int64, ascending: which of the labelled samples.
+        labelled: the n samples.
+        weights: (n, ...) fp32, what each counts; None: all the same.
         batch: images a step over all ranks; all of them where there are fewer.
         seed: of order and crops.
         preprocessing: size and normalization.
@@ -39,7 +37,7 @@ class Crops:
     """
 
     labelled: Labelled
-    ids: Ids
+    weights: Weights | None
     batch: int
     seed: int
     preprocessing: Preprocessing
@@ -55,14 +53,15 @@ class Crops:
     @cached_property
     def plan(self) -> Plan:
         """Order and batch size."""
-        order = SubsetOrder(self.ids, Shuffled(len(self.ids), self.seed))
+        ids = self.labelled.ids
+        order = SubsetOrder(ids, Shuffled(len(ids), self.seed))
         return Plan(len(order), min(self.batch, len(order)), self.seed, order)
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this rank's (n, 3, size, size) images and (n,) int64 labels, on the device."""
+    def batches(self) -> Iterator[Samples]:
+        """Yield this rank's (n, 3, size, size) images, labels and weights, on the device."""
         preprocessing = self.preprocessing
         loader = Loader(
-            ConcatShardSets([self.labelled.set]),
+            self.labelled.data,
             self.plan,
             [VIEW],
             size=preprocessing.size,
@@ -73,8 +72,8 @@ class Crops:
             ranks=self.world.size,
         )
         for batch in loader.batches():
-            labels = self._get_labels(batch.ids).to(preprocessing.settings.device)
-            yield preprocessing.cast(batch.views[0]), labels
-
-    def _get_labels(self, ids: Ids) -> torch.Tensor:
-        return torch.from_numpy(self.labelled.labels[np.searchsorted(self.labelled.ids, ids)])
+            places = np.searchsorted(self.labelled.ids, batch.ids)
+            columns = (self.labelled.labels, self.weights)
+            parts = (torch.from_numpy(of[places]) for of in columns if of is not None)
+            device = preprocessing.settings.device
+            yield preprocessing.cast(batch.views[0]), *(part.to(device) for part in parts)

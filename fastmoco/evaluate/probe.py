@@ -15,7 +15,7 @@ from torch import nn
 from fastmoco.core.distributed import World
 from fastmoco.core.schedules import cosine
 from fastmoco.errors import DivergedError
-from fastmoco.evaluate.features import Pair
+from fastmoco.evaluate.features import Pair, Samples
 from fastmoco.evaluate.predictions import Predictions
 
 _CHUNK = 1024  # samples scored at a time: their logits are of all heads and classes
@@ -87,20 +87,29 @@ class Heads(nn.Module):
         heads = len(self.rates)  # view(-1) could not tell the classes of no features
         return logits.view(len(features), heads, len(self.bias) // heads)
 
-    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the cross-entropies of the heads, each times its learning rate, summed.
 
         SGD without weight decay at rate 1 on this sum moves each head as its own rate would.
+
+        Args:
+            features: (n, features) fp32.
+            labels: (n,) int64.
+            weights: (n,) fp32, that the losses of the samples are multiplied by; None: 1.
         """
         logits = self(features)
         wanted = labels[:, None].expand(-1, len(self.lrs))
         each = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        if weights is not None:
+            each = each * weights[:, None]
         return (each.mean(dim=0) * self.lrs).sum()
 
 
 def train_heads(
     heads: Heads,
-    epochs: Iterable[Iterable[Pair]],
+    epochs: Iterable[Iterable[Samples]],
     per_epoch: int,
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
@@ -110,7 +119,7 @@ def train_heads(
 
     Args:
         heads: to train.
-        epochs: for each epoch its batches of (n, features) fp32 and (n,) int64 labels.
+        epochs: for each epoch its batches of (n, features) fp32 features.
         per_epoch: number of batches in each.
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
@@ -118,10 +127,10 @@ def train_heads(
     """
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
     for epoch, batches in enumerate(epochs):
-        for step, (features, labels) in enumerate(batches, epoch * per_epoch):
+        for step, batch in enumerate(batches, epoch * per_epoch):
             optimizer.param_groups[0]["lr"] = protocol.rate(step, per_epoch)
             optimizer.zero_grad()
-            heads.loss(features, labels).backward()  # type: ignore[no-untyped-call]
+            heads.loss(*batch).backward()  # type: ignore[no-untyped-call]
             for parameter in heads.parameters():
                 if parameter.grad is not None:
                     world.mean_(parameter.grad)
@@ -129,14 +138,14 @@ def train_heads(
         on_epoch(epoch + 1)
 
 
-def cached_epochs(
-    features: torch.Tensor, labels: torch.Tensor, protocol: ProbeConfig
-) -> Iterator[Iterator[Pair]]:
+def cached_epochs(samples: Samples, protocol: ProbeConfig) -> Iterator[Iterator[Samples]]:
     """Yield the epochs over features that were embedded once: all of them, in a new order each."""
     generator = torch.Generator().manual_seed(protocol.seed)
     for _ in range(protocol.epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
-        yield ((features[rows], labels[rows]) for rows in torch.split(order, protocol.batch))
+        order = torch.randperm(len(samples[0]), generator=generator).to(samples[0].device)
+        yield (
+            tuple(column[rows] for column in samples) for rows in torch.split(order, protocol.batch)
+        )
 
 
 @torch.no_grad()
@@ -161,7 +170,7 @@ def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
 
 
 def train_cached(
-    train: Pair,
+    train: Samples,
     classes: int,
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
@@ -169,18 +178,18 @@ def train_cached(
     """Return heads trained on cached features, on their device.
 
     Args:
-        train: (N, features) fp32 features and (N,) int64 labels.
+        train: (N, features) fp32 features, labels and weights.
         classes: number of labels.
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
     """
     heads = Heads(train[0].shape[1], classes, protocol.lrs).to(train[0].device)
     per_epoch = -(-len(train[0]) // protocol.batch)
-    train_heads(heads, cached_epochs(*train, protocol), per_epoch, protocol, on_epoch)
+    train_heads(heads, cached_epochs(train, protocol), per_epoch, protocol, on_epoch)
     return heads
 
 
-def probe_cached(train: Pair, test: Pair, classes: int, protocol: ProbeConfig) -> list[Score]:
+def probe_cached(train: Samples, test: Pair, classes: int, protocol: ProbeConfig) -> list[Score]:
     """Train the heads on cached features and score them on those of a test set."""
     heads = train_cached(train, classes, protocol)
     return scores(heads, judge(heads, *test))

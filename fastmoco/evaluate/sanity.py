@@ -1,5 +1,7 @@
 """What makes an accuracy say less than it seems to: told beside the number, and stored with it."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,11 +19,21 @@ def cautions(train: Labelled, test: Labelled, step: int | None = None) -> list[s
         step: of the encoder's checkpoint.
     """
     found = [_untrained(step), _overlap(train, test), _unseen(train, test), _untested(train, test)]
-    return [sentence for sentence in found if sentence]
+    return [sentence for sentence in [*found, *tell_dropped(train)] if sentence]
 
 
 def _untrained(step: int | None) -> str | None:
     return "this encoder is untrained (step 0)" if step == 0 else None
+
+
+def tell_dropped(train: Labelled) -> Iterator[str]:
+    """Yield which tables have labels that are not used."""
+    for source in train.sources:
+        if source.dropped:
+            yield (
+                f"{source.dropped} labels of {source.table} are not used: their images have a "
+                "label of a table or set that was named before"
+            )
 
 
 def _overlap(train: Labelled, test: Labelled) -> str | None:
@@ -33,7 +45,7 @@ def _overlap(train: Labelled, test: Labelled) -> str | None:
             f"every one of the {len(both)} test images is in the training set too: this number "
             "says what is remembered, not what is recognized"
         )
-    names = ", ".join(test.set.get_name(int(row)) for row in both[:_NAMED])
+    names = ", ".join(test.data.get_name(int(row)) for row in both[:_NAMED])
     more = ", ..." if len(both) > _NAMED else ""
     return (
         f"{len(both)} of {len(test.ids)} test images ({100 * len(both) / len(test.ids):.3g} %) "
@@ -51,7 +63,7 @@ def shared(train: Labelled, test: Labelled) -> Ids:
 
 
 def _hashes(one: Labelled) -> npt.NDArray[np.uint64]:
-    return np.asarray(one.set.samples["hash"][one.ids], dtype=np.uint64)
+    return np.asarray(one.data.rows(one.ids)["hash"], dtype=np.uint64)
 
 
 def _unseen(train: Labelled, test: Labelled) -> str | None:

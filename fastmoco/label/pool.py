@@ -1,4 +1,4 @@
-"""What an encoder makes of a pool: features of candidates, and of what is labelled."""
+"""A pool and what is labelled, as the encoder of a run sees them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from fastmoco.runs.run_folder import RunFolder
 
 
 class PoolFeatures(NamedTuple):
-    """Standardized features by one encoder, see `label.head.standardize`.
+    """Standardized features of a run.
 
     Attributes:
-        rows: (n, d) of the candidates, in fp32 as a pool may be large.
-        known: (m, d) fp64 of what is labelled.
-        step: of the encoder's checkpoint.
+        rows: (n, d) fp32 of the candidates: a pool may be large.
+        known: (m, d) fp64 of what is labelled; m 0: nothing is.
+        step: of the checkpoint.
     """
 
     rows: torch.Tensor
@@ -39,26 +39,33 @@ def embed_pool(
     device: str,
     warnings: list[str],
 ) -> PoolFeatures:
-    """Embed candidates and labelled samples by a run.
+    """Return the features of candidates, and of labelled samples about the same center.
+
+    Args:
+        root: the run.
+        pool: whose samples the candidates are.
+        candidates: their ids.
+        train: what is labelled; None: nothing is.
+        feature: of the backbone or of the head.
+        device: "auto", "cpu" or "cuda".
+        warnings: a sentence is added if the encoder is untrained.
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        DivergedError: a weight or a feature is no finite number.
     """
     run, where = RunFolder(root), get_device(device, 0)
     encoder, spec, step = load_encoder(run, where)
-    if step == 0 and run.recipe():  # an import has none
+    if step == 0 and not run.imported:
         warnings.append(f"the encoder of {root} is untrained (step 0)")
     settings = get_settings(run.runtime(), World(), where)
     preprocessing = frozen_preprocessing(spec, run.runtime(), settings)
 
-    def features(shard_set: ShardSet, ids: Ids) -> torch.Tensor:
-        data = ConcatShardSets([shard_set])
+    def features(data: ConcatShardSets, ids: Ids) -> torch.Tensor:
         return embed(encoder, data, feature, preprocessing, ids=ids)
 
-    rows = features(pool, candidates)
+    rows = features(ConcatShardSets([pool]), candidates)
     center = pool_center(rows)
-    known = standardize(features(train.set, train.ids) if train else rows[:0], center)
+    known = standardize(features(train.data, train.ids) if train else rows[:0], center)
     for part in torch.split(rows, CHUNK):  # in place: there is room for one pool
         part.copy_(standardize(part, center))
     return PoolFeatures(rows, known, step)

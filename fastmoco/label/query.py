@@ -144,14 +144,16 @@ def find_candidates(
 
     for labelled, why in ((train, "labelled already"), (test, "of the test set")):
         if labelled:
-            known = np.array(labelled.set.samples["hash"])[labelled.ids]
+            known = labelled.data.rows(labelled.ids)["hash"]
             leave_out(np.isin(hashes, known), why)
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
-        leave_out(rows.ids, f"labelled in the table {path.stem!r}")
+        known = hashes[rows.ids]
+        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r}")
     for request in exclude:
         asked = np.unique(np.array(read_request(request), np.int64))
-        leave_out(asked[(asked >= 0) & (asked < len(pool))], f"asked for in {request}")
+        known = hashes[asked[(asked >= 0) & (asked < len(pool))]]
+        leave_out(np.isin(hashes, known), f"asked for in {request}")
     _, firsts = np.unique(hashes, return_index=True)
     again = np.ones(len(pool), dtype=bool)
     again[firsts] = False

@@ -1,7 +1,6 @@
 """A request: the CSV that people fill in, what is known of it, and copies to look at."""
 
 import csv
-import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.core.files import new_folder, write_bytes, write_json
+from fastmoco.core.files import make_parent, new_folder, to_csv, write_bytes, write_json
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
@@ -64,13 +63,14 @@ def check_absent(out: Path, replace: bool) -> None:
     """Refuse a name that is taken, before the minutes of embedding.
 
     Raises:
-        UsageError: it is, or it does not end in .csv.
+        UsageError: it is, it does not end in .csv, or its folder cannot be made.
     """
     if out.suffix != ".csv":
         raise UsageError(f"--out {out} must end in .csv.")
     for path in (out, *_beside(out)):
         if path.exists() and not replace:
             raise UsageError(f"{path} exists: choose another --out, or pass --replace.")
+    make_parent(out)
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
@@ -89,7 +89,7 @@ def write_request(request: Request, out: Path) -> None:
             numbers = (b.confidence[rank], b.margin[rank], b.entropy[rank])
             said = [request.classes[b.predicted[rank]], *(f"{x:.6f}" for x in numbers)]
         rows.append([sample, rank + 1, *said])
-    write_bytes(details, _as_csv(header, rows))
+    write_bytes(details, to_csv(header, rows))
     head = request.head
     classifier = None
     if head:
@@ -105,13 +105,7 @@ def write_request(request: Request, out: Path) -> None:
         },
     )
     wanted = [[i, name, ""] for i, name in zip(request.ids.tolist(), names, strict=True)]
-    write_bytes(out, _as_csv(["sample", "name", "label"], wanted))
-
-
-def _as_csv(header: list[str], rows: list[list[Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    write_bytes(out, to_csv(["sample", "name", "label"], wanted))
 
 
 def write_images(request: Request, folder: Path) -> None:

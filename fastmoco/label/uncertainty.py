@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastmoco.core.rng import Ids
-from fastmoco.label.head import CHUNK, Head
+from fastmoco.label.head import CHUNK, Head, Scores
 
-Scores = npt.NDArray[np.float64]
 Member = tuple[Head, torch.Tensor]
 """A head, and the (n, d) standardized rows that it judges."""
 
@@ -82,7 +80,7 @@ def disagree(members: Sequence[Member]) -> Scores:
 
 def _get_probabilities(member: Member, start: int) -> torch.Tensor:
     head, rows = member
-    return head.probabilities(rows[start : start + CHUNK].to(head.weight))
+    return head.probabilities(rows[start : start + CHUNK])
 
 
 def _get_entropy(p: torch.Tensor) -> torch.Tensor:

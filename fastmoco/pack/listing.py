@@ -30,6 +30,7 @@ ALIASES = {
     ),
     "split": ("split", "subset", "partition", "phase", "set"),
     "weight": ("weight", "sampleweight"),
+    "confidence": ("confidence",),
 }
 """What columns are called, by what is in them; of several for a name the first one counts."""
 _DELIMITERS = ",;\t|"

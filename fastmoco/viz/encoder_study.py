@@ -84,7 +84,7 @@ class Study:
 
     def pixels(self, one: Labelled, places: Ids) -> Images:
         """Return the samples at `places` as the encoder sees them, at most 96 pixels wide."""
-        return shown(self.evaluation.preprocessing, ConcatShardSets([one.set]), one.ids[places])
+        return shown(self.evaluation.preprocessing, one.data, one.ids[places])
 
 
 def most_confident(found: Predictions, right: bool, count: int) -> Ids:
@@ -99,7 +99,7 @@ def subsample(one: Labelled, samples: int, seed: int) -> Labelled:
     if len(one.ids) <= samples:
         return one
     kept = np.sort(Permutation(len(one.ids), seed, Stream.STUDY)(np.arange(samples)))
-    return replace(one, ids=one.ids[kept], labels=one.labels[kept])
+    return one.take(kept)
 
 
 def shown(preprocessing: Preprocessing, data: ConcatShardSets, ids: Ids) -> Images:

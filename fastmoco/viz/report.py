@@ -280,7 +280,7 @@ def _tile(
 ) -> Tile:
     save_tile(folder / file, pixels)
     sample, name = int(one.ids[place]), one.classes[int(one.labels[place])]
-    return Tile(file, name, detail, f"{name}: sample {sample}, {one.set.get_name(sample)}", right)
+    return Tile(file, name, detail, f"{name}: sample {sample}, {one.data.get_name(sample)}", right)
 
 
 def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> list[Tile]:

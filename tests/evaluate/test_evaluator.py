@@ -170,7 +170,7 @@ def test_a_test_set_may_lack_classes_and_have_no_others(
     source = make_images(tmp_path / "source", ("ape", "bee", "dog"), 2)
     pack(source, tmp_path / "other", PackOptions())
     run = make_run().root
-    with pytest.raises(DataError, match=r"differ in their classes \(dog\): only the test set has"):
+    with pytest.raises(DataError, match=r"differ in their classes \(dog\): only the second has"):
         Evaluation.open(run, small_set.root, tmp_path / "other")
     pack(make_images(tmp_path / "few", ("cow", "bee"), 2), tmp_path / "fewer", PackOptions())
     opened = Evaluation.open(run, small_set.root, tmp_path / "fewer")

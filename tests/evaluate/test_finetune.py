@@ -155,6 +155,18 @@ def test_normalization_and_size_are_written_down(evaluation: Evaluation, normali
     assert evaluation.preprocessing.size == 16
 
 
+def test_a_weight_of_2_is_the_sample_twice() -> None:
+    from fastmoco.evaluate.finetune import _loss
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 3, dtype=torch.float64, generator=generator)
+    labels, twice = torch.arange(7) % 3, torch.arange(7) % 2 == 0
+    weights = 1 + twice.double()
+    copies = torch.cat([logits, logits[twice]]), torch.cat([labels, labels[twice]])
+    weighted = _loss(logits, labels, weights / weights.mean())
+    torch.testing.assert_close(weighted, _loss(*copies), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_give_the_probes_and_knns_numbers_of_one(

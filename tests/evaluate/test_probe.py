@@ -52,7 +52,7 @@ def plain_loop(heads: Heads, number: int, data: Pair, protocol: ProbeConfig) -> 
     optimizer = torch.optim.SGD(head.parameters(), lr=RATES[number], momentum=0.9)
     milestones = [int(0.6 * protocol.epochs), int(0.8 * protocol.epochs)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    for batches in cached_epochs(*data, protocol):
+    for batches in cached_epochs(data, protocol):
         for features, labels in batches:
             optimizer.zero_grad()
             nn.functional.cross_entropy(head(features), labels).backward()
@@ -67,7 +67,7 @@ def test_each_head_trains_as_if_alone(train: Pair) -> None:
     heads = Heads(DIM, CLASSES, RATES).double()
     data = train[0].double(), train[1]
     alone = [plain_loop(heads, number, data, protocol) for number in range(3)]
-    train_heads(heads, cached_epochs(*data, protocol), 5, protocol)
+    train_heads(heads, cached_epochs(data, protocol), 5, protocol)
     weights, biases = heads.weight.view(3, CLASSES, DIM), heads.bias.view(3, CLASSES)
     for number, head in enumerate(alone):
         torch.testing.assert_close(weights[number], head.weight, rtol=1e-9, atol=1e-9)
@@ -122,18 +122,18 @@ def test_an_epoch_holds_every_sample_once_in_a_new_order(train: Pair) -> None:
     features, labels = torch.arange(203.0)[:, None], torch.arange(203)
     epochs = [
         torch.cat([part[1] for part in batches])
-        for batches in cached_epochs(features, labels, ProbeConfig(epochs=3, batch=50))
+        for batches in cached_epochs((features, labels), ProbeConfig(epochs=3, batch=50))
     ]
     assert all(torch.equal(order.sort().values, labels) for order in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    again = next(cached_epochs(features, labels, ProbeConfig(epochs=1, batch=50)))
+    again = next(cached_epochs((features, labels), ProbeConfig(epochs=1, batch=50)))
     assert torch.equal(torch.cat([part[0] for part in again])[:, 0].long(), epochs[0])
 
 
 def test_scores_are_scikit_learns(train: Pair, held_out: Pair) -> None:
     protocol = ProbeConfig(epochs=2, lrs=RATES, batch=50)
     heads = Heads(DIM, CLASSES, RATES)
-    train_heads(heads, cached_epochs(*train, protocol), 5, protocol)
+    train_heads(heads, cached_epochs(train, protocol), 5, protocol)
     for number, score in enumerate(scores(heads, judge(heads, *held_out))):
         logits = heads(held_out[0])[:, number].detach().numpy()
         top5 = top_k_accuracy_score(held_out[1], logits, k=5, labels=range(CLASSES))
@@ -177,3 +177,18 @@ def test_a_record_holds_the_best_rate_and_the_protocol() -> None:
     assert [entry["lr"] for entry in row["learning_rates"]] == [0.1, 1.0, 10.0]
     assert row["protocol"]["epochs"] == 7 and row["protocol"]["features"] == "cached"
     assert row["protocol"]["best_by"] == "test"
+
+
+def test_a_weight_of_2_is_the_sample_twice(train: Pair) -> None:
+    """In full batches, where order plays no part."""
+    features, labels = train[0].double(), train[1]
+    twice = torch.arange(len(labels)) % 3 == 0
+    weights = 1 + twice.double()
+    copies = torch.cat([features, features[twice]]), torch.cat([labels, labels[twice]])
+    found = []
+    for samples in (copies, (features, labels, weights / weights.mean())):
+        protocol = ProbeConfig(epochs=10, lrs=RATES, batch=len(samples[0]))
+        heads = Heads(DIM, CLASSES, RATES).double()
+        train_heads(heads, cached_epochs(samples, protocol), 1, protocol)
+        found.append(heads.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -54,11 +54,11 @@ def test_a_set_that_is_tested_on_itself_is_told(small_set: ShardSet) -> None:
 
 def test_classes_without_images_are_told(small_set: ShardSet, unseen_set: ShardSet) -> None:
     train, test = Labelled.of(small_set), Labelled.of(unseen_set)
-    few = Labelled(test.set, test.ids[test.labels < 2], test.labels[test.labels < 2], test.classes)
+    few = test.take(np.flatnonzero(test.labels < 2))
     assert cautions(train, few) == [
         "1 of 3 classes (cow) have no test image: the accuracy is one over the others"
     ]
-    less = Labelled(train.set, train.ids[train.labels > 0], train.labels[train.labels > 0], CLASSES)
+    less = train.take(np.flatnonzero(train.labels > 0))
     (told,) = cautions(less, test)
     assert told.startswith("1 of 3 classes (ape) have no training image")
 

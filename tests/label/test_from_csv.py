@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fastmoco.label.from_csv as station
+import fastmoco.label.names as station
 from fastmoco.dataset.classes import Found, Known
 from fastmoco.dataset.labels import Labelled, labelled_pair
 from fastmoco.dataset.shard_set import ShardSet, read_labels
@@ -173,7 +173,7 @@ def test_every_fault_is_told_by_its_line(copied: ShardSet, write: Write) -> None
         copied,
         write("name,label", f"{known},ape", "x.jpg,ape", "y.jpg", f"{known},bee"),
     )
-    assert "has 3 fault(s), so no labels were written" in words
+    assert "has 3 fault(s), so none of its labels was taken" in words
     assert "line 3: the set has no sample 'x.jpg'" in words
     assert "line 4: has another number of fields" in words
     assert "line 5: names sample 3 again, as line 2 does: an image has one label" in words
@@ -190,8 +190,10 @@ def test_every_fault_is_told_by_its_line(copied: ShardSet, write: Write) -> None
         ("1,1,1", "the label '1' is none of 3 classes"),
         ("1,\udcff,1", "is not UTF-8"),
         ("1,ape,nan", "the weight 'nan'"),
-        ("1,ape,0", "the weight '0': weights are not used yet"),
-        ("1,ape,0.5", "the weight '0.5'"),
+        ("1,ape,0", "the weight '0': it must be a number above 0"),
+        ("1,ape,1e39", "the weight '1e39'"),
+        ("1,ape,1e-60", "the weight '1e-60'"),
+        ("1,ape,half", "the weight 'half'"),
         ("1,ape", "another number of fields"),
         ("1,ape,1,1", "another number of fields"),
         ("0,ape,1", "names sample 0 again, as line 2 does"),

@@ -144,6 +144,31 @@ def test_a_round_trip(place, capsys):
     code, out, _ = command(capsys, *arguments, "--replace")
     assert code == 0 and "6 samples are left out: labelled in the table 'asked'" in out
     assert not set(first) & set(asked(place / "request.csv"))
+    probe = ("probe", "run", "--cached", "--epochs", 2, "--device", "cpu")
+    for table in ("asked", "back.csv"):
+        code, out, err = command(capsys, *probe, "--more", "pool", table)
+        assert code == 0, err
+    lines = (place / "run/evaluations.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    by_table, by_csv = (row["sets"]["train"] for row in rows)
+    (more,) = by_table["more"]
+    assert (by_table["samples"], more["samples"], by_table["total"]) == (24, 6, 30)
+    assert (more["labels"], by_csv["more"][0]["labels"]) == ("asked", "back.csv")
+    assert rows[0]["learning_rates"] == rows[1]["learning_rates"]
+
+
+def test_a_copy_of_what_is_labelled_is_not_asked_for(place, capsys):
+    """Whichever of two samples of the same bytes has the label: nobody pays twice."""
+    pool = ShardSet(place / "pool")
+    copies = [i for i in range(len(pool)) if pool.get_name(i) in ("ape/0003.jpg", "bee/twice.jpg")]
+    for last in copies:
+        rows = np.array([(last, 0, 1.0)], dtype=LABEL_DTYPE)
+        write_labels(pool, "mine", rows, ["ape", "bee", "cow"], "by hand")
+        arguments = ("query", "run", "pool", "--budget", 35, "--strategy", "random", "--replace")
+        code, _, err = command(capsys, *arguments, "--device", "cpu")
+        assert code == 0 and not set(copies) & set(asked(place / "request.csv")), err
+    code, _, err = command(capsys, *arguments[:3], "--budget", 36, *arguments[5:])
+    assert code == 2 and "has 35 samples to ask for" in err
 
 
 def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
