@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Labels": {
         "query": labels.query,
         "label": data.label,
+        "pseudolabel": labels.pseudolabel,
     },
     "Encoders": {
         "import": models.import_,

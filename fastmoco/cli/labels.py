@@ -1,4 +1,4 @@
-"""The command that says which images to ask labels for."""
+"""The commands that say which images to ask labels for, and label those that are sure."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,12 +7,25 @@ import typer
 
 from fastmoco.cli import options
 from fastmoco.core.terminal import echo
+from fastmoco.errors import UsageError
 
 if TYPE_CHECKING:
     from fastmoco.dataset.labels import Labelled
 
 Strategy = Literal[
-    "auto", "random", "least", "margin", "entropy", "intersection", "coreset", "herding", "scores"
+    "auto",
+    "random",
+    "least",
+    "margin",
+    "entropy",
+    "intersection",
+    "disagreement",
+    "hybrid",
+    "coreset",
+    "herding",
+    "kmeans",
+    "typiclust",
+    "scores",
 ]
 
 
@@ -35,6 +48,13 @@ def query(
     balance: Annotated[
         bool, typer.Option(help="At most an equal share of each predicted class.")
     ] = True,
+    members: Annotated[
+        int, typer.Option(min=0, help="For disagreement: heads on bootstraps of the labels.")
+    ] = 0,
+    committee: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .npy.")
     ] = None,
@@ -50,26 +70,84 @@ def query(
     device: options.Device = "auto",
 ) -> None:
     """Choose the images of a set whose labels would help most, for people to label."""
-    from fastmoco.label import query as module
+    from fastmoco.label.query import Options
+    from fastmoco.label.query import query as choose
+    from fastmoco.label.request import check_absent, describe, write_images, write_request
 
-    module.check_absent(out, replace)
-    asked = module.Options(
-        budget, strategy, feature, balance, seed, scores, tuple(exclude or ()), device
+    check_absent(out, replace)
+    asked = Options(
+        *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
+        *(scores, tuple(exclude or ()), device),
     )
-    first, second = _labelled(run, train, labels, test)
-    found = module.query(run, pool, asked, first, second)
+    first, second = _labelled(run, train, labels, None, test)
+    request = choose(run, pool, asked, first, second)
     if images:
-        module.write_images(found, images)
-    module.write_request(found, out)
-    echo("\n".join(module.describe(found, out)))
+        write_images(request, images)
+    write_request(request, out)
+    echo("\n".join(describe(request, out)))
+
+
+def pseudolabel(
+    run: options.Run,
+    pool: Annotated[
+        Path, typer.Argument(help="A set; labels it was packed with only judge the result.")
+    ],
+    train: Annotated[
+        Path | None, typer.Option(help="What is labelled. [default: the monitor's bank]")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
+    ] = None,
+    more: options.More = None,
+    test: options.Test = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(help="Share of right ones out of fold, 0..1. [default: 0.95]"),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least confidence, 0..1, instead of --precision.")
+    ] = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of a class, the surest.")
+    ] = None,
+    agree: Annotated[
+        list[Path] | None, typer.Option(help="A run that must say the same; repeatable.")
+    ] = None,
+    weight: Annotated[
+        Literal["one", "confidence"], typer.Option(help="What a label counts in training.")
+    ] = "one",
+    feature: options.Feature = "backbone",
+    out: Annotated[Path, typer.Option(help="The CSV of labels.")] = Path("pseudolabels.csv"),
+    replace: Annotated[bool, typer.Option("--replace", help="Labels of this name.")] = False,
+    seed: Annotated[int, options.of_seed("Of the folds.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Label the images of a set that a classifier on a run's features is sure of."""
+    from fastmoco.label.pseudo import Options
+    from fastmoco.label.pseudo import pseudolabel as choose
+    from fastmoco.label.pseudo_file import describe, write_pseudolabels
+    from fastmoco.label.request import check_absent
+
+    check_absent(out, replace)
+    asked = Options(precision, threshold, per_class, tuple(agree or ()), feature, seed, device)
+    first, second = _labelled(run, train, labels, more, test)
+    if first is None:
+        raise UsageError("The run has no monitor: name what is labelled by --train.")
+    about = write_pseudolabels(choose(run, pool, asked, first, second), out, weight)
+    echo("\n".join(describe(about, out)))
 
 
 def _labelled(
-    run: Path, train: Path | None, labels: str | None, test: Path | None
+    run: Path,
+    train: Path | None,
+    labels: str | None,
+    more: list[str] | None,
+    test: Path | None,
 ) -> "tuple[Labelled | None, Labelled | None]":
     """Open what is labelled, and the test set; by default those of the run's monitor."""
-    from fastmoco.dataset.labels import Labelled
+    from fastmoco.dataset.labels import Labelled, union
     from fastmoco.dataset.shard_set import ShardSet
+    from fastmoco.label.table import read_labelled
     from fastmoco.runs.run_folder import RunFolder
 
     recipe = RunFolder(run).recipe()
@@ -81,4 +159,6 @@ def _labelled(
         Labelled.of(ShardSet(path), table) if path else None
         for path, table in ((train, labels), (test, None))
     )
+    if first:
+        first = union(first, *(read_labelled(*pair) for pair in options.split_pairs(more)))
     return first, second

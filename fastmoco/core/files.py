@@ -1,10 +1,13 @@
 """Files that are whole or absent: everything is written aside, synced, then renamed."""
 
+import csv
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` with `value` as indented JSON with sorted keys."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return a table as a CSV; names that are not UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(itertools.chain([header], rows))
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def make_parent(final: Path) -> None:

@@ -188,7 +188,7 @@ def labelled_pair(
     asked = ShardSet(queries)
     second = Labelled.of(asked, table if table and _has_table(asked, table) else None)
     for one in (first, second):
-        _refuse_unfit(one)
+        refuse_unfit(one)
     mend = "give both tables the same --classes" if table else "pack the test set without them"
     labels = _numbered_like(first, second, mend)
     return first, replace(second, labels=labels, classes=first.classes)
@@ -217,7 +217,12 @@ def _has_table(one: ShardSet, table: str) -> bool:
         return False
 
 
-def _refuse_unfit(one: Labelled) -> None:
+def refuse_unfit(one: Labelled) -> None:
+    """Check that a classifier can learn from the labels, or be tested on them.
+
+    Raises:
+        DataError: there are none, all are of one class, or one has no class.
+    """
     if len(one.classes) < 2:
         raise DataError(
             f"{one.set.root} has {len(one.classes)} classes; an accuracy needs two or more: pack "

@@ -19,14 +19,15 @@ def cautions(train: Labelled, test: Labelled, step: int | None = None) -> list[s
         step: of the encoder's checkpoint.
     """
     found = [_untrained(step), _overlap(train, test), _unseen(train, test), _untested(train, test)]
-    return [sentence for sentence in [*found, *_dropped(train)] if sentence]
+    return [sentence for sentence in [*found, *tell_dropped(train)] if sentence]
 
 
 def _untrained(step: int | None) -> str | None:
     return "this encoder is untrained (step 0)" if step == 0 else None
 
 
-def _dropped(train: Labelled) -> Iterator[str]:
+def tell_dropped(train: Labelled) -> Iterator[str]:
+    """Yield which tables have labels that are not used."""
     for source in train.sources:
         if source.dropped:
             yield (

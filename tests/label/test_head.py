@@ -61,7 +61,8 @@ def test_the_calibration_error_bin_by_bin(data):
         if inside.any():
             right = (predicted == labels)[inside].double().mean()
             total += float(inside.sum()) * abs(float(right - confidence[inside].mean()))
-    assert calibration_error(p, labels) == pytest.approx(total / len(labels))
+    right = (predicted == labels).double()
+    assert calibration_error(confidence, right) == pytest.approx(total / len(labels))
 
 
 def test_folds_are_dealt_class_by_class():
