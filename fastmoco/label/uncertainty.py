@@ -1,5 +1,6 @@
 """How unsure a classifier is of each sample, and the order in which samples are asked for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from fastmoco.core.rng import Ids
 from fastmoco.label.head import Head, Scores
 
-_CHUNK = 16384  # rows whose probabilities are held at a time: 100 MB of 800 classes
+CHUNK = 16384  # rows whose probabilities are held at a time: 100 MB of 800 classes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Beliefs:
     confidence: Scores
     margin: Scores
     entropy: Scores
+
+    @classmethod
+    def of(cls, chunks: Iterable[torch.Tensor]) -> "Beliefs":
+        """Return what (n, c) probabilities say, which come in parts."""
+        parts = []
+        for p in chunks:
+            top, places = p.topk(2, dim=1)
+            entropy = -torch.special.xlogy(p, p).sum(dim=1) / np.log(p.shape[1])
+            parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
+        return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def least(self) -> Scores:
         """Return 1 - p1: the larger, the sooner it is asked for."""
@@ -49,14 +60,8 @@ class Beliefs:
 
 def judge(head: Head, rows: torch.Tensor) -> Beliefs:
     """Return what a head says of (n, d) standardized rows, chunk by chunk."""
-    parts = []
-    for start in range(0, len(rows), _CHUNK):
-        p = head.probabilities(rows[start : start + _CHUNK])
-        top, places = p.topk(2, dim=1)
-        entropy = -torch.special.xlogy(p, p).sum(dim=1) / np.log(p.shape[1])
-        parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
-    columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return Beliefs(*columns)
+    chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+    return Beliefs.of(head.probabilities(chunk) for chunk in chunks)
 
 
 def rank_scores(scores: Scores) -> Ids:
