@@ -204,23 +204,40 @@ class Schedule(Strict):
 
 
 class Monitor(Strict):
-    """kNN accuracy during training: `queries` classified by their neighbors in `bank`.
+    """What is measured during training: how features spread, and with labels their kNN accuracy.
 
     Attributes:
-        bank, queries: labelled sets.
+        bank: the images that are looked at; labelled, if their neighbors are to vote. None: those
+            that the run is trained on.
+        queries: a labelled set, classified by its neighbors in the bank; None: the run needs no
+            labels.
+        validation: a share of each class of the labelled bank that is classified by the rest of it:
+            an accuracy that may choose a checkpoint, as the one of the queries must not.
         labels: a side table of the bank, see `labelled.labelled_pair`; None: the packed labels.
         feature: of the head, as in the published notebook, or of the backbone.
         k, t: neighbors that vote, and the temperature of their votes.
         every: in epochs.
     """
 
-    bank: Path
-    queries: Path
+    bank: Path | None = None
+    queries: Path | None = None
+    validation: Annotated[float, Field(gt=0, le=0.5)] | None = None
     labels: str | None = None
     feature: Literal["head", "backbone"] = "head"
     k: Count = 200
     t: Positive = 0.1
     every: Count = 1
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the bank's labels are read."""
+        return self.queries is not None or self.validation is not None
+
+    @model_validator(mode="after")
+    def _labels_of_the_bank(self) -> "Monitor":
+        if self.bank is None and (self.labelled or self.labels):
+            raise ValueError("queries, validation and labels need a labelled bank: name it")
+        return self
 
 
 class Checkpoints(Strict):
@@ -230,11 +247,20 @@ class Checkpoints(Strict):
         every, minutes: between checkpoints, in steps or in minutes of rank 0's clock: one of the
             two; neither: 30 minutes.
         keep: the newest ones.
+        best: keep the one with the highest such number of the monitor beside them, and save
+            whenever it is reached: "rankme" of the backbone, "rankme_head", or "knn_top1", which
+            is that of `monitor.validation` and never of the queries.
     """
 
     every: Count | None = None
     minutes: Positive | None = None
     keep: Annotated[int, Field(ge=2)] = 2
+    best: Literal["rankme", "rankme_head", "knn_top1"] | None = None
+
+    @property
+    def best_metric(self) -> str | None:
+        """The name in the metrics of the number that `best` goes by."""
+        return "validation_top1" if self.best == "knn_top1" else self.best
 
     @model_validator(mode="before")
     @classmethod
@@ -309,7 +335,7 @@ class Recipe(Strict):
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
         views: of the query and of the key.
-        monitor: kNN accuracy during training; None: the run needs no labels.
+        monitor: what is measured during training; `{}`: without labels. None: nothing.
     """
 
     name: str
@@ -327,6 +353,17 @@ class Recipe(Strict):
     runtime: Runtime = Runtime()
     monitor: Monitor | None = None
     checkpoints: Checkpoints = Checkpoints(minutes=30.0)
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Recipe":
+        if self.checkpoints.best and self.monitor is None:
+            raise ValueError("checkpoints.best needs a monitor: monitor={} needs no labels")
+        if self.checkpoints.best == "knn_top1" and not (self.monitor and self.monitor.validation):
+            raise ValueError(
+                "checkpoints.best: knn_top1 needs labels that are not the test: set "
+                "monitor.validation=0.1, a tenth of the bank"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":

@@ -104,7 +104,8 @@ def report(
         FastmocoError: sets that were named do not serve.
     """
     _check_installed()
-    run, out = RunFolder(root), out or root / "report"
+    run = RunFolder(root)
+    out = out or run.root / "report"
     facts = gather(run)
     # A set that the user named must serve, and at once; one that the recipe names may be gone.
     asked = train or test or labels

@@ -22,7 +22,6 @@ from fastmoco.evaluate.features import never
 from fastmoco.evaluate.probe import ProbeConfig
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
-from fastmoco.pretrain import _monitor
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
@@ -155,7 +154,7 @@ def test_the_sets_of_the_monitor_are_the_default(
 def test_no_monitor_and_no_sets_is_refused_in_words(make_run: Make, small_set: ShardSet) -> None:
     run = make_run()
     for train, test in ((None, None), (small_set.root, None), (None, small_set.root)):
-        with pytest.raises(UsageError, match=r"no monitor: name labelled sets by --train and"):
+        with pytest.raises(UsageError, match=r"no monitor of labelled sets: name two by --train and"):
             Evaluation.open(run.root, train, test)
 
 
