@@ -6,9 +6,7 @@ probe; together they show whether training moves, and when it has collapsed.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -114,7 +112,3 @@ def _effective_rank(spectrum: torch.Tensor) -> float:
     """Return exp of the entropy of the shares of a spectrum (Roy and Vetterli 2007)."""
     shares = spectrum / spectrum.sum().clamp_min(1e-300) + _EPSILON
     return math.exp(-float((shares * shares.log()).sum()))
-
-
-def find_collapse(numbers: Mapping[str, Any]) -> list[str]:
-    return []

@@ -29,7 +29,6 @@ from fastmoco.evaluate.label_free import (
     Moments,
     alignment,
     alpha_req,
-    find_collapse,
     rankme,
     uniformity,
 )
@@ -107,17 +106,13 @@ class RunMonitor:
             stop: whether to give up; asked equally often on all ranks.
         """
         try:
-            numbers = self._measure(encoder, stop)
+            return self._measure(encoder, stop)
         except Stopped:
             return {}
         except DivergedError as error:  # met by all ranks alike; the guard looks after the run
             if self.world.is_main:
                 echo(f"warning: nothing is measured. {error}", err=True)
             return {}
-        if self.world.is_main:
-            for warning in find_collapse(numbers):
-                echo(f"warning: {warning}", err=True)
-        return numbers
 
     def _measure(self, encoder: Encoder, stop: Stop) -> dict[str, float]:
         ranked = _spread_out(self.ids, RANKED)

@@ -187,7 +187,8 @@ def _curves(folder: Path, facts: Facts) -> list[dict[str, str]]:
         draw_curve(folder / file, facts.metrics, queue, curve)
         values = curve.points(facts.metrics)[1]
         span = f"first {values[0]:.4g}, last {values[-1]:.4g}"
-        drawn.append({"file": file, "alt": f"{curve.title} over the epochs: {span}"})
+        alt = f"{curve.title} over the epochs: {span}"
+        drawn.append({"file": file, "alt": alt, "note": curve.note})
     return drawn
 
 

@@ -252,7 +252,7 @@ def test_a_run_without_labels(
     run = make_run(tmp_path / "run", monitor=None)
     found = Parsed(report(run.root, device="cpu"))
     for section in LABELLED:
-        assert "name labelled sets by --train and --test" in found.text[section]
+        assert "of labelled sets: name two by --train and --test" in found.text[section]
     for section in ("views", "filters", "maps"):
         assert found.alts[section]
     assert "no numbers yet" in found.text["curves"] and "none yet" in found.text["numbers"]

@@ -1,0 +1,200 @@
+"""What the loop asks each epoch: the parts that it is made of, on one rank and on several."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from threads import on_ranks
+from torch.nn.functional import normalize
+
+from fastmoco.config.recipe import Monitor, Subset
+from fastmoco.core.distributed import World
+from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
+from fastmoco.evaluate import knn as neighbors
+from fastmoco.evaluate import monitor as module
+from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.evaluate.features import never
+from fastmoco.evaluate.knn import KNNClassifier
+from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, rankme, uniformity
+from fastmoco.evaluate.monitor import RunMonitor
+from fastmoco.load.loader import Loader
+from fastmoco.load.sampler import Plan
+from fastmoco.models.encoder import Encoder
+from fastmoco.runs.run_folder import RunFolder
+
+Open = Callable[..., RunMonitor]
+
+
+@pytest.fixture
+def evaluation(
+    make_run: Callable[..., RunFolder], small_set: ShardSet, unseen_set: ShardSet
+) -> Evaluation:
+    run = make_run(data=[str(small_set.root)], seed=3)
+    return Evaluation.open(run.root, small_set.root, unseen_set.root)
+
+
+@pytest.fixture
+def open_monitor(evaluation: Evaluation) -> Open:
+    """`open_monitor(world=World(), subset=None, bank=..., ...)`."""
+
+    def make(world: World = World(), subset: Subset | None = None, **options: Any) -> RunMonitor:
+        recipe = evaluation.recipe
+        data = recipe.data.model_copy(update={"subset": subset})
+        recipe = recipe.model_copy(update={"monitor": Monitor(**options), "data": data})
+        settings = evaluation.preprocessing.settings
+        loader = Loader.of(recipe, ConcatShardSets.open(recipe.data.sets), settings)
+        return RunMonitor.open(recipe, loader, evaluation.preprocessing, world)
+
+    return make
+
+
+def in_order(epoch: int, indices: np.ndarray) -> np.ndarray:
+    """Return the ids of an order that changes nothing."""
+    return indices
+
+
+def two_views(evaluation: Evaluation, seed: int, count: int) -> list[torch.Tensor]:
+    """Return unit heads of the training stream's first views, under a seed, in id order."""
+    recipe = evaluation.recipe
+    plan = Plan(count, count, seed, in_order)
+    data = ConcatShardSets([evaluation.train.set])
+    spec = {"size": 16, "mean": recipe.encoder.mean, "std": recipe.encoder.std}
+    settings = evaluation.preprocessing.settings
+    batches = Loader(data, plan, recipe.views, **spec, settings=settings).batches()
+    with torch.no_grad():
+        return [normalize(evaluation.encoder(view), dim=1) for view in next(batches).views]
+
+
+def test_a_run_without_labels_is_measured_on_its_own_images(
+    open_monitor: Open, evaluation: Evaluation
+) -> None:
+    numbers = open_monitor()(evaluation.encoder, never)
+    backbone, head = (evaluation.features(evaluation.train, f)[0] for f in ("backbone", "head"))
+    first, second = two_views(evaluation, 3 ^ 1 << 62, 24)
+    expected = {
+        "rankme": rankme(Moments.of(backbone)),
+        "rankme_head": rankme(Moments.of(head)),
+        "rankme_images": 24,
+        "alpha_req": alpha_req(Moments.of(backbone)),
+        "alignment": alignment(first, second),
+        "uniformity": uniformity(first),
+    }
+    assert numbers == pytest.approx(expected, rel=1e-5)
+    assert numbers["rankme"] > 2 and numbers["alignment"] > 1e-3
+
+
+def test_the_images_are_those_of_the_subset_or_of_the_bank(
+    open_monitor: Open, unseen_set: ShardSet
+) -> None:
+    assert open_monitor(subset=Subset(fraction=0.5)).ids.tolist() != list(range(12))
+    assert len(open_monitor(subset=Subset(fraction=0.5)).ids) == 12
+    other = open_monitor(bank=unseen_set.root)
+    assert other.data.set_ids == [unseen_set.manifest.set_id] and len(other.ids) == 15
+    assert other.bank is None
+
+
+def test_some_of_many_images_are_looked_at_and_all_of_them_vote(
+    open_monitor: Open, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANKED", 7)
+    monkeypatch.setattr(module, "PAIRED", 5)
+    sets = {"bank": evaluation.train.set.root, "queries": evaluation.test.set.root}
+    seen = [0, 3, 6, 10, 13, 17, 20]  # at equal steps through the 24
+    for feature in ("head", "backbone"):
+        numbers = open_monitor(**sets, k=3, feature=feature)(evaluation.encoder, never)
+        rows, _ = evaluation.features(evaluation.train, feature)
+        key = "rankme" if feature == "backbone" else "rankme_head"
+        assert numbers[key] == pytest.approx(rankme(Moments.of(rows[seen])), rel=1e-5)
+        assert numbers["rankme_images"] == 7
+        assert numbers["knn_top1"] == evaluation.knn(feature, k=3, t=0.1)["top1"]
+
+
+def test_validation_is_a_share_of_the_bank_that_does_not_vote(
+    open_monitor: Open, evaluation: Evaluation
+) -> None:
+    bank = evaluation.train.set.root
+    options = {"bank": bank, "validation": 0.25, "k": 3, "feature": "backbone"}
+    monitor = open_monitor(**options)
+    features, labels = evaluation.features(evaluation.train, "backbone")
+    held = torch.zeros(24, dtype=torch.bool)
+    numbers, asked = {}, []
+    predict = KNNClassifier.accuracy
+
+    def note(self: KNNClassifier, *given: Any) -> float:
+        asked.append((self._bank, *given[:2]))
+        return predict(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KNNClassifier, "accuracy", note)
+        numbers = monitor(evaluation.encoder, never)
+    ((voting, queries, wanted),) = asked
+    for row in queries:
+        held |= (features - row).abs().amax(dim=1) < 1e-5
+    assert held.sum() == 6 == len(queries) and wanted.bincount().tolist() == [2, 2, 2]
+    torch.testing.assert_close(voting, normalize(features[~held], dim=1))
+    naive = KNNClassifier(features[~held], labels[~held], 3, 3, 0.1)
+    assert numbers["validation_top1"] == naive.accuracy(features[held], labels[held])
+    assert "knn_top1" not in numbers
+    both = open_monitor(**options, queries=evaluation.test.set.root)(evaluation.encoder, never)
+    assert both["validation_top1"] == numbers["validation_top1"]
+    assert both["knn_top1"] == evaluation.knn("backbone", k=3, t=0.1)["top1"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_do_not_matter(
+    size: int, open_monitor: Open, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANKED", 16)
+    bank, queries = (str(one.set.root) for one in (evaluation.train, evaluation.test))
+    options = {"bank": bank, "queries": queries, "validation": 0.25, "k": 3}
+    alone = open_monitor(**options)(evaluation.encoder, never)
+    assert len(alone) == 8
+    monitors = [open_monitor(World(rank, size), **options) for rank in range(size)]
+
+    def work(world: World) -> dict[str, float]:
+        return replace(monitors[world.rank], world=world)(evaluation.encoder, never)
+
+    for numbers in on_ranks(size, work):
+        assert numbers == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_feature_that_is_no_number_costs_the_numbers_and_is_told(
+    open_monitor: Open, trained: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copy.deepcopy(trained)
+    broken.head.bias.data[0] = torch.nan
+    assert open_monitor()(broken, never) == {}
+    assert "warning: nothing is measured." in capsys.readouterr().err
+
+
+def test_the_labels_of_a_table_are_used(open_monitor: Open, copied: ShardSet) -> None:
+    rows = np.array([(i, i % 2, 1.0) for i in (20, 3, 11, 5, 8, 17, 1)], dtype=LABEL_DTYPE)
+    write_labels(copied, "two", rows, ["even", "odd"], "by hand")
+    monitor = open_monitor(bank=copied.root, labels="two", validation=0.5)
+    assert monitor.bank.classes == ["even", "odd"]
+    assert monitor.ids.tolist() == [1, 3, 5, 8, 11, 17, 20]
+
+
+def test_it_tells_of_each_product_and_may_be_stopped_before_any(
+    open_monitor: Open, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is asked tells the watchdog too: a bank of hours is not taken for a stall."""
+    monkeypatch.setattr(neighbors, "_CHUNK", 4)
+    monkeypatch.setattr(neighbors, "_BLOCK", 5)
+    sets = (evaluation.train, evaluation.test)
+    bank, queries = (str(one.set.root) for one in sets)
+    monitor = open_monitor(bank=bank, queries=queries)
+    asked = 3 + 4 * 5  # a batch of each set and of views, then 15 queries by 4 times 24 rows by 5
+    calls: list[None] = []
+
+    def stop_at(call: int) -> Callable[[], bool]:
+        calls.clear()
+        return lambda: calls.append(None) or len(calls) == call
+
+    assert "knn_top1" in monitor(evaluation.encoder, stop_at(asked + 1)) and len(calls) == asked
+    for call in (1, 3, asked):
+        assert monitor(evaluation.encoder, stop_at(call)) == {} and len(calls) == call
