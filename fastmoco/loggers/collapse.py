@@ -3,36 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
+_SETTLED = 50  # steps until BatchNorm's running statistics are no longer those it began with
 _ONE_DIRECTION = 1.5  # RankMe; a healthy head fills ten and more
-_ONE_POINT = -1e-3  # uniformity; 0 where all features are the same
+_ONE_POINT = -0.01  # uniformity; a healthy head is below -1
 _SAME_VIEWS = 1e-3  # alignment; a positive similarity of 0.9995
 
 
 def find_collapse(row: Mapping[str, Any]) -> list[str]:
     """Return what speaks for a collapse in an epoch's row of the metrics, and its likely cause.
 
-    Nothing is said of an untrained network: deep ones begin with all features close together.
+    Nothing is said of the first steps: untrained deep networks have all features close together.
     """
-    if not row["step"]:
+    if row["step"] < _SETTLED or "rankme" not in row:
         return []
-    found = []
-    backbone, head = (row.get(name, float("inf")) for name in ("rankme", "rankme_head"))
-    alike = row.get("uniformity", -float("inf")) > _ONE_POINT
+    backbone, head = row["rankme"], row["rankme_head"]
+    alignment, uniformity = row.get("alignment", 4), row.get("uniformity", -4)
     if backbone < _ONE_DIRECTION:
-        found.append(
+        return [
             f"The backbone has collapsed: its features fill {backbone:.2f} directions (RankMe). "
-            "Likely a learning rate that is too high: lower optimizer.lr, or lengthen the warm-up."
-        )
-    elif head < _ONE_DIRECTION or alike:
-        found.append(
-            f"The head has collapsed, the backbone (RankMe {backbone:.1f}) has not: to the head "
-            "all images are " + ("one point" if alike else "one direction") + ". Likely a head "
-            "whose weights died: lower optimizer.lr or optimizer.weight_decay."
-        )
-    if row.get("alignment", float("inf")) < _SAME_VIEWS and not alike:
-        found.append(
+            "Likely a learning rate that is too high: lower optimizer.lr, or warm up."
+        ]
+    if head < _ONE_DIRECTION or uniformity > _ONE_POINT:
+        return [
+            f"The head has collapsed: its features fill {head:.2f} directions (RankMe), at a "
+            f"uniformity of {uniformity:.3f} (0: one point). Likely a key encoder that follows too "
+            "fast or a learning rate that is too high: raise objective.momentum towards 0.999, or "
+            "lower optimizer.lr."
+        ]
+    if alignment < _SAME_VIEWS:
+        return [
             "Two views of an image are the same to the network (positive similarity "
-            f"{1 - row['alignment'] / 2:.4f}): the views differ too little to learn from. Likely "
-            "no random crop: set views.0.crop and views.1.crop to random, or lower their scale."
-        )
-    return found
+            f"{1 - alignment / 2:.4f}), though images differ. Likely views that differ too little: "
+            "set views.0.crop=random and views.1.crop=random, or stronger jitter."
+        ]
+    return []

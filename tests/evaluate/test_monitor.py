@@ -11,7 +11,7 @@ import torch
 from threads import on_ranks
 from torch.nn.functional import normalize
 
-from fastmoco.config.recipe import Monitor, Subset
+from fastmoco.config.recipe import Monitor, Subset, View
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.evaluate import knn as neighbors
@@ -23,6 +23,7 @@ from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, rankme, 
 from fastmoco.evaluate.monitor import RunMonitor
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
+from fastmoco.loggers.collapse import find_collapse
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
@@ -198,3 +199,52 @@ def test_it_tells_of_each_product_and_may_be_stopped_before_any(
     assert "knn_top1" in monitor(evaluation.encoder, stop_at(asked + 1)) and len(calls) == asked
     for call in (1, 3, asked):
         assert monitor(evaluation.encoder, stop_at(call)) == {} and len(calls) == call
+
+
+def dead_head(encoder: Encoder) -> None:
+    for parameter in encoder.head.parameters():
+        parameter.zero_()
+
+
+def one_answer(encoder: Encoder) -> None:
+    encoder.head.weight.zero_()
+    encoder.head.bias.fill_(0.5)
+
+
+def dead_backbone(encoder: Encoder) -> None:
+    last = encoder.backbone.layer4[-1]
+    for norm in (last.bn2, last.downsample[1]):
+        norm.weight.zero_()
+        norm.bias.fill_(0.3)
+
+
+@pytest.mark.parametrize(
+    ("kill", "words"),
+    [
+        (dead_head, "The head has collapsed: its features fill 1.00 directions"),
+        (one_answer, "The head has collapsed: its features fill 1.00 directions"),
+        (dead_backbone, "The backbone has collapsed: its features fill 1.00 directions"),
+    ],
+)
+def test_a_collapsed_network_is_told_with_its_likely_cause(
+    kill: Callable[[Encoder], None], words: str, open_monitor: Open, trained: Encoder
+) -> None:
+    monitor, broken = open_monitor(), copy.deepcopy(trained)
+    with torch.no_grad():
+        kill(broken)
+    found = monitor(broken, never)
+    (told,) = find_collapse({"step": 1000, **found})
+    assert told.startswith(words) and "Likely" in told and "optimizer.lr" in told
+    assert found["uniformity"] == pytest.approx(0, abs=1e-6) == found["alignment"]
+    assert find_collapse({"step": 0, **found}) == [], "an untrained one may look like it"
+    assert find_collapse({"step": 1000, **monitor(trained, never)}) == []
+    assert find_collapse({"step": 1000, "loss": 5.0}) == []
+
+
+def test_two_views_that_are_the_same_are_told(open_monitor: Open, evaluation: Evaluation) -> None:
+    whole = View(crop="none", flip=0)
+    monitor = replace(open_monitor(), views=[whole, whole])
+    numbers = monitor(evaluation.encoder, never)
+    assert numbers["alignment"] == pytest.approx(0, abs=1e-9) and numbers["uniformity"] < -0.1
+    (told,) = find_collapse({"step": 1000, **numbers})
+    assert "positive similarity 1.0000" in told and "views.0.crop=random" in told

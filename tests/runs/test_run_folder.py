@@ -76,12 +76,12 @@ def test_a_checkpoint_can_be_named(run, recipe):
     with pytest.raises(CheckpointError, match=r"no step-000000001 in .*there are: step-000000002"):
         RunFolder(run.checkpoints / "step-000000001").latest()
     (run.checkpoints / "step-000000002" / "state.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="step-000000002 .*is damaged"):
+    with pytest.raises(CheckpointError, match=r"step-000000002 .*is damaged"):
         named.latest()
     with pytest.raises(UsageError, match=f"names a checkpoint; name its run: out={run.root}"):
         named.locked().__enter__()
     run.describe(load_recipe(str(recipe)), {})
-    with pytest.raises(CheckpointError, match="best one is known of runs with checkpoints.best"):
+    with pytest.raises(CheckpointError, match=r"best one is known of runs with checkpoints\.best"):
         named.latest()
 
 
