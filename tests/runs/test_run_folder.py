@@ -172,6 +172,36 @@ RunFolder({str(run.root)!r}).save({{"weights": torch.zeros(4096)}}, 2, {MARKS!r}
         assert [p.name for p in run.checkpoints.iterdir()] == ["step-000000001"]
 
 
+@pytest.mark.parametrize("moment", ["pathlib.Path.rename", "shutil.rmtree"])
+def test_sigkill_while_saving_keeps_the_best_one_too(run, recipe, moment):
+    """Before the new one has its name, and after it has, while old ones go."""
+    run.describe(load_recipe(str(recipe), ["checkpoints.best=rankme"]), {})
+    save_measured(run, a=5.0, b=1.0, c=2.0)
+    _, name = moment.rsplit(".", 1)
+    code = f"""
+import os, pathlib, shutil, signal, torch
+from fastmoco.runs.run_folder import RunFolder
+real = {moment}
+def dies(path, *a, **k):
+    if "step-" in str(path) and path.exists() and not path.name.startswith("."):
+        real(path / "state.pt" if {name!r} == "rmtree" else path, *a, **k)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if {name!r} == "rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, *a, **k)
+{moment} = dies
+measured = {{"rankme": 3.0, "rankme_images": 24}}
+RunFolder({str(run.root)!r}).save({{"w": torch.zeros(8)}}, 4, {MARKS!r}, 2, measured, "rankme")
+"""
+    died = subprocess.run([sys.executable, "-c", code], check=False)
+    assert died.returncode == -9
+    saved = moment == "shutil.rmtree"
+    assert run.latest(MARKS)[1] == (4 if saved else 3)
+    assert RunFolder(run.checkpoints / "best").latest()[1] == 1
+    save_measured(run, a=5.0, b=1.0, c=2.0, d=3.0)  # as the resumed run does
+    assert steps(run) == [1, 3, 4]
+
+
 def test_two_processes_cannot_hold_one_folder_and_a_dead_one_lets_go(run):
     code = f"""
 import time
