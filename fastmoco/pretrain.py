@@ -76,8 +76,10 @@ def dry_run(recipe: Recipe) -> None:
     """
     with init_distributed(recipe.runtime.device) as (world, device):
         recipe, loader = _prepare(recipe, world, device)
+        monitor = _open_monitor(recipe, loader, world, device)
+        words = {"monitor": monitor.describe_cost(loader.plan.samples)} if monitor else {}
         if world.is_main:
-            for name, value in outlook(recipe, loader.plan, world, device).items():
+            for name, value in (outlook(recipe, loader.plan, world, device) | words).items():
                 echo(f"{name:<28}{value}")
 
 
@@ -168,9 +170,6 @@ def _train(
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.runtime.deterministic)
-    preprocessing = make_preprocessing(
-        recipe.encoder, recipe.runtime.precision, get_settings(recipe.runtime, world, device)
-    )
     plan = loader.plan
     executor = loader.settings.executor
     fingerprint = get_fingerprint(
@@ -180,7 +179,7 @@ def _train(
     if world.is_main:
         for sentence in run.begin(recipe, versions(world, device), start):
             echo(sentence)
-    monitor = RunMonitor.open(recipe, loader, preprocessing, world)
+    monitor = _open_monitor(recipe, loader, world, device)
     with ExitStack() as stack:
         displays: list[loop.Display] = []
         if world.is_main:
@@ -201,6 +200,14 @@ def _train(
             trainer.load(state)
         state = None  # not to be held for the whole run
         return trainer.train(start)
+
+
+def _open_monitor(
+    recipe: Recipe, loader: Loader, world: World, device: torch.device
+) -> RunMonitor | None:
+    settings = get_settings(recipe.runtime, world, device)
+    preprocessing = make_preprocessing(recipe.encoder, recipe.runtime.precision, settings)
+    return RunMonitor.open(recipe, loader, preprocessing, world)
 
 
 def _begin(run: RunFolder, fingerprint: Fingerprint, world: World) -> tuple[State | None, int]:

@@ -98,6 +98,17 @@ class RunMonitor:
         shown = recipe.views, recipe.seed
         return cls(config, *shown, data, ids, bank, queries, preprocessing, world)
 
+    def describe_cost(self, samples: int) -> str:
+        """Say what it costs a run with so many samples an epoch.
+
+        A sample of an epoch takes four forward passes' time: forward, backward (two), and its key.
+        """
+        voting = len(self.ids) if self.bank else min(RANKED, len(self.ids))
+        asked = len(self.queries.ids) if self.queries else 0
+        passes, every = voting + asked + 2 * min(PAIRED, len(self.ids)), self.config.every
+        share = 100 * passes / (passes + 4 * samples * every)
+        return f"{passes:,} images every {every} epochs, about {share:.2g} % of the time"
+
     def __call__(self, encoder: Encoder, stop: Stop) -> dict[str, float]:
         """Return the numbers by name; none if it is stopped or a feature is not finite.
 

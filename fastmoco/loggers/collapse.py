@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SETTLED = 50  # steps until BatchNorm's running statistics are no longer those it began with
-_ONE_DIRECTION = 1.5  # RankMe; a healthy head fills ten and more
+_FEW_DIRECTIONS = 2.5  # RankMe; a healthy head fills ten and more
 _ONE_POINT = -0.01  # uniformity; a healthy head is below -1
 _SAME_VIEWS = 1e-3  # alignment; a positive similarity of 0.9995
 
@@ -18,12 +18,12 @@ def find_collapse(row: Mapping[str, Any]) -> list[str]:
         return []
     backbone, head = row["rankme"], row["rankme_head"]
     alignment, uniformity = row.get("alignment", 4), row.get("uniformity", -4)
-    if backbone < _ONE_DIRECTION:
+    if backbone < _FEW_DIRECTIONS:
         return [
             f"The backbone has collapsed: its features fill {backbone:.2f} directions (RankMe). "
             "Likely a learning rate that is too high: lower optimizer.lr, or warm up."
         ]
-    if head < _ONE_DIRECTION or uniformity > _ONE_POINT:
+    if head < _FEW_DIRECTIONS or uniformity > _ONE_POINT:
         return [
             f"The head has collapsed: its features fill {head:.2f} directions (RankMe), at a "
             f"uniformity of {uniformity:.3f} (0: one point). Likely a key encoder that follows too "

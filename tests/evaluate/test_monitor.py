@@ -145,6 +145,23 @@ def test_validation_is_a_share_of_the_bank_that_does_not_vote(
     assert both["knn_top1"] == evaluation.knn("backbone", k=3, t=0.1)["top1"]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_cost_that_is_told_is_the_images_that_pass(
+    labelled: bool, open_monitor: Open, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RANKED", 7)
+    monkeypatch.setattr(module, "PAIRED", 5)
+    queries = {"bank": evaluation.train.set.root, "queries": evaluation.test.set.root}
+    monitor, passed = open_monitor(**queries if labelled else {}), []
+    hook = evaluation.encoder.backbone.conv1.register_forward_hook(
+        lambda module, given, output: passed.append(len(output))
+    )
+    monitor(evaluation.encoder, never)
+    hook.remove()
+    assert sum(passed) == (24 + 15 if labelled else 7) + 2 * 5
+    assert monitor.describe_cost(100).startswith(f"{sum(passed)} images every 1 epochs, about ")
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_do_not_matter(
     size: int, open_monitor: Open, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
