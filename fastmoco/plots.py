@@ -84,6 +84,13 @@ CURVES = (
         "backbone.",
     ),
     Curve(
+        "lidar",
+        "LiDAR of the head",
+        kind="epoch",
+        note="How many directions tell images apart beyond what their views differ by. Not whether "
+        "that content is of use.",
+    ),
+    Curve(
         "alpha_req",
         "Decay of the spectrum, alpha-ReQ",
         kind="epoch",

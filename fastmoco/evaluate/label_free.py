@@ -13,6 +13,7 @@ import torch
 from fastmoco.core.distributed import World
 
 _EPSILON = 1e-7  # added to every share, as in the papers
+_WITHIN = 1e-4  # added to the variance of views in LiDAR, as published
 _FIRST, _LAST = 11, 100  # ranks that the decay is fitted to, as published
 _NOISE = 1e-13  # a share of the variance that fp32 features have from rounding alone
 
@@ -71,6 +72,28 @@ def alpha_req(moments: Moments) -> float | None:
     x = torch.arange(_FIRST, last + 1, dtype=torch.float64, device=fitted.device).log()
     x, y = x - x.mean(), fitted.log()
     return -float((x @ y) / (x @ x))
+
+
+def lidar(views: torch.Tensor) -> float:
+    """Return how many directions tell images apart beyond what their views differ by, 1 to d.
+
+    The effective rank of S_w^-1/2 S_b S_w^-1/2, S_b being the covariance of the images' means and
+    S_w that of their views about them, plus 1e-4 I (Thilak et al. 2023, LiDAR, eq. 1 to 4).
+
+    It can tell directions of content from directions in which views of one image scatter, which
+    RankMe counts alike. It cannot say whether that content is of use.
+
+    Args:
+        views: (n, V, d) features of V views of each image.
+    """
+    rows = views.double()
+    means = rows.mean(dim=1)
+    apart, scattered = means - means.mean(dim=0), (rows - means[:, None]).flatten(0, 1)
+    within = scattered.T @ scattered / len(scattered)
+    within.diagonal().add_(_WITHIN)
+    # L^-1 S_b L^-T, where L L' is S_w, has the same eigenvalues.
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(within), apart.T, upper=False)
+    return _effective_rank(_eigenvalues(whitened @ whitened.T))
 
 
 def alignment(first: torch.Tensor, second: torch.Tensor) -> float:

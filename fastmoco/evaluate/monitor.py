@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from fastmoco.config.recipe import Monitor, Recipe, View
+from fastmoco.config.monitor import Monitor
+from fastmoco.config.recipe import Recipe, View
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Ids, stratified
 from fastmoco.core.terminal import echo
@@ -29,6 +30,7 @@ from fastmoco.evaluate.label_free import (
     Moments,
     alignment,
     alpha_req,
+    lidar,
     rankme,
     uniformity,
 )
@@ -38,6 +40,7 @@ from fastmoco.models.encoder import Encoder
 
 RANKED = 25_600  # images whose features' rank is measured, as in RankMe's paper
 PAIRED = 1_024  # images of which two views are compared
+LIDAR, LIDAR_VIEWS = 1_000, 10  # images and views of each, as in LiDAR's paper
 _OTHER = 1 << 62  # of the seed: the views are not those of the run's first steps
 
 Stop = Callable[[], bool]
@@ -105,7 +108,9 @@ class RunMonitor:
         """
         voting = len(self.ids) if self.bank else min(RANKED, len(self.ids))
         asked = len(self.queries.ids) if self.queries else 0
-        passes, every = voting + asked + 2 * min(PAIRED, len(self.ids)), self.config.every
+        passes = voting + asked + 2 * min(PAIRED, len(self.ids))
+        passes += LIDAR_VIEWS * min(LIDAR, len(self.ids)) if self.config.lidar else 0
+        every = self.config.every
         share = 100 * passes / (passes + 4 * samples * every)
         return f"{passes:,} images every {every} epochs, about {share:.2g} % of the time"
 
@@ -137,6 +142,8 @@ class RunMonitor:
             "alpha_req": alpha_req(moments),
             **self._compare_views(encoder, stop),
         }
+        if self.config.lidar:
+            numbers["lidar"] = lidar(self._heads(encoder, LIDAR, LIDAR_VIEWS, stop))
         if self.bank:
             feature = self.config.feature
             rest = np.setdiff1d(self.ids, ranked, assume_unique=True)
@@ -152,11 +159,19 @@ class RunMonitor:
         return embed(encoder, self.data, feature, self.preprocessing, self.world, ids, stop)
 
     def _compare_views(self, encoder: Encoder, stop: Stop) -> dict[str, float]:
-        ids = _spread_out(self.ids, PAIRED)
-        shown = self.data, self.views[:2], self.seed ^ _OTHER, self.preprocessing
-        own = embed_views(encoder, *shown, self.world, ids, stop)
-        first, second = normalize(self.world.gather_shares(own, len(ids)), dim=2).unbind(dim=1)
+        heads = self._heads(encoder, PAIRED, 2, stop)
+        first, second = normalize(heads, dim=2).unbind(dim=1)
         return {"alignment": alignment(first, second), "uniformity": uniformity(first)}
+
+    def _heads(self, encoder: Encoder, count: int, views: int, stop: Stop) -> torch.Tensor:
+        """Return the (n, V, dim) head's outputs for views of at most `count` images, of all ranks.
+
+        The run's two views take turns.
+        """
+        ids = _spread_out(self.ids, count)
+        drawn = [self.views[number % 2] for number in range(views)], self.seed ^ _OTHER
+        own = embed_views(encoder, self.data, *drawn, self.preprocessing, self.world, ids, stop)
+        return self.world.gather_shares(own, len(ids))
 
     def _classify(
         self, bank: Labelled, features: torch.Tensor, ids: Ids, encoder: Encoder, stop: Stop

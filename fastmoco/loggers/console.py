@@ -17,6 +17,7 @@ _MEASURED = {
     "validation_top1": "validation {:.2f} %",
     "rankme": "RankMe {:.1f}",
     "rankme_head": "(head {:.1f})",
+    "lidar": "LiDAR {:.1f}",
     "alpha_req": "alpha {:.2f}",
     "alignment": "alignment {:.3f}",
     "uniformity": "uniformity {:.2f}",

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from fastmoco.config.recipe import Checkpoints
+from fastmoco.config.monitor import Checkpoints
 from fastmoco.errors import CheckpointError
 from fastmoco.runs.checkpoints import Fingerprint, Measured, State, is_better
 from fastmoco.runs.run_folder import RunFolder

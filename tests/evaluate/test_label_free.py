@@ -9,13 +9,13 @@ import torch
 from threads import on_ranks
 
 from fastmoco.core.distributed import World
-from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, rankme, uniformity
+from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, lidar, rankme, uniformity
 
 
 def features(n: int, d: int, decay: float = 0.5) -> torch.Tensor:
     """Return rows with a mean of their own and variances that decay."""
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    return 0.7 + rows * torch.arange(1, d + 1).pow(-decay)
+    return 0.7 + rows * torch.arange(1.0, d + 1).pow(-decay)
 
 
 def naive_rankme(rows: np.ndarray) -> float:
@@ -89,6 +89,27 @@ def test_a_planted_decay_is_found(alpha: float) -> None:
 def test_where_no_decay_can_be_fitted_there_is_no_number(rows: torch.Tensor) -> None:
     assert alpha_req(Moments.of(rows)) is None
     assert math.isfinite(rankme(Moments.of(rows)))
+
+
+def test_lidar_is_that_of_the_paper() -> None:
+    """By an inverse square root, and sums over images and views."""
+    n, v, d = 30, 4, 6
+    images = features(n, d)[:, None] + 0.3 * features(n * v, d, decay=1).view(n, v, d)
+    rows = images.numpy()
+    between, within = np.zeros((d, d)), 1e-4 * np.eye(d)
+    grand = rows.mean(axis=(0, 1))
+    for image in rows:
+        between += np.outer(image.mean(axis=0) - grand, image.mean(axis=0) - grand) / n
+        for view in image:
+            within += np.outer(view - image.mean(axis=0), view - image.mean(axis=0)) / (n * v)
+    values, vectors = np.linalg.eigh(within)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    shares = np.linalg.eigvalsh(root @ between @ root)
+    shares = shares / shares.sum() + 1e-7
+    expected = math.exp(-(shares * np.log(shares)).sum())
+    assert lidar(images) == pytest.approx(expected, rel=1e-9)
+    assert 2 < expected < 5.9
+    assert lidar(torch.zeros(n, v, d)) == pytest.approx(1, abs=1e-3)
 
 
 def test_alignment_and_uniformity_are_those_of_the_paper() -> None:

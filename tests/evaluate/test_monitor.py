@@ -11,7 +11,8 @@ import torch
 from threads import on_ranks
 from torch.nn.functional import normalize
 
-from fastmoco.config.recipe import Monitor, Subset, View
+from fastmoco.config.monitor import Monitor
+from fastmoco.config.recipe import Subset, View
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.evaluate import knn as neighbors
@@ -19,7 +20,7 @@ from fastmoco.evaluate import monitor as module
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import never
 from fastmoco.evaluate.knn import KNNClassifier
-from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, rankme, uniformity
+from fastmoco.evaluate.label_free import Moments, alignment, alpha_req, lidar, rankme, uniformity
 from fastmoco.evaluate.monitor import RunMonitor
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
@@ -34,7 +35,7 @@ Open = Callable[..., RunMonitor]
 def evaluation(
     make_run: Callable[..., RunFolder], small_set: ShardSet, unseen_set: ShardSet
 ) -> Evaluation:
-    run = make_run(data=[str(small_set.root)], seed=3)
+    run = make_run(data=[str(small_set.root)], seed=3, views=[{}, {"scale": [0.8, 1], "flip": 0}])
     return Evaluation.open(run.root, small_set.root, unseen_set.root)
 
 
@@ -58,16 +59,17 @@ def in_order(epoch: int, indices: np.ndarray) -> np.ndarray:
     return indices
 
 
-def two_views(evaluation: Evaluation, seed: int, count: int) -> list[torch.Tensor]:
-    """Return unit heads of the training stream's first views, under a seed, in id order."""
+def heads(evaluation: Evaluation, seed: int, count: int, views: int) -> list[torch.Tensor]:
+    """Return the heads of the training stream's first views, under a seed, in id order."""
     recipe = evaluation.recipe
     plan = Plan(count, count, seed, in_order)
     data = ConcatShardSets([evaluation.train.set])
     spec = {"size": 16, "mean": recipe.encoder.mean, "std": recipe.encoder.std}
     settings = evaluation.preprocessing.settings
-    batches = Loader(data, plan, recipe.views, **spec, settings=settings).batches()
+    turns = [recipe.views[number % 2] for number in range(views)]
+    batches = Loader(data, plan, turns, **spec, settings=settings).batches()
     with torch.no_grad():
-        return [normalize(evaluation.encoder(view), dim=1) for view in next(batches).views]
+        return [evaluation.encoder(view) for view in next(batches).views]
 
 
 def test_a_run_without_labels_is_measured_on_its_own_images(
@@ -75,7 +77,7 @@ def test_a_run_without_labels_is_measured_on_its_own_images(
 ) -> None:
     numbers = open_monitor()(evaluation.encoder, never)
     backbone, head = (evaluation.features(evaluation.train, f)[0] for f in ("backbone", "head"))
-    first, second = two_views(evaluation, 3 ^ 1 << 62, 24)
+    first, second = (normalize(v, dim=1) for v in heads(evaluation, 3 ^ 1 << 62, 24, 2))
     expected = {
         "rankme": rankme(Moments.of(backbone)),
         "rankme_head": rankme(Moments.of(head)),
@@ -85,6 +87,9 @@ def test_a_run_without_labels_is_measured_on_its_own_images(
         "uniformity": uniformity(first),
     }
     assert numbers == pytest.approx(expected, rel=1e-5)
+    ten = heads(evaluation, 3 ^ 1 << 62, 24, 10)
+    with_lidar = open_monitor(lidar=True)(evaluation.encoder, never)
+    assert with_lidar == pytest.approx(expected | {"lidar": lidar(torch.stack(ten, 1))}, rel=1e-5)
     assert numbers["rankme"] > 2 and numbers["alignment"] > 1e-3
 
 
@@ -152,13 +157,13 @@ def test_the_cost_that_is_told_is_the_images_that_pass(
     monkeypatch.setattr(module, "RANKED", 7)
     monkeypatch.setattr(module, "PAIRED", 5)
     queries = {"bank": evaluation.train.set.root, "queries": evaluation.test.set.root}
-    monitor, passed = open_monitor(**queries if labelled else {}), []
+    monitor, passed = open_monitor(**queries if labelled else {"lidar": True}), []
     hook = evaluation.encoder.backbone.conv1.register_forward_hook(
         lambda module, given, output: passed.append(len(output))
     )
     monitor(evaluation.encoder, never)
     hook.remove()
-    assert sum(passed) == (24 + 15 if labelled else 7) + 2 * 5
+    assert sum(passed) == (24 + 15 if labelled else 7 + 240) + 2 * 5
     assert monitor.describe_cost(100).startswith(f"{sum(passed)} images every 1 epochs, about ")
 
 
