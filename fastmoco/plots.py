@@ -178,8 +178,9 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
     """
     curves = curves_in(metrics)
     lines = max(1, math.ceil(len(curves) / 2))
-    figure = make_figure(2 * _WIDTH, lines * _HEIGHT)
-    figure.suptitle(title, x=0.015, ha="left", color=INK)
+    height = lines * _HEIGHT
+    figure = make_figure(2 * _WIDTH, height)
+    figure.suptitle(title, x=0.015, y=1 - 0.08 / height, ha="left", va="top", color=INK)
     panels = figure.subplots(lines, 2, sharex=True, squeeze=False).ravel()
     for axes, curve in zip(panels, curves, strict=False):
         _panel(axes, metrics, curve, queue)
