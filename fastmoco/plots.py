@@ -37,6 +37,7 @@ class Curve:
         kind: of the rows that it is taken from.
         scale: from the rows' unit to the drawn one.
         from_zero: whether the axis begins at 0.
+        note: what it can and cannot say, a sentence.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Curve:
     kind: str = "step"
     scale: float = 1.0
     from_zero: bool = False
+    note: str = ""
 
     def points(self, metrics: Metrics) -> tuple[list[float], list[float]]:
         """Return epochs and values, as far as there are finite ones."""
@@ -60,6 +62,55 @@ CURVES = (
     Curve("loss", "Loss (InfoNCE)"),
     Curve("pretext_top1", "Pretext top-1, %", scale=100),
     Curve("knn_top1", "kNN top-1, %", kind="epoch"),
+    Curve(
+        "validation_top1",
+        "kNN top-1 of the validation share, %",
+        kind="epoch",
+        note="May choose a checkpoint, since no test image is in it; images that resemble those "
+        "of the bank make it higher than the test's.",
+    ),
+    Curve(
+        "rankme",
+        "RankMe of the backbone",
+        kind="epoch",
+        note="How many directions the features fill: near 1 is collapse. Not whether they mean "
+        "anything: noise fills all, and it may fall while accuracy rises.",
+    ),
+    Curve(
+        "rankme_head",
+        "RankMe of the head",
+        kind="epoch",
+        note="The same behind the head, where the loss acts; it tells a dead head from a dead "
+        "backbone.",
+    ),
+    Curve(
+        "lidar",
+        "LiDAR of the head",
+        kind="epoch",
+        note="How many directions tell images apart beyond what their views differ by. Not whether "
+        "that content is of use.",
+    ),
+    Curve(
+        "alpha_req",
+        "Decay of the spectrum, alpha-ReQ",
+        kind="epoch",
+        note="Near 1 is where good features were found; it is no score, and moves with the network "
+        "and its width.",
+    ),
+    Curve(
+        "alignment",
+        "Alignment of two views",
+        kind="epoch",
+        note="How far apart two views of an image lie, 0 to 4. Low alone says nothing: it is 0 "
+        "after a collapse too.",
+    ),
+    Curve(
+        "uniformity",
+        "Uniformity",
+        kind="epoch",
+        note="How evenly images fill the sphere: 0 is one point, about -4 is even. Not by what "
+        "they are told apart.",
+    ),
     Curve("lr", "Learning rate", from_zero=True),
     Curve("images_per_s", "Images per second", from_zero=True),
     Curve("data_wait_percent", "Waiting for data, % of the time", from_zero=True),
@@ -127,8 +178,9 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
     """
     curves = curves_in(metrics)
     lines = max(1, math.ceil(len(curves) / 2))
-    figure = make_figure(2 * _WIDTH, lines * _HEIGHT)
-    figure.suptitle(title, x=0.015, ha="left", color=INK)
+    height = lines * _HEIGHT
+    figure = make_figure(2 * _WIDTH, height)
+    figure.suptitle(title, x=0.015, y=1 - 0.08 / height, ha="left", va="top", color=INK)
     panels = figure.subplots(lines, 2, sharex=True, squeeze=False).ravel()
     for axes, curve in zip(panels, curves, strict=False):
         _panel(axes, metrics, curve, queue)

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,28 +11,19 @@ from typing import Any
 import torch
 
 from fastmoco.config.loading import load_recipe
-from fastmoco.config.recipe import Monitor, Recipe
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import AsyncAnyFlag, World, init_distributed
 from fastmoco.core.streams import Spared, lasting_output
 from fastmoco.core.terminal import echo, speaks, told
-from fastmoco.dataset.labels import Labelled, labelled_pair
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
-from fastmoco.errors import CheckpointError, DataError, DivergedError, FastmocoError, UsageError
-from fastmoco.evaluate.features import (
-    Pair,
-    Preprocessing,
-    Stopped,
-    embed_labelled,
-    make_preprocessing,
-)
-from fastmoco.evaluate.knn import KNNClassifier
-from fastmoco.evaluate.sanity import cautions
+from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
+from fastmoco.evaluate.features import make_preprocessing
+from fastmoco.evaluate.monitor import RunMonitor
 from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
 from fastmoco.loggers.console import LiveDisplay
 from fastmoco.loggers.trackers import trackers
-from fastmoco.models.encoder import Encoder
 from fastmoco.plots import draw_curves
 from fastmoco.runs.checkpoints import Fingerprint, State, get_fingerprint
 from fastmoco.runs.run_folder import RunFolder
@@ -85,8 +76,10 @@ def dry_run(recipe: Recipe) -> None:
     """
     with init_distributed(recipe.runtime.device) as (world, device):
         recipe, loader = _prepare(recipe, world, device)
+        monitor = _open_monitor(recipe, loader, world, device)
+        words = {"monitor": monitor.describe_cost(loader.plan.samples)} if monitor else {}
         if world.is_main:
-            for name, value in outlook(recipe, loader.plan, world, device).items():
+            for name, value in (outlook(recipe, loader.plan, world, device) | words).items():
                 echo(f"{name:<28}{value}")
 
 
@@ -177,9 +170,6 @@ def _train(
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.runtime.deterministic)
-    preprocessing = make_preprocessing(
-        recipe.encoder, recipe.runtime.precision, get_settings(recipe.runtime, world, device)
-    )
     plan = loader.plan
     executor = loader.settings.executor
     fingerprint = get_fingerprint(
@@ -189,7 +179,7 @@ def _train(
     if world.is_main:
         for sentence in run.begin(recipe, versions(world, device), start):
             echo(sentence)
-    monitor = _monitor(recipe.monitor, preprocessing, world) if recipe.monitor else None
+    monitor = _open_monitor(recipe, loader, world, device)
     with ExitStack() as stack:
         displays: list[loop.Display] = []
         if world.is_main:
@@ -210,6 +200,14 @@ def _train(
             trainer.load(state)
         state = None  # not to be held for the whole run
         return trainer.train(start)
+
+
+def _open_monitor(
+    recipe: Recipe, loader: Loader, world: World, device: torch.device
+) -> RunMonitor | None:
+    settings = get_settings(recipe.runtime, world, device)
+    preprocessing = make_preprocessing(recipe.encoder, recipe.runtime.precision, settings)
+    return RunMonitor.open(recipe, loader, preprocessing, world)
 
 
 def _begin(run: RunFolder, fingerprint: Fingerprint, world: World) -> tuple[State | None, int]:
@@ -237,30 +235,6 @@ def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
     std = recipe.encoder.std or tuple(first.manifest.std)
     encoder = recipe.encoder.model_copy(update={"mean": mean, "std": std})
     return recipe.model_copy(update={"encoder": encoder})
-
-
-def _monitor(monitor: Monitor, preprocessing: Preprocessing, world: World) -> loop.Monitor:
-    bank, queries = labelled_pair(monitor.bank, monitor.queries, monitor.labels)
-    if world.is_main:
-        for caution in cautions(bank, queries):
-            echo(f"warning: {caution}", err=True)
-
-    def knn(encoder: Encoder, stop: Callable[[], bool]) -> dict[str, float]:
-        def features(one: Labelled) -> Pair:
-            return embed_labelled(encoder, one, monitor.feature, preprocessing, world, stop)
-
-        classes = len(bank.classes)
-        try:
-            neighbors = KNNClassifier(*features(bank), classes, monitor.k, monitor.t, world)
-            return {"knn_top1": neighbors.accuracy(*features(queries), stop)}
-        except Stopped:
-            return {}
-        except DivergedError as error:  # met by all ranks alike; the guard looks after the run
-            if world.is_main:
-                echo(f"warning: no kNN number. {error}", err=True)
-            return {}
-
-    return knn
 
 
 def versions(world: World, device: torch.device) -> dict[str, Any]:

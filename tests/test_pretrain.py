@@ -70,15 +70,23 @@ def test_sigkill_and_resume_end_bit_equal_to_a_run_in_one_go(recipe, tmp_path):
 @pytest.mark.dist
 def test_two_ranks_train_as_one_does(recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(recipe, f"out={one}", "runtime.precision=fp64").returncode == 0
-    done = run(recipe, f"out={two}", "runtime.precision=fp64", ranks=2)
+    options = ("runtime.precision=fp64", "monitor.validation=0.25", "checkpoints.best=rankme")
+    assert run(recipe, f"out={one}", *options).returncode == 0
+    done = run(recipe, f"out={two}", *options, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("untrained") == 1  # rank 0 alone talks
     ours, theirs = final_state(two), final_state(one)
     for name in theirs:
         assert torch.allclose(ours[name].double(), theirs[name].double(), rtol=0, atol=1e-9), name
-    rows = zip(numbers(one), numbers(two), strict=True)
+    rows = list(zip(numbers(one), numbers(two), strict=True))
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-9) for a, b in rows if a["loss"])
+    measured = [(a, b) for a, b in rows if "rankme" in a]
+    names = ["rankme", "rankme_head", "rankme_images", "alpha_req", "alignment", "uniformity"]
+    assert len(measured) == 3 and all("validation_top1" in row for pair in measured for row in pair)
+    for a, b in measured:
+        assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=1e-4, abs=1e-6)
+    best = [RunFolder(out / "checkpoints" / "best").latest()[1] for out in (one, two)]
+    assert best[0] == best[1]
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def _labelled(
 
     recipe = RunFolder(run).recipe()
     monitor = recipe.monitor if recipe else None
-    if monitor:
+    if monitor and monitor.labelled:
         labels = labels or (monitor.labels if train is None else None)
         train, test = train or monitor.bank, test or monitor.queries
     first, second = (

@@ -1,12 +1,12 @@
 """The recipe of a training run: one section for each station that reads it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.monitor import Checkpoints, Monitor
 from fastmoco.config.objectives import Moco, Objective
 from fastmoco.core.strict_yaml import Beta, Count, Positive, Strict, Unit
 
@@ -203,53 +203,6 @@ class Schedule(Strict):
         return self
 
 
-class Monitor(Strict):
-    """kNN accuracy during training: `queries` classified by their neighbors in `bank`.
-
-    Attributes:
-        bank, queries: labelled sets.
-        labels: a side table of the bank, see `labelled.labelled_pair`; None: the packed labels.
-        feature: of the head, as in the published notebook, or of the backbone.
-        k, t: neighbors that vote, and the temperature of their votes.
-        every: in epochs.
-    """
-
-    bank: Path
-    queries: Path
-    labels: str | None = None
-    feature: Literal["head", "backbone"] = "head"
-    k: Count = 200
-    t: Positive = 0.1
-    every: Count = 1
-
-
-class Checkpoints(Strict):
-    """When a run is saved.
-
-    Attributes:
-        every, minutes: between checkpoints, in steps or in minutes of rank 0's clock: one of the
-            two; neither: 30 minutes.
-        keep: the newest ones.
-    """
-
-    every: Count | None = None
-    minutes: Positive | None = None
-    keep: Annotated[int, Field(ge=2)] = 2
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_the_clock(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("every") is None:
-            return {"minutes": 30.0, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _one_interval(self) -> "Checkpoints":
-        if (self.every is None) == (self.minutes is None):
-            raise ValueError("name either every or minutes, the other null")
-        return self
-
-
 class Runtime(Strict):
     """How the same run is computed; nothing here changes what it computes, but for rounding.
 
@@ -310,7 +263,7 @@ class Recipe(Strict):
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
         views: of the query and of the key.
-        monitor: kNN accuracy during training; None: the run needs no labels.
+        monitor: what is measured during training; `{}`: without labels. None: nothing.
     """
 
     name: str
@@ -328,6 +281,17 @@ class Recipe(Strict):
     runtime: Runtime = Runtime()
     monitor: Monitor | None = None
     checkpoints: Checkpoints = Checkpoints(minutes=30.0)
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Recipe":
+        if self.checkpoints.best and self.monitor is None:
+            raise ValueError("checkpoints.best needs a monitor: monitor={} needs no labels")
+        if self.checkpoints.best == "knn_top1" and not (self.monitor and self.monitor.validation):
+            raise ValueError(
+                "checkpoints.best: knn_top1 needs labels that are not the test: set "
+                "monitor.validation=0.1, a tenth of the bank"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":

@@ -114,7 +114,9 @@ class Evaluation:
                 labels = labels or recipe.monitor.labels
             train, test = train or recipe.monitor.bank, test or recipe.monitor.queries
         if not train or not test:
-            raise UsageError("The run has no monitor: name labelled sets by --train and --test.")
+            raise UsageError(
+                "The run has no monitor of labelled sets: name two by --train and --test."
+            )
         runtime = run.runtime()
         preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, world, where))
         preprocessing = replace(preprocessing, precision=precision or preprocessing.precision)

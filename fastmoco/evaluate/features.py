@@ -1,6 +1,6 @@
 """Features of the samples of a set, in id order, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 
 from fastmoco.config.encoder import EncoderSpec
-from fastmoco.config.recipe import Runtime
+from fastmoco.config.recipe import Runtime, View
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DivergedError
 from fastmoco.load.executor import Settings
-from fastmoco.load.loader import Triple, evaluation_batches
+from fastmoco.load.loader import Triple, drawn_batches, evaluation_batches
 from fastmoco.models.encoder import Encoder
 
 Feature = Literal["head", "backbone"]
@@ -71,7 +71,7 @@ class Preprocessing:
 def embed(
     encoder: Encoder,
     data: ConcatShardSets,
-    feature: Feature,
+    feature: Feature | Literal["both"],
     preprocessing: Preprocessing,
     world: World = World(),
     ids: Ids | None = None,
@@ -82,7 +82,8 @@ def embed(
     Args:
         encoder: in evaluation mode.
         data: the sets.
-        feature: the head's output or the backbone's; neither is normalized.
+        feature: the head's output or the backbone's; neither is normalized. "both": of each
+            sample the backbone's, then the head's.
         preprocessing: how images are shown.
         world: each embeds its share, see `World.share`.
         ids: int64, of the samples; None: all, in id order.
@@ -93,38 +94,81 @@ def embed(
         Stopped: `stop` was true.
         DivergedError: on all ranks alike, if a feature is not a finite number; names its sample.
     """
+    return _embed(encoder, data, feature, preprocessing, world, ids, stop)[:, 0]
+
+
+def embed_views(
+    encoder: Encoder,
+    data: ConcatShardSets,
+    views: Sequence[View],
+    seed: int,
+    preprocessing: Preprocessing,
+    world: World,
+    ids: Ids,
+    stop: Callable[[], bool] = never,
+) -> torch.Tensor:
+    """Return (n, V, dim) fp32 outputs of the head for V views of each sample; else as `embed`.
+
+    Args:
+        views: how each is drawn: a function of the seed and the sample's place in `ids`.
+        seed: of the draws.
+    """
+    return _embed(encoder, data, "head", preprocessing, world, ids, stop, (views, seed))
+
+
+def _embed(
+    encoder: Encoder,
+    data: ConcatShardSets,
+    feature: Feature | Literal["both"],
+    preprocessing: Preprocessing,
+    world: World,
+    ids: Ids | None,
+    stop: Callable[[], bool],
+    draws: tuple[Sequence[View], int] | None = None,
+) -> torch.Tensor:
+    """Return (n, V, width) features: of the views that are drawn, else of the central one."""
     count = len(data) if ids is None else len(ids)
     own = world.share(count)
-    network = encoder if feature == "head" else encoder.backbone
-    width = encoder.dim if feature == "head" else encoder.features
-    rows = torch.empty(own.stop - own.start, width, device=preprocessing.settings.device)
+    views = len(draws[0]) if draws else 1
+    batch = max(1, _BATCH // views)
+    shown: dict[str, Any] = {
+        **{name: getattr(preprocessing, name) for name in ("size", "mean", "std", "settings")},
+        **{"ids": own if ids is None else ids[own], "batch": batch},
+    }
+    if draws:
+        batches = drawn_batches(data, views=draws[0], seed=draws[1], first=own.start, **shown)
+    else:
+        batches = evaluation_batches(data, share=preprocessing.share, **shown)
+    widths = {"head": encoder.dim, "backbone": encoder.features}
+    width = widths.get(feature, sum(widths.values()))
+    rows = torch.empty(own.stop - own.start, views, width, device=preprocessing.settings.device)
     finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    batches = evaluation_batches(
-        data,
-        ids=own if ids is None else ids[own],
-        size=preprocessing.size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        share=preprocessing.share,
-        batch=_BATCH,
-        settings=preprocessing.settings,
-    )
     longest = -(-count // world.size)  # of the shares: all ranks ask equally often
-    for first in range(0, longest, _BATCH):
+    for first in range(0, longest, batch):
         if stop():
             raise Stopped
-        batch = next(batches, None)
-        if batch is None:
+        drawn = next(batches, None)
+        if drawn is None:
             continue
         with torch.inference_mode(), preprocessing.autocast():
-            # Not the call that may be compiled: a last batch of another size would have it compiled
-            # anew, for sizes that vary, and training with it.
-            features = network.forward(preprocessing.cast(batch.views[0]))
-        here = slice(first, first + len(batch.ids))
-        rows[here] = features
-        finite[here] = rows[here].isfinite().all(dim=1)  # not waited for
+            features = _forward(encoder, feature, preprocessing.cast(torch.cat(drawn.views)))
+        here = slice(first, first + len(drawn.ids))
+        rows[here] = features.view(views, -1, width).transpose(0, 1)
+        finite[here] = rows[here].isfinite().flatten(1).all(dim=1)  # not waited for
     _check(finite, own.start, data, ids, world)
     return rows
+
+
+def _forward(
+    encoder: Encoder, feature: Feature | Literal["both"], images: torch.Tensor
+) -> torch.Tensor:
+    # By its parts, not by the call that may be compiled: a last batch of another size would have it
+    # compiled anew, for sizes that vary, and training with it.
+    features: torch.Tensor = encoder.backbone(images)
+    if feature == "backbone":
+        return features
+    head: torch.Tensor = encoder.head(features)
+    return head if feature == "head" else torch.cat([features, head], dim=1)
 
 
 def _check(

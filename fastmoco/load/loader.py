@@ -204,6 +204,54 @@ def evaluation_batches(
     Raises:
         DataError: images are missing or damaged; names the samples.
     """
+
+    def numbers(place: int, chunk: Ids) -> list[ViewParams]:
+        return [central(_sizes(data, chunk), share)]
+
+    look = PipelineSpec(size, mean, std, (EnabledOps(),))
+    yield from _once(data, ids, numbers, look, batch, settings)
+
+
+def drawn_batches(
+    data: ConcatShardSets,
+    *,
+    ids: Ids,
+    views: Sequence[View],
+    seed: int,
+    first: int,
+    size: int,
+    mean: Triple,
+    std: Triple,
+    batch: int,
+    settings: Settings,
+) -> Iterator[Batch]:
+    """Yield samples once, in the order given, as views that are drawn; else as above.
+
+    Args:
+        data, size, mean, std, batch, settings: see `evaluation_batches`.
+        ids: (n,) int64.
+        views: how each view is drawn.
+        seed: of the draws.
+        first: the position of the first sample: the same position, the same views.
+    """
+
+    def numbers(place: int, chunk: Ids) -> list[ViewParams]:
+        u, sizes = uniforms(seed, first + place, len(chunk), len(views)), _sizes(data, chunk)
+        return [draw(view, u[i], sizes) for i, view in enumerate(views)]
+
+    look = PipelineSpec(size, mean, std, tuple(get_enabled_ops(view) for view in views))
+    yield from _once(data, ids, numbers, look, batch, settings)
+
+
+def _once(
+    data: ConcatShardSets,
+    ids: slice | Ids,
+    numbers: Callable[[int, Ids], list[ViewParams]],
+    look: PipelineSpec,
+    batch: int,
+    settings: Settings,
+) -> Iterator[Batch]:
+    """Yield samples once; `numbers` draws the views of those from a place in `ids` on."""
     reader = Reader(data)
     settings = _decided(settings, reader)
     whole = len(ids) if not isinstance(ids, slice) else ids.stop - ids.start
@@ -213,9 +261,8 @@ def evaluation_batches(
         chunk = _part(ids, number * batch, batch)
         if not len(chunk):
             return None
-        return EncodedBatch(chunk, images.fetch(chunk, pool), [central(_sizes(data, chunk), share)])
+        return EncodedBatch(chunk, images.fetch(chunk, pool), numbers(number * batch, chunk))
 
-    look = PipelineSpec(size, mean, std, (EnabledOps(),))
     try:
         with _read_ahead(work) as source:
             for step, rendered in enumerate(_draw_all(source, look, batch, settings)):

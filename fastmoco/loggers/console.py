@@ -9,8 +9,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.terminal import printable
+from fastmoco.loggers.collapse import find_collapse
 
 WIDE = 110  # columns
+_MEASURED = {
+    "knn_top1": "kNN {:.2f} %",
+    "validation_top1": "validation {:.2f} %",
+    "rankme": "RankMe {:.1f}",
+    "rankme_head": "(head {:.1f})",
+    "lidar": "LiDAR {:.1f}",
+    "alpha_req": "alpha {:.2f}",
+    "alignment": "alignment {:.3f}",
+    "uniformity": "uniformity {:.2f}",
+}
 
 
 class LiveDisplay:
@@ -92,9 +103,10 @@ class LiveDisplay:
         parts = [f"epoch {row['epoch']:g}/{self._epochs}" if row["epoch"] else "untrained"]
         if row["loss"] is not None:
             parts.append(f"mean loss {row['loss']:.3f}")
-        if "knn_top1" in row:
-            parts.append(f"kNN {row['knn_top1']:.2f} %")
+        parts += [words.format(row[name]) for name, words in _MEASURED.items() if name in row]
         self._console.print("  ".join(parts), highlight=False)
+        for warning in find_collapse(row):
+            self._console.print(f"[bold red]warning: {warning}[/bold red]", highlight=False)
 
 
 def _for_ablations_only(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,6 +28,8 @@ _BEFORE = {
 
 Fingerprint = dict[str, Any]
 State = dict[str, Any]
+Measured = dict[str, float]
+"""What the monitor measured at the step of a checkpoint, by name; empty where it did not run."""
 
 
 def get_fingerprint(
@@ -58,7 +61,9 @@ def get_fingerprint(
     }
 
 
-def write_checkpoint(final: Path, state: State, step: int, fingerprint: Fingerprint) -> None:
+def write_checkpoint(
+    final: Path, state: State, step: int, fingerprint: Fingerprint, measured: Measured
+) -> None:
     """Write a checkpoint, whole or not at all, and read it back.
 
     Raises:
@@ -75,6 +80,7 @@ def write_checkpoint(final: Path, state: State, step: int, fingerprint: Fingerpr
             "step": step,
             "sha256": digest,
             "fingerprint": fingerprint,
+            "measured": measured,
         }
         manifest["own"] = _digest(manifest)
         write_json(folder / "manifest.json", manifest)
@@ -136,6 +142,41 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None
+
+
+def find_best(folders: Sequence[Path], metric: str) -> Path | None:
+    """Return the best of some checkpoints by a number in `Measured`; None: none has it.
+
+    Args:
+        folders: the oldest first; of equal numbers the older one is better.
+        metric: the number's name.
+    """
+    best, reached = None, Measured()
+    for folder in folders:
+        measured = read_measured(folder)
+        if metric in measured and is_better(measured, reached, metric):
+            best, reached = folder, measured
+    return best
+
+
+def is_better(measured: Measured, before: Measured, metric: str) -> bool:
+    """Return whether a number is higher than one before, or cannot be compared with it.
+
+    Numbers over different counts of images cannot: then the later one takes the place.
+    """
+    key = "rankme_images"
+    if metric not in before or measured.get(key) != before.get(key):
+        return True
+    return measured[metric] > before[metric]
+
+
+def read_measured(folder: Path) -> Measured:
+    """Return what was measured at the step of a checkpoint; nothing of a damaged one."""
+    try:
+        found: Measured = json.loads((folder / "manifest.json").read_text())["measured"]
+    except (OSError, ValueError, KeyError, TypeError):  # or older than this key
+        return {}
+    return found
 
 
 def _digest(manifest: dict[str, Any]) -> str:

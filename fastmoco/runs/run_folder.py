@@ -9,7 +9,8 @@ evaluations.jsonl, evaluations/  numbers of its encoder, and what was said of ea
 status.json                      how the last start ended: exit code and message; code null: it
                                  runs, or was killed
 stopped                          there if a signal stopped it before its end: to be started again
-checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it
+checkpoints/step-000000097/      state.pt and the manifest.json that vouches for it; whoever reads a
+                                 run takes such a path too, and checkpoints/best
 """
 
 import itertools
@@ -35,9 +36,12 @@ from fastmoco.core.strict_yaml import parse_yaml, validate_as
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.runs.checkpoints import (
     Fingerprint,
+    Measured,
     State,
     check_fingerprint,
+    find_best,
     read_manifest,
+    read_measured,
     write_checkpoint,
 )
 
@@ -48,11 +52,12 @@ class RunFolder:
     """A run on disk.
 
     Args:
-        root: the folder; made when it is first written to.
+        root: the folder; made when it is first written to. Or one of its checkpoints, to be read:
+            RUN/checkpoints/step-000000012, or RUN/checkpoints/best.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+        self.root, self._asked = _split(Path(root))
         self.checkpoints = self.root / "checkpoints"
         self.config, self.configs = self.root / "config.yaml", self.root / "configs"
         self.metrics = self.root / "metrics.jsonl"
@@ -63,8 +68,10 @@ class RunFolder:
         """Hold the folder for writing; the lock dies with its process.
 
         Raises:
-            UsageError: another process holds it, or it cannot be written.
+            UsageError: another process holds it, it cannot be written, or it is a checkpoint.
         """
+        if self._asked:
+            raise UsageError(f"out= names a checkpoint; name its run: out={self.root}.")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.root / ".lock", timeout=0)
@@ -241,21 +248,44 @@ class RunFolder:
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         write_bytes(self.metrics, "".join(kept).encode())
 
-    def save(self, state: State, step: int, fingerprint: Fingerprint, keep: int) -> Path:
-        """Write a checkpoint, whole or not at all, then drop all but the newest `keep`.
+    def save(
+        self,
+        state: State,
+        step: int,
+        fingerprint: Fingerprint,
+        keep: int,
+        measured: Measured | None = None,
+        best: str | None = None,
+    ) -> Path:
+        """Write a checkpoint, whole or not at all, then drop all but the newest and the best.
 
         Older ones go only once the new one has been read back.
+
+        Args:
+            state, step, fingerprint: of the run.
+            keep: how many of the newest stay.
+            measured: see there.
+            best: the number by which one more stays, however old; None: none does.
 
         Raises:
             OSError: it cannot be written; the older ones are as before.
         """
         final = self.checkpoints / f"step-{step:09d}"
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a damaged one
-        write_checkpoint(final, state, step, fingerprint)
+        write_checkpoint(final, state, step, fingerprint, measured or {})
         # Newer ones are damaged, else the run had gone on from them: they do not count.
-        for old in [folder for folder in self._folders() if folder <= final][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        folders = [folder for folder in self._folders() if folder <= final]
+        spared = find_best(folders, best) if best else None
+        for old in folders[:-keep]:
+            if old != spared:
+                shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def measured_best(self, metric: str, step: int) -> Measured:
+        """Return what was measured of the best checkpoint up to a step; nothing: there is none."""
+        last = self.checkpoints / f"step-{step:09d}"
+        best = find_best([folder for folder in self._folders() if folder <= last], metric)
+        return read_measured(best) if best else {}
 
     def last_good(self) -> str:
         """Say which checkpoint a run would go on from."""
@@ -266,6 +296,28 @@ class RunFolder:
 
     def _folders(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"))
+
+    def _readable(self) -> list[Path]:
+        """Return those that may be read: the one that was asked for, or all of them."""
+        folders = self._folders()
+        if not self._asked:
+            return folders
+        named = {folder.name: folder for folder in folders}
+        recipe = self.recipe()
+        metric = recipe.checkpoints.best_metric if recipe else None
+        if metric and (best := find_best(folders, metric)):
+            named["best"] = best
+        if self._asked in named:
+            return [named[self._asked]]
+        why = ""
+        if self._asked == "best":
+            why = (
+                "; the best one is known of runs with checkpoints.best=rankme, once it is measured"
+            )
+        there = ", ".join(named) or "none yet"
+        raise CheckpointError(
+            f"There is no {self._asked} in {self.checkpoints} (there are: {there}){why}."
+        )
 
     def latest(self, fingerprint: Fingerprint | None = None) -> tuple[State, int] | None:
         """Return the newest checkpoint that its hash vouches for, and its step; None: none yet.
@@ -279,7 +331,7 @@ class RunFolder:
             CheckpointError: every checkpoint is damaged, or one is of another run or format.
         """
         damaged = self.damaged = []
-        for folder in reversed(self._folders()):
+        for folder in reversed(self._readable()):
             manifest = read_manifest(folder)
             if manifest is None:
                 damaged.append(folder.name)
@@ -289,12 +341,26 @@ class RunFolder:
             # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             return state, int(manifest["step"])
+        if damaged and self._asked:
+            raise CheckpointError(
+                f"{damaged[0]} of {self.root} is damaged (not the bytes of its sha256): restore "
+                "it, or name another."
+            )
         if damaged:
             raise CheckpointError(
                 f"Every checkpoint of {self.root} is damaged ({', '.join(damaged)}): "
                 "restore one, or start anew with another out=DIR."
             )
         return None
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """Return the run that a path names, and the checkpoint; "": the newest."""
+    root = path.parent.parent
+    is_run = (root / "encoder.json").is_file() or (root / "config.yaml").is_file()
+    if path.parent.name == "checkpoints" and is_run:
+        return root, path.name
+    return path, ""
 
 
 def _yaml(path: Path) -> dict[str, Any]:

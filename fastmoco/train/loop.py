@@ -11,9 +11,9 @@ from fastmoco.core.streams import Spared
 from fastmoco.errors import DataError, DivergedError
 from fastmoco.load.loader import Batch, Loader
 from fastmoco.models.encoder import Encoder
-from fastmoco.runs.checkpoints import Fingerprint, State
+from fastmoco.runs.checkpoints import Fingerprint, Measured, State
 from fastmoco.runs.run_folder import RunFolder
-from fastmoco.train.checkpoint_writer import CheckpointWriter
+from fastmoco.train.checkpoint_writer import Best, CheckpointWriter
 from fastmoco.train.engine import Engine, StepOutput
 from fastmoco.train.interrupts import StopSignal
 from fastmoco.train.meter import Meter
@@ -66,8 +66,8 @@ class Trainer:
         self._metrics = Spared("rows of metrics.jsonl")
         self._watchdog = Watchdog(self.recipe.runtime.stall_s)
         self._signal = StopSignal(answers=self._is_main)
-        keep = self.recipe.checkpoints.keep
-        self._writer = CheckpointWriter(self.run, self.fingerprint, keep, self._log_unsaved)
+        checkpoints = self.recipe.checkpoints
+        self._writer = CheckpointWriter(self.run, self.fingerprint, checkpoints, self._log_unsaved)
         self._interrupted = self._save_by_clock = False
         self._last_save_by_clock = time.monotonic()
         self.last_step = self.recipe.last_step(self._per_epoch)
@@ -94,6 +94,7 @@ class Trainer:
     def _loop(self, start: int) -> int:
         if start == 0 and self.monitor:
             self._log_epoch(0, loss=None)
+        best = Best(self.run, self.recipe.checkpoints, start)
         batches = self.loader.batches(start)
         for done in range(start + 1, self.last_step + 1):
             batch, waited_s = _fetch(batches)
@@ -104,12 +105,13 @@ class Trainer:
             last = done == self.last_step
             if last or done % self.recipe.runtime.log_every == 0:
                 self._log("step", done, {"lr": lr, **self._meter.read(output, self.engine)})
+            measured: Measured = {}
             if last or done % self._per_epoch == 0:
-                self._log_epoch(done, self._meter.end_epoch())
+                measured = self._log_epoch(done, self._meter.end_epoch())
 
             stop = self._stop_requested() or last
-            if stop or self._checkpoint_is_due(done):
-                self._save(done)
+            if best.is_reached(measured) or self._checkpoint_is_due(done) or stop:
+                self._save(done, measured)
             if stop:
                 return done
             self._writer.poll()
@@ -129,13 +131,16 @@ class Trainer:
             for display in self.displays:
                 display.show(row)
 
-    def _log_epoch(self, done: int, loss: float | None) -> None:
+    def _log_epoch(self, done: int, loss: float | None) -> Measured:
+        """Write down an epoch, and return what was measured at its end."""
         whole, part = divmod(done, self._per_epoch)
         numbers: dict[str, Any] = {"epoch": done / self._per_epoch if part else whole, "loss": loss}
         every = self.recipe.monitor.every if self.recipe.monitor else 1
+        measured: Measured = {}
         if self.monitor and (whole % every == 0 or done == self.last_step):
-            numbers |= self._evaluate(self.monitor)
-        self._log("epoch", done, numbers)
+            measured = self._evaluate(self.monitor)
+        self._log("epoch", done, numbers | measured)
+        return measured
 
     def _log_unsaved(self, done: int, message: str) -> None:
         self._log("unsaved", done, {"message": message})
@@ -144,6 +149,8 @@ class Trainer:
         self.engine.all_reduce_buffers()
         self.engine.encoder_q.eval()
         numbers = monitor(self.engine.encoder_q, self._stop_requested)
+        # Ranks on unlike machines may differ in the last bit, but must save together.
+        numbers = self.engine.world.gather_object(numbers)[0]
         self.engine.train()
         self._meter.restart_clock()
         return numbers
@@ -171,13 +178,13 @@ class Trainer:
         due, self._save_by_clock = self._save_by_clock or bool(every and done % every == 0), False
         return due
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, measured: Measured) -> None:
         self._watchdog.alive()
         self._share_corrupt_ids(done)
         self.engine.all_reduce_buffers()
         self._meter.all_reduce()
         if self._is_main:
-            self._writer.save(self.state(), done, self.engine.device)
+            self._writer.save(self.state(), done, self.engine.device, measured)
 
     def _share_corrupt_ids(self, done: int) -> None:
         """Let every rank know the damaged samples that any of them met, and write down new ones."""

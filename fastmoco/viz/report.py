@@ -104,7 +104,8 @@ def report(
         FastmocoError: sets that were named do not serve.
     """
     _check_installed()
-    run, out = RunFolder(root), out or root / "report"
+    run = RunFolder(root)
+    out = out or run.root / "report"
     facts = gather(run)
     # A set that the user named must serve, and at once; one that the recipe names may be gone.
     asked = train or test or labels
@@ -186,7 +187,8 @@ def _curves(folder: Path, facts: Facts) -> list[dict[str, str]]:
         draw_curve(folder / file, facts.metrics, queue, curve)
         values = curve.points(facts.metrics)[1]
         span = f"first {values[0]:.4g}, last {values[-1]:.4g}"
-        drawn.append({"file": file, "alt": f"{curve.title} over the epochs: {span}"})
+        alt = f"{curve.title} over the epochs: {span}"
+        drawn.append({"file": file, "alt": alt, "note": curve.note})
     return drawn
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.loading import differences, load_recipe, recipe_names
 from fastmoco.config.recipe import Recipe, Runtime
+from fastmoco.loggers.collapse import find_collapse
 from fastmoco.plots import curves_in
 from fastmoco.runs.run_folder import ORIGIN, RunFolder, parse_row
 
@@ -67,6 +68,7 @@ class Facts:
         status: how its last start ended, in words.
         metrics: rows of metrics.jsonl.
         latest: the last value of each curve, in words, by its title.
+        warnings: what the last epoch that was measured says of a collapse.
         numbers: the evaluations, newest first.
         origin: of weights that another program trained: their file; else empty.
     """
@@ -80,6 +82,7 @@ class Facts:
     status: str
     metrics: list[dict[str, Any]]
     latest: dict[str, str]
+    warnings: list[str]
     numbers: list[Number]
     origin: dict[str, Any]
 
@@ -93,6 +96,7 @@ def gather(run: RunFolder) -> Facts:
     described = run.config if run.config.is_file() else run.root / "encoder.json"
     recipe, metrics = run.recipe(), run.rows()
     versions = _json(run.root / "versions.json")
+    measured = [row for row in metrics if row.get("kind") == "epoch" and "rankme" in row]
     return Facts(
         run.name,
         run.spec(),
@@ -103,6 +107,7 @@ def gather(run: RunFolder) -> Facts:
         _status(_json(run.root / "status.json")),
         metrics,
         {curve.title: f"{curve.points(metrics)[1][-1]:.4g}" for curve in curves_in(metrics)},
+        find_collapse(measured[-1]) if measured else [],
         [Number.of(row) for row in reversed(_rows(run.root / "evaluations.jsonl"))],
         _json(run.root / ORIGIN),
     )

@@ -12,17 +12,13 @@ import pytest
 import torch
 from threads import on_ranks
 
-from fastmoco.config.recipe import Monitor
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.errors import DataError, UsageError
-from fastmoco.evaluate import knn as neighbors
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.features import never
 from fastmoco.evaluate.probe import Heads, ProbeConfig
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
-from fastmoco.pretrain import _monitor
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
@@ -183,7 +179,7 @@ def test_the_sets_of_the_monitor_are_the_default(
 def test_no_monitor_and_no_sets_is_refused_in_words(make_run: Make, small_set: ShardSet) -> None:
     run = make_run()
     for train, test in ((None, None), (small_set.root, None), (None, small_set.root)):
-        with pytest.raises(UsageError, match=r"no monitor: name labelled sets by --train and"):
+        with pytest.raises(UsageError, match=r"no monitor of labelled sets: name two by"):
             Evaluation.open(run.root, train, test)
 
 
@@ -286,36 +282,6 @@ def test_the_augmented_probe_keeps_labels_with_their_images(
     same = Evaluation.open(make_run().root, train.root, train.root, labels="two")
     protocol = ProbeConfig(epochs=40, lrs=(0.1,), batch=7, features="augmented")
     assert same.probe(protocol, lambda done: None)["best"]["top1"] > 80
-
-
-def test_the_monitor_uses_the_table_too(
-    make_run: Make, tables: tuple[ShardSet, ShardSet], evaluation: Evaluation
-) -> None:
-    train, test = tables
-    recipe = {"bank": str(train.root), "queries": str(test.root), "labels": "two", "k": 3}
-    knn = _monitor(Monitor(**recipe, feature="backbone"), evaluation.preprocessing, World())
-    some = Evaluation.open(evaluation.run.root, train.root, test.root, labels="two")
-    assert knn(evaluation.encoder, never)["knn_top1"] == some.knn("backbone", k=3, t=0.1)["top1"]
-
-
-def test_the_monitor_tells_of_each_product_and_may_be_stopped_before_any(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever is asked tells the watchdog too: a bank of hours is not taken for a stall."""
-    monkeypatch.setattr(neighbors, "_CHUNK", 4)
-    monkeypatch.setattr(neighbors, "_BLOCK", 5)
-    bank, queries = (str(one.set.root) for one in (evaluation.train, evaluation.test))
-    knn = _monitor(Monitor(bank=bank, queries=queries), evaluation.preprocessing, World())
-    asked = 2 + 4 * 5  # a batch of each set, then 15 queries by 4 times 24 rows by 5
-    calls: list[None] = []
-
-    def stop_at(call: int) -> Callable[[], bool]:
-        calls.clear()
-        return lambda: calls.append(None) or len(calls) == call
-
-    assert "knn_top1" in knn(evaluation.encoder, stop_at(asked + 1)) and len(calls) == asked
-    for call in (1, 3, asked):
-        assert knn(evaluation.encoder, stop_at(call)) == {} and len(calls) == call
 
 
 def test_the_table_of_the_monitor_goes_with_its_sets(

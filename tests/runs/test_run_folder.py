@@ -38,6 +38,58 @@ def test_the_newest_comes_back_and_old_ones_go(run):
     ]
 
 
+def save_measured(run: RunFolder, **numbers: float | None) -> None:
+    """Save steps 1, 2, ...: `save_measured(run, a=3.0, b=None, ...)`; None: not measured."""
+    for step, number in enumerate(numbers.values(), 1):
+        measured = {} if number is None else {"rankme": number, "rankme_images": 24}
+        run.save({"weights": torch.full((8,), float(step))}, step, MARKS, 2, measured, "rankme")
+
+
+def steps(run: RunFolder) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run.checkpoints.glob("step-*"))
+
+
+def test_the_best_one_stays_beside_the_newest_until_a_better_one_comes(run):
+    save_measured(run, a=3.0, b=5.0, c=None, d=5.0, e=4.0)
+    assert steps(run) == [2, 4, 5], "of two equal ones the older"
+    assert run.latest(MARKS)[1] == 5
+    assert run.measured_best("rankme", 5)["rankme"] == 5.0
+    assert run.measured_best("rankme", 1) == run.measured_best("knn_top1", 5) == {}
+    save(run, 6)  # by a recipe that has no best any more
+    assert steps(run) == [5, 6]
+
+
+def test_numbers_over_other_counts_of_images_are_not_compared(run):
+    save_measured(run, a=9.0, b=1.0, c=2.0)
+    assert steps(run) == [1, 2, 3]
+    more = {"rankme": 4.0, "rankme_images": 25}
+    run.save({"weights": torch.zeros(8)}, 4, MARKS, 2, more, "rankme")
+    assert steps(run) == [3, 4] and run.measured_best("rankme", 4) == more
+
+
+def test_a_checkpoint_can_be_named(run, recipe):
+    run.describe(load_recipe(str(recipe), ["checkpoints.best=rankme"]), {})
+    save_measured(run, a=1.0, b=5.0, c=4.0, d=3.0)
+    named = RunFolder(run.checkpoints / "best")
+    assert named.root == run.root and named.latest()[1] == 2
+    assert RunFolder(run.checkpoints / "step-000000003").latest()[1] == 3
+    with pytest.raises(CheckpointError, match=r"no step-000000001 in .*there are: step-000000002"):
+        RunFolder(run.checkpoints / "step-000000001").latest()
+    (run.checkpoints / "step-000000002" / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step-000000002 .*is damaged"):
+        named.latest()
+    with pytest.raises(UsageError, match=f"names a checkpoint; name its run: out={run.root}"):
+        named.locked().__enter__()
+    run.describe(load_recipe(str(recipe)), {})
+    with pytest.raises(CheckpointError, match=r"best one is known of runs with checkpoints\.best"):
+        named.latest()
+
+
+def test_a_run_in_a_folder_that_is_called_checkpoints_is_a_run(tmp_path):
+    root = tmp_path / "checkpoints" / "best"
+    assert RunFolder(root).root == root
+
+
 def test_no_checkpoint_is_no_error(run):
     assert run.latest(MARKS) is None
 
@@ -118,6 +170,36 @@ RunFolder({str(run.root)!r}).save({{"weights": torch.zeros(4096)}}, 2, {MARKS!r}
     assert run.latest(MARKS)[1] == 1
     with run.locked():
         assert [p.name for p in run.checkpoints.iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.parametrize("moment", ["pathlib.Path.rename", "shutil.rmtree"])
+def test_sigkill_while_saving_keeps_the_best_one_too(run, recipe, moment):
+    """Before the new one has its name, and after it has, while old ones go."""
+    run.describe(load_recipe(str(recipe), ["checkpoints.best=rankme"]), {})
+    save_measured(run, a=5.0, b=1.0, c=2.0)
+    _, name = moment.rsplit(".", 1)
+    code = f"""
+import os, pathlib, shutil, signal, torch
+from fastmoco.runs.run_folder import RunFolder
+real = {moment}
+def dies(path, *a, **k):
+    if "step-" in str(path) and path.exists() and not path.name.startswith("."):
+        real(path / "state.pt" if {name!r} == "rmtree" else path, *a, **k)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if {name!r} == "rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, *a, **k)
+{moment} = dies
+measured = {{"rankme": 3.0, "rankme_images": 24}}
+RunFolder({str(run.root)!r}).save({{"w": torch.zeros(8)}}, 4, {MARKS!r}, 2, measured, "rankme")
+"""
+    died = subprocess.run([sys.executable, "-c", code], check=False)
+    assert died.returncode == -9
+    saved = moment == "shutil.rmtree"
+    assert run.latest(MARKS)[1] == (4 if saved else 3)
+    assert RunFolder(run.checkpoints / "best").latest()[1] == 1
+    save_measured(run, a=5.0, b=1.0, c=2.0, d=3.0)  # as the resumed run does
+    assert steps(run) == [1, 3, 4]
 
 
 def test_two_processes_cannot_hold_one_folder_and_a_dead_one_lets_go(run):

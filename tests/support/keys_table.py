@@ -61,7 +61,7 @@ def page() -> str:
         for name, field in Recipe.model_fields.items()
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
     }
-    from fastmoco.config.recipe import Monitor
+    from fastmoco.config.monitor import Monitor
 
     extra = {"monitor": Monitor, "views (each)": View, "data.subset": Subset}
     parts = [table("At the top", Recipe)]

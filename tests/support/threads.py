@@ -39,6 +39,10 @@ class Threaded(World):
         assert len({(part.shape, part.dtype) for part in found}) == 1
         return torch.cat(found)
 
+    def mean_(self, values: torch.Tensor) -> torch.Tensor:
+        found = self.table.exchange(self.rank, values.clone())
+        return values.copy_(torch.stack(found).mean(dim=0))
+
     def gather_object(self, value: T) -> list[T]:
         return self.table.exchange(self.rank, value)
 

@@ -78,5 +78,6 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(recipe, capsys, tmp_path)
     assert main([str(recipe), "--dry-run", "schedule.epochs=7"]) == 0
     told = capsys.readouterr().out
     assert "21 (3 an epoch)" in told and "groups of 4, 2 per rank" in told
+    assert "96 images every 2 epochs, about 33 % of the time" in told  # 4 * 48 for the epochs
     assert not RunFolder(tmp_path / "run").root.exists()
     assert main([str(recipe), "--dry-run", "batch=32"]) == 2  # refuses what the run would

@@ -246,13 +246,26 @@ def test_without_scikit_learn_the_plane_is_of_principal_components(
     assert sorted(shuffled) == sorted(labels)
 
 
+def test_label_free_numbers_come_with_what_they_can_say_and_a_collapse_is_told(
+    make_run: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", monitor={})
+    numbers = {"rankme": 40.0, "rankme_head": 1.2, "alignment": 0.0, "uniformity": -0.001}
+    for epoch, head in enumerate((9.0, 1.2)):
+        row = {"kind": "epoch", "step": 60 * epoch, "epoch": epoch}
+        run.log(row | numbers | {"rankme_head": head})
+    text = Parsed(report(run.root, device="cpu")).text["curves"]
+    assert "noise fills all" in text and "0 after a collapse too" in " ".join(text.split())
+    assert "The head has collapsed: its features fill 1.20 directions" in text
+
+
 def test_a_run_without_labels(
     make_run: Callable[..., RunFolder], tmp_path: Path, sets: dict[str, Path]
 ) -> None:
     run = make_run(tmp_path / "run", monitor=None)
     found = Parsed(report(run.root, device="cpu"))
     for section in LABELLED:
-        assert "name labelled sets by --train and --test" in found.text[section]
+        assert "of labelled sets: name two by --train and --test" in found.text[section]
     for section in ("views", "filters", "maps"):
         assert found.alts[section]
     assert "no numbers yet" in found.text["curves"] and "none yet" in found.text["numbers"]
