@@ -165,7 +165,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
         with Spared("curves.png"):
-            draw_curves(run.root / "curves.png", run.rows(), recipe.objective.queue, recipe.name)
+            draw_curves(run.root / "curves.png", run.rows(), recipe.candidates, recipe.name)
     except ImportError:
         echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 

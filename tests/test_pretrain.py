@@ -93,7 +93,7 @@ def test_a_run_leaves_what_its_number_depends_on(recipe, tmp_path):
     assert kinds.count("step") == 6 and kinds.count("epoch") == 5
     epochs = [row for row in folder.rows() if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs if "knn_top1" in row] == [0, 2, 4]
-    assert "Chance is a loss of log(K + 1) = 3.04" in done.stdout
+    assert "Chance is a loss of log(21) = 3.04" in done.stdout
     again = run(recipe)
     assert again.returncode == 0 and "step 12" not in again.stdout  # nothing left to do
 

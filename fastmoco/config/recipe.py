@@ -309,6 +309,7 @@ class Recipe(Strict):
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
         views: of the query and of the key.
+        objective: what is minimized: one of the sections below, by its `name`.
         monitor: kNN accuracy during training; None: the run needs no labels.
     """
 
@@ -319,7 +320,7 @@ class Recipe(Strict):
     stop_epoch: Count | None = None
 
     data: Data
-    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
+    views: Annotated[tuple[View, ...], Field(min_length=1, max_length=2)]
     encoder: EncoderSpec = EncoderSpec()
     objective: Objective = Moco()
     optimizer: Optimizer
@@ -330,6 +331,16 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
+        name, wanted = self.objective.name, self.objective.drawn_views
+        if len(self.views) != wanted:
+            raise ValueError(
+                f"views: {name} compares {wanted} of each image, not {len(self.views)}"
+            )
+        if self.objective.in_batch and self.runtime.accumulate > 1:
+            raise ValueError(
+                f"{name} compares the images of a batch with each other, which cannot go in parts: "
+                "set runtime.accumulate=1, or lower batch"
+            )
         if self.objective.bn == "whole":
             if self.runtime.accumulate > 1:
                 raise ValueError(
@@ -347,7 +358,7 @@ class Recipe(Strict):
             raise ValueError(
                 "objective.bn_group 1 leaves BatchNorm nothing to average: choose 2 or more"
             )
-        if self.batch == group:
+        if self.batch == group and isinstance(self.objective, Moco):
             raise ValueError(
                 f"one group of {self.batch} is the whole batch: shuffling cannot hide which query "
                 "goes with which key, and the network cheats. Choose a smaller objective.bn_group, "
@@ -361,9 +372,14 @@ class Recipe(Strict):
         return self.optimizer.lr * self.batch / (self.optimizer.lr_batch or self.batch)
 
     @property
-    def keys_per_step(self) -> int:
-        """How many keys a step adds to the queue, and queries it has."""
-        return self.batch * (1 + self.objective.symmetric)
+    def encoded_per_step(self) -> int:
+        """How many views of a step the query encoder sees; of moco, keys that are enqueued too."""
+        return self.batch * self.objective.encoded_views
+
+    @property
+    def candidates(self) -> int:
+        """Among how many keys a query is to find its own: chance is a loss of its logarithm."""
+        return self.objective.candidates(self.batch)
 
     def last_step(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the whole run."""

@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from recipes import recipe_from
 
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import init_distributed
 from fastmoco.train.engine import Engine
+from fastmoco.train.objectives.moco import Moco
+from fastmoco.train.objectives.objective import Objective
 from fastmoco.train.optimizers import set_learning_rate
 
 DEFAULTS = {
@@ -35,6 +38,8 @@ DEFAULTS = {
     "max_skipped": 1000,
 }
 
+MOCO = ("bn_group", "queue", "momentum", "temperature")
+
 
 def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two fp64 views of a step's global batch."""
@@ -45,8 +50,22 @@ def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Te
     return tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
 
 
+def recipe_of(changes: dict) -> Recipe:
+    """Return the tiny recipe with changes; of another objective, without the keys of MoCo."""
+    other = changes.get("objective", {}).get("name", "moco") != "moco"
+    defaults = {k: v for k, v in DEFAULTS.items() if not other or k not in MOCO}
+    return recipe_from(defaults | changes)
+
+
+def kept(objective: Objective) -> dict[str, object]:
+    """Return what an objective keeps beside the encoders."""
+    if isinstance(objective, Moco):
+        return {"queue": objective.queue.keys.clone(), "pointer": int(objective.queue.pointer)}
+    return {}
+
+
 def main(out: Path, spec: dict) -> None:
-    recipe = recipe_from(DEFAULTS | spec.get("recipe", {}))
+    recipe = recipe_of(spec.get("recipe", {}))
     nan_step, nan_rank = spec.get("nan", (-1, -1))
     with init_distributed("cpu", timeout_s=60) as (world, device):
         moco = Engine(recipe, world, device)
@@ -60,15 +79,15 @@ def main(out: Path, spec: dict) -> None:
             gradients = {n: p.grad.clone() for n, p in moco.encoder_q.named_parameters()}
             weights = {}
             if spec["steps"] - step <= 3:  # 80 MB a step
-                for name, encoder in (("key", moco.objective.encoder_k), ("query", moco.encoder_q)):
+                encoders = (moco.encoder_q, *moco.objective.networks)
+                for name, encoder in zip(("query", "key"), encoders, strict=False):
                     weights[name] = {n: t.clone() for n, t in encoder.state_dict().items()}
             log.append(
                 {
                     "loss": world.gather(outcome.loss.clone()),
                     "gradients": gradients,
                     "ok": outcome.ok.clone(),
-                    "queue": moco.objective.queue.keys.clone(),
-                    "pointer": int(moco.objective.queue.pointer),
+                    **kept(moco.objective),
                     **weights,
                 }
             )

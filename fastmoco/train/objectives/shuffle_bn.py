@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.config.objectives import Shuffled
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Stream, raw_words
 
@@ -129,3 +131,11 @@ class Shuffle:
         """
         rows = self._world.gather(keys.transpose(0, 1).flatten(1))[self._inverse]
         return rows.view(len(rows), len(keys), -1).transpose(0, 1)
+
+
+def make_shuffle(recipe: Recipe, step: int, world: World, device: torch.device) -> Shuffle:
+    """Return the shuffle of a step, whose objective asks for one."""
+    wanted = recipe.objective
+    assert isinstance(wanted, Shuffled)
+    scope: Scope = wanted.shuffle if wanted.shuffled_views else "off"
+    return Shuffle(recipe.seed, step, recipe.batch, world, device, scope, wanted.exchange)
