@@ -154,6 +154,32 @@ class SimClr(InBatch):
         return 2 * batch - 1
 
 
+class MemoryBank(Normalized):
+    """A bank of features, one for each image (Wu et al. 2018; He et al. 2020, section 4.1).
+
+    Attributes:
+        queue: number of negatives K, drawn from the bank for each step.
+        temperature: T of the loss.
+        bank_momentum: b: what is left of an image's feature when the image is seen.
+    """
+
+    name: Literal["memory_bank"] = "memory_bank"
+    queue: Count = 4096
+    temperature: Positive = 0.07
+    bank_momentum: Unit = 0.5
+
+    drawn_views: ClassVar[int] = 1
+
+    @property
+    def encoded_views(self) -> int:
+        """The query alone."""
+        return 1
+
+    def candidates(self, batch: int) -> int:
+        """Return K + 1."""
+        return self.queue + 1
+
+
 def _name_of(section: Any) -> Any:
     """Return which objective a section is of; one without a name is of moco."""
     if isinstance(section, Mapping):
@@ -164,7 +190,8 @@ def _name_of(section: Any) -> Any:
 Objective = Annotated[
     Annotated[Moco, Tag("moco")]
     | Annotated[EndToEnd, Tag("end_to_end")]
-    | Annotated[SimClr, Tag("simclr")],
+    | Annotated[SimClr, Tag("simclr")]
+    | Annotated[MemoryBank, Tag("memory_bank")],
     Discriminator(_name_of),
 ]
 """Their union, by `name`: a new objective is a class above and a `|` here."""

@@ -308,7 +308,7 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
-        views: of the query and of the key.
+        views: of the query and of the key; of a memory bank, the query's alone.
         objective: what is minimized: one of the sections below, by its `name`.
         monitor: kNN accuracy during training; None: the run needs no labels.
     """
@@ -334,7 +334,9 @@ class Recipe(Strict):
         name, wanted = self.objective.name, self.objective.drawn_views
         if len(self.views) != wanted:
             raise ValueError(
-                f"views: {name} compares {wanted} of each image, not {len(self.views)}"
+                f"views: {name} draws {wanted} of each image, not {len(self.views)}: leave one out"
+                if len(self.views) > wanted
+                else f"views: {name} draws {wanted} of each image, not {len(self.views)}: add one"
             )
         if self.objective.in_batch and self.runtime.accumulate > 1:
             raise ValueError(

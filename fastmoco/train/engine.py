@@ -28,8 +28,7 @@ NO_IDS: Ids = np.empty(0, np.int64)
 class StepOutput:
     """What a step leaves on the device for whoever wants to read it.
 
-    A symmetric step has two queries a sample; of a step in parts, only `loss` and `q` are of all of
-    them.
+    A symmetric step has two queries a sample; of a step in parts, only `loss` is of all of them.
 
     Attributes:
         loss: (n,) of each query of this rank.
@@ -100,7 +99,7 @@ class Engine:
         saved = self.statistics.saved()
         shown, given = self.objective.prepare((query_view, key_view), step, ids, self.statistics)
         self.optimizer.zero_grad()
-        loss, positive, negative, q = self._backward(shown, given)
+        loss, positive, negative, outputs = self._backward(shown, given)
 
         gradients = [p.grad for p in self._params if p.grad is not None]
         self.scale.unscale_(gradients)
@@ -108,13 +107,15 @@ class Engine:
         if self.recipe.optimizer.clip:
             torch._foreach_mul_(gradients, (self.recipe.optimizer.clip / grad_norm).clamp(max=1))
         step_if(self.optimizer, ok)
-        self.objective.follow(q, given, ok)
+        self.objective.follow(torch.cat(outputs), given, ok)
         self.statistics.restore_unless(ok, saved)
         self.scale.update(ok)
         self.guard.count(ok)
-        return StepOutput(loss, positive, negative, q, grad_norm, ok)
+        return StepOutput(loss, positive, negative, outputs[-1], grad_norm, ok)
 
-    def _backward(self, views: Sequence[torch.Tensor], given: Any) -> tuple[torch.Tensor, ...]:
+    def _backward(
+        self, views: Sequence[torch.Tensor], given: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Add up the gradients of the loss of this rank's samples, part by part.
 
         Args:
@@ -122,10 +123,11 @@ class Engine:
             given: what the objective needs beside them.
 
         Returns:
-            The losses of all queries; positive and negative logits of the last part; all queries.
+            The losses of all queries; positive and negative logits of the last part; the unit
+            outputs of each part.
         """
         parts, count = self.recipe.runtime.accumulate, len(views[0])
-        losses, queries = [], []
+        losses, outputs = [], []
         for part in self.statistics.over(parts):
             rows = slice(part * count // parts, (part + 1) * count // parts)
             images = torch.cat([v[rows] for v in views]) if len(views) > 1 else views[0][rows]
@@ -139,8 +141,8 @@ class Engine:
                 total = loss.mean() * (directions / parts)
                 self.scale.scaled(total).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-            queries.append(q.detach())
-        return torch.cat(losses), positive.detach(), negative.detach(), torch.cat(queries)
+            outputs.append(q.detach())
+        return torch.cat(losses), positive.detach(), negative.detach(), outputs
 
     def train(self) -> None:
         """Put all networks into training mode; BatchNorm of a key encoder stays in it too."""

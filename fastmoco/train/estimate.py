@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.config.objectives import Moco, Shuffled
+from fastmoco.config.objectives import MemoryBank, Moco, Shuffled
 from fastmoco.config.recipe import Optimizer, Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
@@ -36,7 +36,7 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
         "precision": recipe.runtime.precision,
         "candidates of a query": f"{recipe.candidates:,} ({recipe.objective.name})",
-        **_beside_the_encoder(recipe),
+        **_beside_the_encoder(recipe, plan.samples // recipe.data.repeat),
         "encoders and gradients": _mb(networks * encoder),
         "state of the optimizer": _mb(state_copies(recipe.optimizer) * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
@@ -45,12 +45,17 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
     }
 
 
-def _beside_the_encoder(recipe: Recipe) -> dict[str, str]:
+def _beside_the_encoder(recipe: Recipe, images: int) -> dict[str, str]:
     """Return what an objective keeps, on every rank and in each checkpoint."""
-    if isinstance(recipe.objective, Moco):
-        queue = recipe.objective.queue
-        size = f"{queue:,} x {recipe.encoder.dim}, {_mb(queue * recipe.encoder.dim * 4)}"
-        return {"queue": f"{size}, {queue / recipe.encoded_per_step:g} steps"}
+
+    def size(rows: int) -> str:
+        return f"{rows:,} x {recipe.encoder.dim}, {_mb(rows * recipe.encoder.dim * 4)}"
+
+    match recipe.objective:
+        case Moco(queue=queue):
+            return {"queue": f"{size(queue)}, {queue / recipe.encoded_per_step:g} steps"}
+        case MemoryBank():
+            return {"bank": f"{size(images)}, on every rank and in each checkpoint"}
     return {}
 
 

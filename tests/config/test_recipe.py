@@ -45,7 +45,7 @@ def test_the_recipes_of_the_issue_are_there():
         ("checkpoints.every=50", "checkpoints: name either every or minutes"),
         ("lr", "'lr' is not key=value"),
         ("name.deep=1", "name.deep does not name a key"),
-        ("views=[{}]", "views: moco compares 2 of each image, not 1"),
+        ("views=[{}]", "views: moco draws 2 of each image, not 1: add one"),
         ("out=!!python/object/apply:os.system ['true']", "is not plain YAML"),
         ("seed=!!int x", "is not plain YAML"),
         ("out=!!timestamp x", "is not plain YAML"),
@@ -83,7 +83,9 @@ def test_a_fault_is_named_with_its_remedy(override, words):
         ("{name: end_to_end, momentum: 0.9}", "objective.momentum: end_to_end has no momentum"),
         ("{name: simclr, temperatur: 1}", "'objective.temperatur': did you mean 'temperature'"),
         ("{name: simclr, temperature: 0}", "objective.temperature: Input should be greater than 0"),
-        ("{name: sinclr}", "'sinclr' is none of moco, end_to_end, simclr"),
+        ("{name: memory_bank, symmetric: true}", "memory_bank has no symmetric, leave it out"),
+        ("{name: memory_bank}", "views: memory_bank draws 1 of each image, not 2: leave one out"),
+        ("{name: sinclr}", "'sinclr' is none of moco, end_to_end, simclr, memory_bank"),
         ("{name: sinclr}", "did you mean 'simclr'?"),
     ],
 )
@@ -101,10 +103,17 @@ def test_what_compares_the_batch_goes_in_one_part(name):
 
 @pytest.mark.parametrize(
     ("section", "candidates"),
-    [("{name: moco, queue: 40}", 41), ("{name: end_to_end}", 512), ("{name: simclr}", 1023)],
+    [
+        ("{name: moco, queue: 40}", 41),
+        ("{name: end_to_end}", 512),
+        ("{name: simclr}", 1023),
+        ("{name: memory_bank, queue: 64}", 65),
+    ],
 )
 def test_among_how_many_a_query_finds_its_key(section, candidates):
-    assert load_recipe("cifar10_r18", [f"objective={section}"]).candidates == candidates
+    views = "[{}]" if "bank" in section else "[{}, {}]"
+    recipe = load_recipe("cifar10_r18", [f"objective={section}", f"views={views}"])
+    assert recipe.candidates == candidates
 
 
 def test_the_simclr_recipe_is_the_published_run():

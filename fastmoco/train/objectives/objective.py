@@ -100,3 +100,11 @@ class Objective:
 def unit(projected: torch.Tensor, precision: Precision) -> torch.Tensor:
     """Return projections at unit length, in fp32: bf16 logits are off by 0.02 after / T."""
     return nn.functional.normalize(projected.to(precision.weights), dim=1)
+
+
+def to_device(index: Ids, device: torch.device) -> torch.Tensor:
+    """Return an index on the device, without waiting for it."""
+    host = torch.from_numpy(index)
+    if device.type == "cuda":
+        host = host.pin_memory()  # from other memory the copy would wait for the device
+    return host.to(device, non_blocking=True)

@@ -16,6 +16,7 @@ from fastmoco.config.objectives import Shuffled
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Stream, raw_words
+from fastmoco.train.objectives.objective import to_device
 
 Scope = Literal["global", "node", "off"]
 Exchange = Literal["all_to_all", "all_gather"]
@@ -70,10 +71,7 @@ class Shuffle:
         self._own = world.share(batch)
 
     def _to_device(self, rows: Rows) -> torch.Tensor:
-        index = torch.from_numpy(rows)
-        if self._device.type == "cuda":
-            index = index.pin_memory()  # from other memory the copy would wait for the device
-        return index.to(self._device, non_blocking=True)
+        return to_device(rows, self._device)
 
     def scatter(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return this rank's slice of the shuffled batch, one view after the other.
