@@ -1,8 +1,10 @@
-"""Every objective goes on bit for bit, and a bad step of it leaves nothing behind."""
+"""Every objective goes on bit for bit, leaves nothing behind a bad step, and never waits."""
 
 import copy
+import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,13 @@ from fastmoco.core.distributed import World
 from fastmoco.pretrain import main
 from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train.engine import Engine
+
+_SPEC = importlib.util.spec_from_file_location(
+    "step_counters", Path(__file__).parents[1] / "counters.py"
+)
+counters = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = counters  # its dataclasses look themselves up
+_SPEC.loader.exec_module(counters)
 
 OBJECTIVES = {
     "moco": {"name": "moco", "queue": 20, "bn_group": 4},
@@ -69,6 +78,14 @@ def test_a_bad_step_leaves_the_state_and_a_good_one_moves_it(worker, section):
     still = {n for n in before if torch.equal(before[n], after[n])}
     idle = ("num_batches_tracked", "guard", "scale", "filled")
     assert all(any(part in n for part in idle) for n in still)
+
+
+def test_the_host_never_waits_for_the_device(worker, section):
+    engine = engine_of(worker, section)
+    take(engine, worker, 0)
+    views = [view.float() for view in worker.images(16, 1)]
+    ids = worker.ids(16, 1)
+    assert counters.host_syncs(lambda: engine.step(*views, 1, ids)) == 0
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(recipe, section, tmp_path, capsys):
