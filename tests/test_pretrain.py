@@ -134,11 +134,11 @@ def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeyp
     events, beyond = [], threading.Event()
     take, save = Engine.step, RunFolder.save
 
-    def step(self: Engine, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
+    def step(self: Engine, query: object, key: object, number: int, ids: object) -> object:
         events.append(f"step {number + 1}")
         if number + 1 == 4:
             beyond.set()
-        return take(self, query_view, key_view, number)
+        return take(self, query, key, number, ids)
 
     def held(self: RunFolder, state: dict, number: int, *others: object) -> Path:
         assert beyond.wait(30), "the step waits for the checkpoint"
