@@ -167,13 +167,13 @@ def curves_in(metrics: Metrics) -> list[Curve]:
     return [curve for curve in CURVES if curve.points(metrics)[0]]
 
 
-def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
+def draw_curves(path: Path, metrics: Metrics, candidates: int, title: str) -> None:
     """Draw loss, kNN, learning rate, speed, ... of a run over its epochs: what there is of them.
 
     Args:
         path: of the PNG.
         metrics: see `Metrics`.
-        queue: number of negative keys K: chance is a loss of log(K + 1).
+        candidates: among which a query is to find its key: chance is a loss of their logarithm.
         title: above the panels.
     """
     curves = curves_in(metrics)
@@ -183,7 +183,7 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
     figure.suptitle(title, x=0.015, y=1 - 0.08 / height, ha="left", va="top", color=INK)
     panels = figure.subplots(lines, 2, sharex=True, squeeze=False).ravel()
     for axes, curve in zip(panels, curves, strict=False):
-        _panel(axes, metrics, curve, queue)
+        _panel(axes, metrics, curve, candidates)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
     for axes in panels[max(0, len(curves) - 2) : len(curves)]:
@@ -193,11 +193,11 @@ def draw_curves(path: Path, metrics: Metrics, queue: int, title: str) -> None:
     _save(figure, path, _DPI)
 
 
-def draw_curve(path: Path, metrics: Metrics, queue: int, curve: Curve) -> None:
+def draw_curve(path: Path, metrics: Metrics, candidates: int, curve: Curve) -> None:
     """Draw one curve alone, as sharp as a telephone's screen; see `draw_curves`."""
     figure = make_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
-    _panel(axes, metrics, curve, queue)
+    _panel(axes, metrics, curve, candidates)
     axes.set_xlabel("epoch", color=INK)
     figure.tight_layout()
     _save(figure, path, 2 * _DPI)
@@ -218,7 +218,7 @@ def make_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _panel(axes: Any, metrics: Metrics, curve: Curve, queue: int) -> None:
+def _panel(axes: Any, metrics: Metrics, curve: Curve, candidates: int) -> None:
     x, y = curve.points(metrics)
     # Few points are seen as such, and one alone makes no line.
     marker = "o" if curve.kind == "epoch" or len(x) == 1 else ""
@@ -231,14 +231,15 @@ def _panel(axes: Any, metrics: Metrics, curve: Curve, queue: int) -> None:
     if curve.from_zero:
         axes.set_ylim(0, 1.05 * max(y) or 1)
     if curve.key == "loss":
-        _mark_chance(axes, math.log(queue + 1))
+        _mark_chance(axes, candidates)
 
 
-def _mark_chance(axes: Any, chance: float) -> None:
+def _mark_chance(axes: Any, candidates: int) -> None:
+    chance = math.log(candidates)
     axes.margins(y=0.12)  # room for the words above the line
     axes.axhline(chance, color=_CHANCE, linewidth=1.2, linestyle="--")
     axes.annotate(
-        f"chance: log(K + 1) = {chance:.2f}",
+        f"chance: log({candidates:,}) = {chance:.2f}",
         (1, chance),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),

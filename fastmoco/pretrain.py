@@ -30,6 +30,7 @@ from fastmoco.runs.run_folder import RunFolder
 from fastmoco.train import loop
 from fastmoco.train.engine import Engine, check_bn_group
 from fastmoco.train.estimate import outlook
+from fastmoco.train.objectives.memory_bank import check_bank
 
 _USAGE = """usage: pretrain RECIPE [key=value ...] [--dry-run]
 RECIPE: a shipped recipe's name, or a path to a .yaml; --dry-run: say what the run would do and
@@ -137,7 +138,9 @@ def _prepare(recipe: Recipe, world: World, device: torch.device) -> tuple[Recipe
     check_bn_group(recipe, world.size, world.size // world.local_size)
     data = ConcatShardSets.open(recipe.data.sets)
     recipe = resolve(recipe, data.sets[0])
-    return recipe, Loader.of(recipe, data, get_settings(recipe.runtime, world, device), world)
+    loader = Loader.of(recipe, data, get_settings(recipe.runtime, world, device), world)
+    check_bank(recipe, len(loader.ids))
+    return recipe, loader
 
 
 def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
@@ -158,7 +161,7 @@ def _finish(recipe: Recipe, run: RunFolder, done: int, plan: Plan) -> None:
             run.finish(0, f"finished step {last_step}, epoch {last_step / plan.steps_per_epoch:g}")
     try:
         with Spared("curves.png"):
-            draw_curves(run.root / "curves.png", run.rows(), recipe.objective.queue, recipe.name)
+            draw_curves(run.root / "curves.png", run.rows(), recipe.candidates, recipe.name)
     except ImportError:
         echo("no curves.png: matplotlib is not installed (pip install 'fastmoco[report]')")
 
@@ -188,7 +191,7 @@ def _train(
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
         trainer = loop.Trainer(
             recipe,
-            Engine(recipe, world, device),
+            Engine(recipe, world, device, loader.ids),
             loader,
             run,
             fingerprint,

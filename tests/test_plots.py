@@ -56,7 +56,7 @@ def test_title_and_row_names_are_drawn(rows: dict[str, np.ndarray], tmp_path: Pa
 
 
 def test_curves_open_and_are_not_blank(tmp_path: Path) -> None:
-    draw_curves(tmp_path / "curves.png", METRICS, 1024, "title")
+    draw_curves(tmp_path / "curves.png", METRICS, 1025, "title")
     with Image.open(tmp_path / "curves.png") as plot:
         assert plot.format == "PNG"
         assert plot.size == (1000, 640)
@@ -80,7 +80,7 @@ def test_curves_draw_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Axes, "plot", note)
     monkeypatch.setattr(Axes, "axhline", note_line)
-    draw_curves(tmp_path / "curves.png", METRICS, 1024, "title")
+    draw_curves(tmp_path / "curves.png", METRICS, 1025, "title")
     assert drawn == {
         (5.0, 4.5): [0.5, 1.0],
         (40.0, 55.0): [0, 1],

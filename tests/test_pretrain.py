@@ -101,7 +101,7 @@ def test_a_run_leaves_what_its_number_depends_on(recipe, tmp_path):
     assert kinds.count("step") == 6 and kinds.count("epoch") == 5
     epochs = [row for row in folder.rows() if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs if "knn_top1" in row] == [0, 2, 4]
-    assert "Chance is a loss of log(K + 1) = 3.04" in done.stdout
+    assert "Chance is a loss of log(21) = 3.04" in done.stdout
     again = run(recipe)
     assert again.returncode == 0 and "step 12" not in again.stdout  # nothing left to do
 
@@ -142,11 +142,11 @@ def test_the_steps_go_on_while_a_checkpoint_is_written(recipe, tmp_path, monkeyp
     events, beyond = [], threading.Event()
     take, save = Engine.step, RunFolder.save
 
-    def step(self: Engine, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
+    def step(self: Engine, query: object, key: object, number: int, ids: object) -> object:
         events.append(f"step {number + 1}")
         if number + 1 == 4:
             beyond.set()
-        return take(self, query_view, key_view, number)
+        return take(self, query, key, number, ids)
 
     def held(self: RunFolder, state: dict, number: int, *others: object) -> Path:
         assert beyond.wait(30), "the step waits for the checkpoint"

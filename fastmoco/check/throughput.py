@@ -7,6 +7,7 @@ together is slower than either; on a GPU 95 % of the step alone is the aim.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, get_device
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import get_settings
-from fastmoco.load.loader import Batch, Loader
+from fastmoco.load.loader import Loader
 from fastmoco.train.engine import Engine
 
 WARM_UP = 5  # steps before a measurement: more than the loader makes ahead
@@ -112,14 +113,13 @@ def throughput(recipe: Recipe, steps: int) -> Throughput:
 def together(section: Stopwatch, recipe: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train on what the loader draws."""
     run = _Run(recipe)
-    batches, engine, waits = run.batches(), run.engine(), []
+    batches, engine, waits = run.loader.batches(), run.engine(), []
 
     def work(number: int) -> None:
         began = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - began)
-        query_view, key_view = batch.views
-        engine.step(query_view, key_view, number)
+        engine.step(batch.views[0], batch.views[-1], number, batch.ids)
 
     done = run.measured(section, work, steps)
     waited = 100 * sum(waits[WARM_UP:]) / section.seconds
@@ -130,13 +130,14 @@ def step_alone(section: Stopwatch, recipe: dict[str, Any], steps: int) -> dict[s
     """Train on batches that are there already."""
     run = _Run(recipe)
     engine, views = run.engine(), cycle(run.synthetic())
-    return run.measured(section, lambda number: engine.step(*next(views), number), steps)
+    ids = run.loader.ids[: run.recipe.batch]
+    return run.measured(section, lambda number: engine.step(*next(views), number, ids), steps)
 
 
 def loader_alone(section: Stopwatch, recipe: dict[str, Any], steps: int) -> dict[str, Any]:
     """Draw batches and drop them."""
     run = _Run(recipe)
-    batches = run.batches()
+    batches = run.loader.batches()
     return run.measured(section, lambda _: next(batches), steps)
 
 
@@ -152,12 +153,13 @@ class _Run:
         self.device = get_device(self.recipe.runtime.device, 0)
 
     def engine(self) -> Engine:
-        return Engine(self.recipe, World(), self.device)
+        return Engine(self.recipe, World(), self.device, self.loader.ids)
 
-    def batches(self) -> Iterator[Batch]:
+    @cached_property
+    def loader(self) -> Loader:
         data = ConcatShardSets.open(self.recipe.data.sets)
         settings = get_settings(self.recipe.runtime, World(), self.device)
-        return Loader.of(self.recipe, data, settings).batches()
+        return Loader.of(self.recipe, data, settings)
 
     def synthetic(self) -> list[Views]:
         """Return batches in the layout, and the dtype, of the loader's on this device."""

@@ -262,7 +262,8 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
-        views: of the query and of the key.
+        views: of the query and of the key; of a memory bank, the query's alone.
+        objective: what is minimized: one of the sections below, by its `name`.
         monitor: what is measured during training; `{}`: without labels. None: nothing.
     """
 
@@ -273,7 +274,7 @@ class Recipe(Strict):
     stop_epoch: Count | None = None
 
     data: Data
-    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]
+    views: Annotated[tuple[View, ...], Field(min_length=1, max_length=2)]
     encoder: EncoderSpec = EncoderSpec()
     objective: Objective = Moco()
     optimizer: Optimizer
@@ -295,6 +296,18 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
+        name, wanted = self.objective.name, self.objective.drawn_views
+        if len(self.views) != wanted:
+            raise ValueError(
+                f"views: {name} draws {wanted} of each image, not {len(self.views)}: leave one out"
+                if len(self.views) > wanted
+                else f"views: {name} draws {wanted} of each image, not {len(self.views)}: add one"
+            )
+        if self.objective.in_batch and self.runtime.accumulate > 1:
+            raise ValueError(
+                f"{name} compares the images of a batch with each other, which cannot go in parts: "
+                "set runtime.accumulate=1, or lower batch"
+            )
         if self.objective.bn == "whole":
             if self.runtime.accumulate > 1:
                 raise ValueError(
@@ -312,7 +325,7 @@ class Recipe(Strict):
             raise ValueError(
                 "objective.bn_group 1 leaves BatchNorm nothing to average: choose 2 or more"
             )
-        if self.batch == group:
+        if self.batch == group and isinstance(self.objective, Moco):
             raise ValueError(
                 f"one group of {self.batch} is the whole batch: shuffling cannot hide which query "
                 "goes with which key, and the network cheats. Choose a smaller objective.bn_group, "
@@ -326,9 +339,14 @@ class Recipe(Strict):
         return self.optimizer.lr * self.batch / (self.optimizer.lr_batch or self.batch)
 
     @property
-    def keys_per_step(self) -> int:
-        """How many keys a step adds to the queue, and queries it has."""
-        return self.batch * (1 + self.objective.symmetric)
+    def encoded_per_step(self) -> int:
+        """How many views of a step the query encoder sees; of moco, keys that are enqueued too."""
+        return self.batch * self.objective.encoded_views
+
+    @property
+    def candidates(self) -> int:
+        """Among how many keys a query is to find its own: chance is a loss of its logarithm."""
+        return self.objective.candidates(self.batch)
 
     def last_step(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the whole run."""

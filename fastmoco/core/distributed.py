@@ -65,11 +65,13 @@ class World:
         return slice(min(self.rank * each, rows), min((self.rank + 1) * each, rows))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows of all ranks in rank order: (n, ...) to (size * n, ...)."""
+        """Return the rows of all ranks in rank order: (n, ...) to (size * n, ...).
+
+        Gradients flow back: a rank's rows receive the sum of what every rank made of them.
+        """
         if self.size == 1:
             return rows
-        everything = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        _all_gather(everything, rows.contiguous(), group=self.group)
+        everything: torch.Tensor = _Gather.apply(rows, self)
         return everything
 
     def gather_shares(self, rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,6 +157,23 @@ class _Sum(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks; the gradient of what every rank made of them is a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, world: World) -> torch.Tensor:
+        ctx.world = world
+        everything = rows.new_empty(world.size * len(rows), *rows.shape[1:])
+        _all_gather(everything, rows.contiguous(), group=world.group)
+        return everything
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.world.group)
+        return total[ctx.world.share(len(total))], None
 
 
 class AsyncAnyFlag:

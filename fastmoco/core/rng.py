@@ -34,6 +34,7 @@ class Stream(Enum):
     QUERY = 3 << 33  # samples to ask labels for
     STUDY = 1 << 34  # the pictures and samples of a report
     VIEWS = 0x766965777300
+    NEGATIVES = 1 << 62  # of a memory bank, by step
     SHUFFLE_BN = 1 << 63  # by step
 
 

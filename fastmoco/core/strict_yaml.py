@@ -122,36 +122,60 @@ def validate_as(model: type[Model], values: Any, origin: str) -> Model:
 
 
 def _fault(fault: dict[str, Any], model: type[Strict]) -> str:
-    where = [str(part) for part in fault["loc"]]
+    where, tag, choices = _without_tag(fault["loc"], model)
     dotted = ".".join(where)
     if fault["type"] == "extra_forbidden":
+        if any(where[-1] in other.model_fields for other in choices):
+            return f"{dotted}: {tag} has no {where[-1]}, leave it out"
         return f"unknown key {dotted!r}{near(where[-1], _keys_below(where[:-1], model))}"
+    if fault["type"] == "union_tag_invalid":
+        known = fault["ctx"]["expected_tags"].replace("'", "").split(", ")
+        given = fault["ctx"]["tag"]
+        return f"{dotted}.name: {given!r} is none of {', '.join(known)}{near(given, known)}"
     if fault["type"] == "missing":
         return f"the key {dotted!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message
 
 
+def _without_tag(
+    loc: Sequence[int | str], model: type[BaseModel]
+) -> tuple[list[str], str, list[type[BaseModel]]]:
+    """Return the keys on the way to a fault, without the tag that pydantic puts between them.
+
+    That is the name by which a section was chosen among several; it comes second, and they last.
+    """
+    where = [str(part) for part in loc]
+    field = model.model_fields.get(where[0]) if len(where) > 1 else None
+    choices = models_in(field.annotation) if field else []
+    if len(choices) < 2:
+        return where, "", []
+    return [where[0], *where[2:]], where[1], choices
+
+
 def _keys_below(where: Sequence[str], model: type[BaseModel]) -> dict[str, str]:
     """Return the keys at a place and in its sections, with the dotted name of each."""
+    models = [model]
     for part in where:
         # The number of a list's item and the key of a mapping are no fields: they lead nowhere.
-        field = model.model_fields.get(part)
-        model = (_models_in(field.annotation) if field else [model])[0]
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        models = [inner for field in fields for inner in models_in(field.annotation)] or models
     below = {
         key: f"{section}.{key}"
-        for section, field in model.model_fields.items()
-        for inner in _models_in(field.annotation)
+        for one in models
+        for section, field in one.model_fields.items()
+        for inner in models_in(field.annotation)
         for key in inner.model_fields
     }
-    return below | {key: key for key in model.model_fields}
+    return below | {key: key for one in models for key in one.model_fields}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the schemas that an annotation names: several of a union."""
     if get_origin(annotation) is None:
         is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
         return [annotation] if is_model else []
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -165,9 +165,8 @@ def demo(
     recipe = _recipe(out, seed, overrides)
     preview(recipe, out / "views.png", SHOWN, VIEWS_TITLE)
     run = pretrain(recipe)
-    draw_curves(
-        out / "curves.png", run.rows(), recipe.objective.queue, "MoCo on patches of photographs"
-    )
+    title = f"{recipe.objective.name} on patches of photographs"
+    draw_curves(out / "curves.png", run.rows(), recipe.candidates, title)
     rows = evaluate(run)
     write_json(out / "result.json", [asdict(row) for row in rows])
     _show(out, rows, len(cut.photographs), time.monotonic() - began)

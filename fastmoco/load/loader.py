@@ -114,6 +114,12 @@ class Loader:
             max_bad=recipe.data.max_bad_images,
         )
 
+    @property
+    def ids(self) -> Ids:
+        """The (N,) ids of the samples that take part, ascending."""
+        chosen = self.plan.chosen
+        return np.arange(len(self.data)) if chosen is None else chosen
+
     @cached_property
     def _images(self) -> PixelCache | Reader:
         return open_cache(self.data, self.settings) or self._reader

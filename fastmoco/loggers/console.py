@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmoco.config.objectives import Moco
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.terminal import printable
 from fastmoco.loggers.collapse import find_collapse
@@ -53,15 +54,7 @@ class LiveDisplay:
         self._task = self._progress.add_task(
             "", total=last_step, completed=start, epoch="-", numbers="first step ..."
         )
-        chance, full = (
-            math.log(recipe.objective.queue + 1),
-            math.ceil(recipe.objective.queue / recipe.keys_per_step),
-        )
-        self._console.print(
-            f"Chance is a loss of log(K + 1) = {chance:.2f}. The loss rises first, until the "
-            f"queue is full ({full} steps): that is expected.",
-            highlight=False,
-        )
+        self._console.print(_describe_chance(recipe), highlight=False)
         for warning in _for_ablations_only(recipe):
             self._console.print(f"{warning} Meant for ablations only.", highlight=False)
 
@@ -109,6 +102,17 @@ class LiveDisplay:
             self._console.print(f"[bold red]warning: {warning}[/bold red]", highlight=False)
 
 
+def _describe_chance(recipe: Recipe) -> str:
+    """Return what the loss of a network that knows nothing is, and where it goes at first."""
+    chance = f"Chance is a loss of log({recipe.candidates:,}) = {math.log(recipe.candidates):.2f}."
+    if not isinstance(recipe.objective, Moco):
+        return chance
+    full = math.ceil(recipe.objective.queue / recipe.encoded_per_step)
+    return (
+        f"{chance} The loss rises first, until the queue is full ({full} steps): that is expected."
+    )
+
+
 def _for_ablations_only(recipe: Recipe) -> list[str]:
     """Return in words what a recipe asks for that is known to spoil the features."""
     found = []
@@ -116,7 +120,7 @@ def _for_ablations_only(recipe: Recipe) -> list[str]:
         found.append(
             "A view has no random crop: the pretext task becomes trivial, and the features with it."
         )
-    if recipe.objective.bn == "whole" or recipe.objective.shuffle == "off":
+    if recipe.objective.shares_statistics:
         found.append(
             "Query and key share their BatchNorm statistics (objective.bn: whole or shuffle: off): "
             "the network can tell by them which belong together."

@@ -7,18 +7,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from fastmoco.config.objectives import Shuffled
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.core.precision import LossScale, Precision
+from fastmoco.core.rng import Ids
 from fastmoco.errors import UsageError
 from fastmoco.models.encoder import Encoder, set_bn_group
 from fastmoco.train.guard import Guard, RunningStatistics, finite
 from fastmoco.train.objectives import OBJECTIVES
 from fastmoco.train.objectives.objective import Objective, unit
 from fastmoco.train.optimizers import build_optimizer, step_if
+
+NO_IDS: Ids = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class StepOutput:
     Attributes:
         loss: (n,) of each query of this rank.
         positive, negative: (n,), (n, K) similarities over T.
-        q: (n, dim) queries of unit length.
+        q: (n, dim) outputs of unit length.
         grad_norm: 0-d norm of the averaged gradients, before clipping.
         ok: 0-d bool, False where the step was skipped.
     """
@@ -50,12 +55,15 @@ class Engine:
         recipe: of the run.
         world: that share each global batch.
         device: where everything lives.
+        ids: (N,) int64 of the samples that take part, ascending; only a memory bank needs them.
 
     Raises:
         UsageError: a rank would not hold a whole number of `bn_group`.
     """
 
-    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, device: torch.device, ids: Ids = NO_IDS
+    ) -> None:
         check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
         self.recipe, self.world, self.device = recipe, world, device
@@ -63,7 +71,7 @@ class Engine:
         encoder = build_encoder(recipe, world).to(device, self._precision.weights)
         self.encoder_q = encoder
         make = OBJECTIVES[type(recipe.objective)]
-        self.objective: Objective = make(recipe, encoder, self._precision, world)
+        self.objective: Objective = make(recipe, encoder, self._precision, world, ids)
         networks = [encoder, *self.objective.networks]
         self.statistics = RunningStatistics(networks)
         self.guard = Guard(recipe.runtime.max_skipped).to(device)
@@ -79,18 +87,21 @@ class Engine:
         self._params: list[torch.Tensor] = list(encoder.parameters())
         self.train()
 
-    def step(self, query_view: torch.Tensor, key_view: torch.Tensor, step: int) -> StepOutput:
+    def step(
+        self, query_view: torch.Tensor, key_view: torch.Tensor, step: int, ids: Ids = NO_IDS
+    ) -> StepOutput:
         """Take one step; all that it moves moves together or not at all.
 
         Args:
-            query_view, key_view: (n, 3, H, W) channels-last, this rank's slice of the batch.
+            query_view, key_view: (n, 3, H, W) channels-last, this rank's slice of the batch; the
+                same twice for an objective that draws one view.
             step: of the run; seeds the shuffle.
+            ids: (n,) int64 of the samples; only a memory bank needs them.
         """
-        views = query_view, key_view
         saved = self.statistics.saved()
-        keys = self.objective.keys(views, step, self.statistics)
+        shown, given = self.objective.prepare((query_view, key_view), step, ids, self.statistics)
         self.optimizer.zero_grad()
-        loss, positive, negative, q = self._backward(self.objective.queries(views), keys)
+        loss, positive, negative, outputs = self._backward(shown, given)
 
         gradients = [p.grad for p in self._params if p.grad is not None]
         self.scale.unscale_(gradients)
@@ -98,26 +109,27 @@ class Engine:
         if self.recipe.optimizer.clip:
             torch._foreach_mul_(gradients, (self.recipe.optimizer.clip / grad_norm).clamp(max=1))
         step_if(self.optimizer, ok)
-        self.objective.follow(keys, ok)
+        self.objective.follow(torch.cat(outputs), given, ok)
         self.statistics.restore_unless(ok, saved)
         self.scale.update(ok)
         self.guard.count(ok)
-        return StepOutput(loss, positive, negative, q, grad_norm, ok)
+        return StepOutput(loss, positive, negative, outputs[-1], grad_norm, ok)
 
     def _backward(
-        self, views: Sequence[torch.Tensor], keys: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+        self, views: Sequence[torch.Tensor], given: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Add up the gradients of the loss of this rank's samples, part by part.
 
         Args:
             views: V times (n, 3, H, W) images.
-            keys: what the objective made of them.
+            given: what the objective needs beside them.
 
         Returns:
-            The losses of all queries; positive and negative logits and queries of the last part.
+            The losses of all queries; positive and negative logits of the last part; the unit
+            outputs of each part.
         """
         parts, count = self.recipe.runtime.accumulate, len(views[0])
-        losses = []
+        losses, outputs = [], []
         for part in self.statistics.over(parts):
             rows = slice(part * count // parts, (part + 1) * count // parts)
             images = torch.cat([v[rows] for v in views]) if len(views) > 1 else views[0][rows]
@@ -126,11 +138,13 @@ class Engine:
                 with self._precision.autocast():
                     projected = self._query(images.to(self._precision.weights))
                 q = unit(projected, self._precision)
-                loss, positive, negative = self.objective.compare(q, keys, rows)
-                total = loss.mean() * (len(views) / parts)  # the sum of both directions
+                loss, positive, negative = self.objective.compare(q, given, rows)
+                directions = len(loss) // (rows.stop - rows.start)  # their losses are added up
+                total = loss.mean() * (directions / parts)
                 self.scale.scaled(total).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        return torch.cat(losses), positive.detach(), negative.detach(), q.detach()
+            outputs.append(q.detach())
+        return torch.cat(losses), positive.detach(), negative.detach(), outputs
 
     def train(self) -> None:
         """Put all networks into training mode; BatchNorm of a key encoder stays in it too."""
@@ -199,7 +213,8 @@ def check_bn_group(recipe: Recipe, ranks: int, machines: int = 1) -> None:
         UsageError: it does not, or a shuffle on each machine would change no group's company.
     """
     group = recipe.objective.bn_group if recipe.objective.bn == "groups" else 1
-    if recipe.objective.shuffle == "node" and recipe.batch // machines == group:
+    by_node = isinstance(recipe.objective, Shuffled) and recipe.objective.shuffle == "node"
+    if by_node and recipe.objective.shuffled_views and recipe.batch // machines == group:
         raise UsageError(
             "objective.shuffle: node with one bn_group per machine hides nothing from the network: "
             "set objective.shuffle=global, or a smaller bn_group."

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastmoco.config.objectives import MemoryBank, Moco, Shuffled
 from fastmoco.config.recipe import Optimizer, Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
@@ -21,12 +22,10 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         world: that would run it.
         device: of this one.
     """
-    queue = recipe.objective.queue
     last_step = recipe.last_step(plan.steps_per_epoch)
-    rows = recipe.keys_per_step // world.size // recipe.runtime.accumulate
+    rows = recipe.encoded_per_step // world.size // recipe.runtime.accumulate
     encoder, activations = footprint(recipe, rows)
-    among = world.size if world.size > 1 else 8  # alone nothing travels: say what would
-    sent = {how: shuffle_bytes(recipe, among, how) for how in ("all_to_all", "all_gather")}
+    networks = 3 if isinstance(recipe.objective, Moco) else 2  # with the gradients
     return {
         "run folder": str(recipe.out),
         "samples an epoch": f"{plan.samples:,}",
@@ -36,23 +35,47 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         "BatchNorm": _batch_norm(recipe, world),
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
         "precision": recipe.runtime.precision,
-        "queue": f"{queue:,} x {recipe.encoder.dim}, {_mb(queue * recipe.encoder.dim * 4)}, "
-        f"{queue / recipe.keys_per_step:g} steps",
-        "encoders and gradients": _mb(3 * encoder),
+        "candidates of a query": f"{recipe.candidates:,} ({recipe.objective.name})",
+        **_beside_the_encoder(recipe, plan.samples // recipe.data.repeat),
+        "encoders and gradients": _mb(networks * encoder),
         "state of the optimizer": _mb(state_copies(recipe.optimizer) * encoder),
         "activations (estimate)": f"{_mb(activations)} a rank",
-        "logits": _mb(2 * 4 * rows * recipe.objective.queue),
-        f"shuffle on {among} ranks": ", ".join(f"{_mb(n)} by {how}" for how, n in sent.items())
-        + " received by a rank each step",
+        "logits": _mb(2 * 4 * rows * (recipe.candidates - 1)),
+        **_shuffle(recipe, world),
     }
 
 
+def _beside_the_encoder(recipe: Recipe, images: int) -> dict[str, str]:
+    """Return what an objective keeps, on every rank and in each checkpoint."""
+
+    def size(rows: int) -> str:
+        return f"{rows:,} x {recipe.encoder.dim}, {_mb(rows * recipe.encoder.dim * 4)}"
+
+    match recipe.objective:
+        case Moco(queue=queue):
+            return {"queue": f"{size(queue)}, {queue / recipe.encoded_per_step:g} steps"}
+        case MemoryBank():
+            return {"bank": f"{size(images)}, on every rank and in each checkpoint"}
+    return {}
+
+
+def _shuffle(recipe: Recipe, world: World) -> dict[str, str]:
+    if not recipe.objective.shuffled_views:
+        return {}
+    among = world.size if world.size > 1 else 8  # alone nothing travels: say what would
+    sent = [
+        f"{_mb(shuffle_bytes(recipe, among, how))} by {how}" for how in ("all_to_all", "all_gather")
+    ]
+    return {f"shuffle on {among} ranks": f"{', '.join(sent)} received by a rank each step"}
+
+
 def _batch_norm(recipe: Recipe, world: World) -> str:
-    if recipe.objective.bn == "whole":
-        return "over the whole batch (for ablations)"
-    groups = recipe.batch // world.size // recipe.objective.bn_group
-    shuffle = recipe.objective.shuffle
-    return f"groups of {recipe.objective.bn_group}, {groups} per rank; shuffle {shuffle}"
+    objective = recipe.objective
+    if objective.bn == "whole":
+        return "over the whole batch" + " (for ablations)" * objective.shares_statistics
+    groups = recipe.batch // world.size // objective.bn_group
+    shuffle = f"; shuffle {objective.shuffle}" if isinstance(objective, Shuffled) else ""
+    return f"groups of {objective.bn_group}, {groups} per rank{shuffle}"
 
 
 def state_copies(optimizer: Optimizer) -> int:
@@ -71,10 +94,7 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
             places that they hold.
     """
     value = Precision(recipe.runtime.precision, "cpu").comm_dtype.itemsize
-    if recipe.objective.shuffle == "off":
-        return 0
-    views = 2 if recipe.objective.symmetric else 1
-    image = 3 * recipe.encoder.image_size**2 * value * views
+    image = 3 * recipe.encoder.image_size**2 * value * recipe.objective.shuffled_views
     elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
     return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
 

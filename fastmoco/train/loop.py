@@ -119,8 +119,7 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int, lr: float) -> StepOutput:
         set_learning_rate(self.engine.optimizer, lr)
-        query_view, key_view = batch.views
-        return self.engine.step(query_view, key_view, step)
+        return self.engine.step(batch.views[0], batch.views[-1], step, batch.ids)
 
     def _log(self, kind: str, done: int, numbers: dict[str, Any]) -> None:
         """Write a row down and show it."""

@@ -183,8 +183,8 @@ def _curves(folder: Path, facts: Facts) -> list[dict[str, str]]:
     drawn = []
     for curve in curves_in(facts.metrics):
         file = f"curve_{curve.key}.png"
-        queue = facts.recipe.objective.queue if facts.recipe else 0
-        draw_curve(folder / file, facts.metrics, queue, curve)
+        candidates = facts.recipe.candidates if facts.recipe else 1
+        draw_curve(folder / file, facts.metrics, candidates, curve)
         values = curve.points(facts.metrics)[1]
         span = f"first {values[0]:.4g}, last {values[-1]:.4g}"
         alt = f"{curve.title} over the epochs: {span}"

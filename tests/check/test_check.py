@@ -75,9 +75,9 @@ def test_an_arm_does_its_steps_and_a_warm_up(arm, values, monkeypatch):
     taken, drawn = [], []
     step, batches = throughput.Engine.step, throughput.Loader.batches
 
-    def counted_step(self, query_view, key_view, number):
+    def counted_step(self, query_view, key_view, number, ids):
         taken.append((number, query_view.shape, query_view.dtype, query_view.stride()))
-        return step(self, query_view, key_view, number)
+        return step(self, query_view, key_view, number, ids)
 
     def counted_batches(self):
         for batch in batches(self):
@@ -96,7 +96,7 @@ def test_an_arm_does_its_steps_and_a_warm_up(arm, values, monkeypatch):
 
 def test_synthetic_batches_look_like_the_loaders(values):
     run = throughput._Run(values)
-    real = next(run.batches()).views
+    real = next(run.loader.batches()).views
     for one, other in zip(real, run.synthetic()[0], strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 

@@ -22,8 +22,8 @@ def test_every_shipped_recipe_loads_opens_with_its_claim_and_survives_a_round_tr
 def test_the_recipes_of_the_issue_are_there():
     assert recipe_names() == [
         *("cifar10_r18", "cifar10_r18_fast", "demo", "moco_v1_imagenet_r50"),
-        *("moco_v2_imagenet_r50", "moco_v2_r18_small", "ssl96_r50", "ssl96_r50_k2048"),
-        "stl10_r18",
+        *("moco_v2_imagenet_r50", "moco_v2_r18_small"),
+        *("simclr_cifar10_r18", "ssl96_r50", "ssl96_r50_k2048", "stl10_r18"),
     ]
 
 
@@ -45,7 +45,7 @@ def test_the_recipes_of_the_issue_are_there():
         ("checkpoints.every=50", "checkpoints: name either every or minutes"),
         ("lr", "'lr' is not key=value"),
         ("name.deep=1", "name.deep does not name a key"),
-        ("views=[{}]", "views: Tuple should have at least 2 items"),
+        ("views=[{}]", "views: moco draws 2 of each image, not 1: add one"),
         ("out=!!python/object/apply:os.system ['true']", "is not plain YAML"),
         ("seed=!!int x", "is not plain YAML"),
         ("out=!!timestamp x", "is not plain YAML"),
@@ -73,6 +73,59 @@ def test_a_fault_is_named_with_its_remedy(override, words):
         load_recipe("cifar10_r18", [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("{name: simclr, queue: 64}", "objective.queue: simclr has no queue, leave it out"),
+        ("{name: simclr, symmetric: true}", "objective.symmetric: simclr has no symmetric, leave"),
+        ("{name: end_to_end, momentum: 0.9}", "objective.momentum: end_to_end has no momentum"),
+        ("{name: simclr, temperatur: 1}", "'objective.temperatur': did you mean 'temperature'"),
+        ("{name: simclr, temperature: 0}", "objective.temperature: Input should be greater than 0"),
+        ("{name: memory_bank, symmetric: true}", "memory_bank has no symmetric, leave it out"),
+        ("{name: memory_bank}", "views: memory_bank draws 1 of each image, not 2: leave one out"),
+        ("{name: sinclr}", "'sinclr' is none of moco, end_to_end, simclr, memory_bank"),
+        ("{name: sinclr}", "did you mean 'simclr'?"),
+    ],
+)
+def test_a_key_of_another_objective_is_refused(section, words):
+    with pytest.raises(UsageError) as caught:
+        load_recipe("cifar10_r18", [f"objective={section}"])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["end_to_end", "simclr"])
+def test_what_compares_the_batch_goes_in_one_part(name):
+    with pytest.raises(UsageError, match=r"cannot go in parts: set runtime\.accumulate=1"):
+        load_recipe("cifar10_r18", [f"objective={{name: {name}}}", "runtime.accumulate=2"])
+
+
+@pytest.mark.parametrize(
+    ("section", "candidates"),
+    [
+        ("{name: moco, queue: 40}", 41),
+        ("{name: end_to_end}", 512),
+        ("{name: simclr}", 1023),
+        ("{name: memory_bank, queue: 64}", 65),
+    ],
+)
+def test_among_how_many_a_query_finds_its_key(section, candidates):
+    views = "[{}]" if "bank" in section else "[{}, {}]"
+    recipe = load_recipe("cifar10_r18", [f"objective={section}", f"views={views}"])
+    assert recipe.candidates == candidates
+
+
+def test_the_simclr_recipe_is_the_published_run():
+    recipe, moco = load_recipe("simclr_cifar10_r18"), load_recipe("cifar10_r18")
+    assert recipe.views == moco.views and recipe.encoder.stem == "small"
+    assert recipe.objective.model_dump(include={"name", "temperature", "bn"}) == {
+        "name": "simclr",
+        "temperature": 0.5,
+        "bn": "whole",
+    }
+    assert (recipe.batch, recipe.lr, recipe.optimizer.name) == (512, 2.0, "lars")
+    assert (recipe.optimizer.weight_decay, recipe.schedule.epochs) == (1e-6, 1000)
 
 
 def test_overrides_reach_one_view_only_and_read_1e_4_as_a_number():

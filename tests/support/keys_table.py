@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fastmoco.config.recipe import Recipe, Schedule, Subset, View
+from fastmoco.core.strict_yaml import models_in
 
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 HEAD = """# All keys of a recipe
@@ -22,12 +23,12 @@ Made from the schema by `python tests/support/keys_table.py`; a test compares. A
 
 def described(model: type[BaseModel]) -> dict[str, str]:
     """Return the text of each attribute in a class's docstring."""
-    doc = inspect.getdoc(model) or ""
-    _, _, attributes = doc.partition("Attributes:\n")
     found: dict[str, str] = {}
-    for entry in re.split(r"\n    (?=\w)", f"\n{attributes}"):
-        names, _, text = " ".join(entry.split()).partition(": ")
-        found |= {name: text for name in names.split(", ")}
+    for kind in reversed(model.__mro__):
+        _, _, attributes = (inspect.cleandoc(kind.__doc__ or "")).partition("Attributes:\n")
+        for entry in re.split(r"\n    (?=\w)", f"\n{attributes}"):
+            names, _, text = " ".join(entry.split()).partition(": ")
+            found |= {name: text for name in names.split(", ")}
     return found
 
 
@@ -63,9 +64,11 @@ def page() -> str:
     }
     from fastmoco.config.monitor import Monitor
 
+    kinds = models_in(Recipe.model_fields["objective"].annotation)
+    objectives = {f"objective {kind.model_fields['name'].default}": kind for kind in kinds}
     extra = {"monitor": Monitor, "views (each)": View, "data.subset": Subset}
     parts = [table("At the top", Recipe)]
-    parts += [table(name, model) for name, model in (sections | extra).items()]
+    parts += [table(name, model) for name, model in (sections | objectives | extra).items()]
     assert Schedule in sections.values()
     return HEAD + "".join(parts)
 

@@ -165,10 +165,10 @@ def _at_step(act: Callable[[], None]) -> Callable[[int, str], None]:
         where, step = (int(n) for n in detail.split(","))
         take = Engine.step
 
-        def faulty(self: Engine, query_view: object, key_view: object, number: int) -> object:
+        def faulty(self: Engine, query: object, key: object, number: int, *ids: object) -> object:
             if (rank, number) == (where, step):
                 act()
-            return take(self, query_view, key_view, number)
+            return take(self, query, key, number, *ids)
 
         Engine.step = faulty
 

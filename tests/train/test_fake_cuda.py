@@ -61,6 +61,6 @@ def test_every_operator_of_a_step_finds_its_device_dtype_and_fused_kernel(option
     assert foreach == launches
     # BatchNorm joins nothing. What is left: parts of a step, keys, losses.
     assert counts["aten.cat.default"] < 4 * wanted.runtime.accumulate + 4
-    groups = 2 * wanted.keys_per_step // wanted.objective.bn_group  # of queries and of keys
+    groups = 2 * wanted.encoded_per_step // wanted.objective.bn_group  # of queries and of keys
     normalized = 0 if wanted.objective.bn == "whole" else 12 * groups  # resnet10 has 12 BatchNorms
     assert counts["aten.native_batch_norm.out"] == normalized

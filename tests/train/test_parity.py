@@ -20,14 +20,12 @@ _SPEC.loader.exec_module(naive)
 STEPS = 20
 
 
-def plain_name(name: str) -> str:
-    return name.replace("backbone.", "").replace("head.", "fc.")
-
-
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    assert {plain_name(name) for name in ours} <= set(theirs)
+    assert {naive.plain_name(name) for name in ours} <= set(theirs)
     gaps = [
-        (t - theirs[plain_name(n)]).abs().max() for n, t in ours.items() if t.is_floating_point()
+        (t - theirs[naive.plain_name(n)]).abs().max()
+        for n, t in ours.items()
+        if t.is_floating_point()
     ]
     return float(max(gaps))
 
@@ -128,7 +126,9 @@ def test_without_the_shuffle_the_keys_differ(worker, monkeypatch):
 
     shuffled = keys_of_a_step()
     monkeypatch.setattr(
-        "fastmoco.train.objectives.moco.Shuffle.scatter", lambda self, views: views[0]
+        "fastmoco.train.objectives.shuffle_bn.Shuffle.scatter", lambda self, views: views[0]
     )
-    monkeypatch.setattr("fastmoco.train.objectives.moco.Shuffle.gather", lambda self, keys: keys)
+    monkeypatch.setattr(
+        "fastmoco.train.objectives.shuffle_bn.Shuffle.gather", lambda self, keys: keys
+    )
     assert (shuffled - keys_of_a_step()).abs().max() > 1e-3

@@ -7,11 +7,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from recipes import recipe_from
 
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import init_distributed
+from fastmoco.core.rng import Ids
 from fastmoco.train.engine import Engine
+from fastmoco.train.objectives.memory_bank import MemoryBank
+from fastmoco.train.objectives.moco import Moco
+from fastmoco.train.objectives.objective import Objective
 from fastmoco.train.optimizers import set_learning_rate
 
 DEFAULTS = {
@@ -35,6 +41,8 @@ DEFAULTS = {
     "max_skipped": 1000,
 }
 
+MOCO = ("bn_group", "queue", "momentum", "temperature")
+
 
 def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two fp64 views of a step's global batch."""
@@ -45,30 +53,58 @@ def images(batch: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Te
     return tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
 
 
+def recipe_of(changes: dict) -> Recipe:
+    """Return the tiny recipe with changes; of another objective, without the keys of MoCo."""
+    other = changes.get("objective", {}).get("name", "moco") != "moco"
+    defaults = {k: v for k, v in DEFAULTS.items() if not other or k not in MOCO}
+    if changes.get("objective", {}).get("name") == "memory_bank":
+        defaults["views"] = [{}]
+    return recipe_from(defaults | changes)
+
+
+IDS = 3 * np.arange(40)
+"""Of the samples that take part."""
+
+
+def ids(batch: int, step: int) -> Ids:
+    """Return the ids of a step's global batch, the first of which comes twice."""
+    drawn = IDS[(7 * np.arange(batch) + 5 * step) % len(IDS)]
+    drawn[batch - 2] = drawn[0]
+    return drawn
+
+
+def kept(objective: Objective) -> dict[str, object]:
+    """Return what an objective keeps beside the encoders."""
+    if isinstance(objective, Moco):
+        return {"queue": objective.queue.keys.clone(), "pointer": int(objective.queue.pointer)}
+    return {"bank": objective.bank.clone()} if isinstance(objective, MemoryBank) else {}
+
+
 def main(out: Path, spec: dict) -> None:
-    recipe = recipe_from(DEFAULTS | spec.get("recipe", {}))
+    recipe = recipe_of(spec.get("recipe", {}))
     nan_step, nan_rank = spec.get("nan", (-1, -1))
     with init_distributed("cpu", timeout_s=60) as (world, device):
-        moco = Engine(recipe, world, device)
+        moco = Engine(recipe, world, device, IDS)
         set_learning_rate(moco.optimizer, recipe.optimizer.lr)
         log = []
         for step in range(spec["steps"]):
-            q, k = (view[world.share(recipe.batch)] for view in images(recipe.batch, step))
+            share = world.share(recipe.batch)
+            q, k = (view[share] for view in images(recipe.batch, step))
             if (step, world.rank) == (nan_step, nan_rank):
                 k[0, 0, 0, 0] = torch.nan
-            outcome = moco.step(q, k, step)
+            outcome = moco.step(q, k, step, ids(recipe.batch, step)[share])
             gradients = {n: p.grad.clone() for n, p in moco.encoder_q.named_parameters()}
             weights = {}
             if spec["steps"] - step <= 3:  # 80 MB a step
-                for name, encoder in (("key", moco.objective.encoder_k), ("query", moco.encoder_q)):
+                encoders = (moco.encoder_q, *moco.objective.networks)
+                for name, encoder in zip(("query", "key"), encoders, strict=False):
                     weights[name] = {n: t.clone() for n, t in encoder.state_dict().items()}
             log.append(
                 {
                     "loss": world.gather(outcome.loss.clone()),
                     "gradients": gradients,
                     "ok": outcome.ok.clone(),
-                    "queue": moco.objective.queue.keys.clone(),
-                    "pointer": int(moco.objective.queue.pointer),
+                    **kept(moco.objective),
                     **weights,
                 }
             )

@@ -9,47 +9,46 @@ import torch
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
+from fastmoco.core.rng import Ids
 from fastmoco.models.encoder import Encoder
 from fastmoco.train.guard import RunningStatistics
 from fastmoco.train.objectives.losses import info_nce
 from fastmoco.train.objectives.momentum import momentum_update
-from fastmoco.train.objectives.objective import Views, unit
+from fastmoco.train.objectives.objective import Objective, Views, unit
 from fastmoco.train.objectives.queue import KeyQueue
-from fastmoco.train.objectives.shuffle_bn import Shuffle
+from fastmoco.train.objectives.shuffle_bn import make_shuffle
 
 
-class Moco:
+class Moco(Objective):
     """A key encoder that follows the query encoder, and a queue of its keys.
 
     Keys are (V, batch, dim), of the whole batch in plan order: on every rank the same are enqueued.
     """
 
     def __init__(
-        self, recipe: Recipe, encoder: Encoder, precision: Precision, world: World
+        self, recipe: Recipe, encoder: Encoder, precision: Precision, world: World, ids: Ids
     ) -> None:
-        self._recipe, self._precision, self._world = recipe, precision, world
-        self._device = next(encoder.parameters()).device
+        super().__init__(recipe, encoder, precision, world, ids)
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
-        size, dim = recipe.objective.queue, recipe.encoder.dim
+        size, dim = self._wanted.queue, recipe.encoder.dim
         self.queue = KeyQueue(size, dim, recipe.seed, precision.weights).to(self._device)
         self._params_q: list[torch.Tensor] = list(encoder.parameters())
         self._params_k: list[torch.Tensor] = list(self.encoder_k.parameters())
+        self.networks = (self.encoder_k,)
 
-    @property
-    def networks(self) -> Sequence[Encoder]:
-        """The key encoder."""
-        return (self.encoder_k,)
-
-    def queries(self, views: Views) -> Sequence[torch.Tensor]:
-        """Return the query view; of the symmetric loss, both."""
-        return views if self._recipe.objective.symmetric else views[:1]
+    def prepare(
+        self, views: Views, step: int, ids: Ids, statistics: RunningStatistics
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Return the query view, of the symmetric loss both; and the keys."""
+        shown = views if self._wanted.symmetric else views[:1]
+        return shown, self._keys(views, step, statistics)
 
     @torch.no_grad()
-    def keys(self, views: Views, step: int, statistics: RunningStatistics) -> torch.Tensor:
+    def _keys(self, views: Views, step: int, statistics: RunningStatistics) -> torch.Tensor:
         """Return (V, batch, dim) keys, each made in other company than its query."""
-        objective, parts = self._recipe.objective, self._recipe.runtime.accumulate
-        shown = views[::-1] if objective.symmetric else views[1:]
-        shuffle = self._shuffle(step)
+        parts = self._recipe.runtime.accumulate
+        shown = views[::-1] if self._wanted.symmetric else views[1:]
+        shuffle = make_shuffle(self._recipe, step, self._world, self._device)
         shares = shuffle.scatter([view.to(self._precision.comm_dtype) for view in shown]).chunk(
             parts
         )
@@ -60,31 +59,19 @@ class Moco:
         return shuffle.gather(torch.cat(keys).view(len(shown), -1, self._recipe.encoder.dim))
 
     def compare(
-        self, q: torch.Tensor, keys: torch.Tensor, rows: slice
+        self, q: torch.Tensor, given: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return InfoNCE of the queries against their keys and the queue."""
-        own = keys[:, self._world.share(keys.shape[1])]
+        own = given[:, self._world.share(given.shape[1])]
         positives = own[:, rows].flatten(0, 1)
-        return info_nce(q, positives, self.queue.keys, self._recipe.objective.temperature)
+        return info_nce(q, positives, self.queue.keys, self._wanted.temperature)
 
-    def follow(self, keys: torch.Tensor, ok: torch.Tensor) -> None:
+    def follow(self, q: torch.Tensor, given: torch.Tensor, ok: torch.Tensor) -> None:
         """Move the key encoder, then enqueue the keys."""
         # After the optimizer this equals the paper's update before the keys, from step 2 on; at
         # step 1 both encoders are equal and the paper's update does nothing.
-        momentum_update(self._params_k, self._params_q, self._recipe.objective.momentum, ok)
-        self.queue.enqueue(keys.flatten(0, 1), ok)
-
-    def _shuffle(self, step: int) -> Shuffle:
-        recipe = self._recipe
-        return Shuffle(
-            recipe.seed,
-            step,
-            recipe.batch,
-            self._world,
-            self._device,
-            recipe.objective.shuffle,
-            recipe.objective.exchange,
-        )
+        momentum_update(self._params_k, self._params_q, self._wanted.momentum, ok)
+        self.queue.enqueue(given.flatten(0, 1), ok)
 
     def state(self) -> dict[str, Any]:
         """Return key encoder and queue."""
@@ -98,5 +85,5 @@ class Moco:
     def numbers(self) -> dict[str, float]:
         """Return how full the queue is, and the age of its oldest key in steps."""
         filled = int(self.queue.filled)
-        age = filled / self._recipe.keys_per_step
+        age = filled / self._recipe.encoded_per_step
         return {"queue_filled": filled, "queue_age_steps": age}

@@ -17,12 +17,10 @@ class KeyQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        keys = torch.randn(size, dim, generator=generator, dtype=dtype)
         self.keys: torch.Tensor
         self.pointer: torch.Tensor
         self.filled: torch.Tensor
-        self.register_buffer("keys", nn.functional.normalize(keys, dim=1))
+        self.register_buffer("keys", random_units(size, dim, seed, dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
@@ -45,3 +43,10 @@ class KeyQueue(nn.Module):
         moved = ok * added
         self.pointer.copy_((self.pointer + moved) % len(self))
         self.filled.copy_((self.filled + moved).clamp(max=len(self)))
+
+
+def random_units(size: int, dim: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return (size, dim) random rows of unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, dim, generator=generator, dtype=dtype)
+    return nn.functional.normalize(rows, dim=1)

@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.config.objectives import Shuffled
+from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Stream, raw_words
+from fastmoco.train.objectives.objective import to_device
 
 Scope = Literal["global", "node", "off"]
 Exchange = Literal["all_to_all", "all_gather"]
@@ -68,10 +71,7 @@ class Shuffle:
         self._own = world.share(batch)
 
     def _to_device(self, rows: Rows) -> torch.Tensor:
-        index = torch.from_numpy(rows)
-        if self._device.type == "cuda":
-            index = index.pin_memory()  # from other memory the copy would wait for the device
-        return index.to(self._device, non_blocking=True)
+        return to_device(rows, self._device)
 
     def scatter(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return this rank's slice of the shuffled batch, one view after the other.
@@ -129,3 +129,11 @@ class Shuffle:
         """
         rows = self._world.gather(keys.transpose(0, 1).flatten(1))[self._inverse]
         return rows.view(len(rows), len(keys), -1).transpose(0, 1)
+
+
+def make_shuffle(recipe: Recipe, step: int, world: World, device: torch.device) -> Shuffle:
+    """Return the shuffle of a step, whose objective asks for one."""
+    wanted = recipe.objective
+    assert isinstance(wanted, Shuffled)
+    scope: Scope = wanted.shuffle if wanted.shuffled_views else "off"
+    return Shuffle(recipe.seed, step, recipe.batch, world, device, scope, wanted.exchange)

@@ -11,43 +11,43 @@ from fastmoco.config import objectives as config
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
+from fastmoco.core.rng import Ids
 from fastmoco.models.encoder import Encoder
 from fastmoco.train.engine import Engine
 from fastmoco.train.guard import RunningStatistics
 from fastmoco.train.objectives import OBJECTIVES
 from fastmoco.train.objectives.losses import info_nce
-from fastmoco.train.objectives.objective import Views, unit
+from fastmoco.train.objectives.objective import Objective, Views, unit
 
 
 class FrozenConfig(config.Moco):
     """The section of a toy objective."""
 
 
-class Frozen:
+class Frozen(Objective):
     """Tell the other view of an image among the batch, as an untrained encoder sees it."""
 
-    networks: tuple[Encoder, ...] = ()
-
     def __init__(
-        self, recipe: Recipe, encoder: Encoder, precision: Precision, ranks: World
+        self, recipe: Recipe, encoder: Encoder, precision: Precision, world: World, ids: Ids
     ) -> None:
+        super().__init__(recipe, encoder, precision, world, ids)
         torch.manual_seed(0)
-        self._encoder, self._precision = Encoder(recipe.encoder).to(precision.weights), precision
+        self._encoder = Encoder(recipe.encoder).to(precision.weights)
         self.followed: list[bool] = []
 
-    def queries(self, views: Views) -> Sequence[torch.Tensor]:
-        return views[:1]
-
     @torch.no_grad()
-    def keys(self, views: Views, step: int, statistics: RunningStatistics) -> torch.Tensor:
-        return unit(self._encoder(views[1].to(self._precision.weights)), self._precision)
+    def prepare(
+        self, views: Views, step: int, ids: Ids, statistics: RunningStatistics
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        keys = self._encoder(views[1].to(self._precision.weights))
+        return views[:1], unit(keys, self._precision)
 
     def compare(
-        self, q: torch.Tensor, keys: torch.Tensor, rows: slice
+        self, q: torch.Tensor, given: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return info_nce(q, keys[rows], keys.roll(1, 0), 0.5)
+        return info_nce(q, given[rows], given.roll(1, 0), 0.5)
 
-    def follow(self, keys: torch.Tensor, ok: torch.Tensor) -> None:
+    def follow(self, q: torch.Tensor, given: torch.Tensor, ok: torch.Tensor) -> None:
         self.followed.append(bool(ok))
 
     def state(self) -> dict[str, Any]:
