@@ -308,6 +308,8 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
+        init: weights to start from: a run folder, a checkpoint's folder, or a file that
+            `fastmoco import` reads; None: random ones. It counts at step 0 alone.
         views: of the query and of the key.
         monitor: kNN accuracy during training; None: the run needs no labels.
     """
@@ -317,6 +319,7 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch: Count = 256
     stop_epoch: Count | None = None
+    init: Path | None = None
 
     data: Data
     views: Annotated[tuple[View, ...], Field(min_length=2, max_length=2)]

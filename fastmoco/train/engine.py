@@ -1,6 +1,6 @@
 """The step that every objective shares: guarded, fused, on any number of ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,18 +48,27 @@ class Engine:
         recipe: of the run.
         world: that share each global batch.
         device: where everything lives.
+        initial: weights to start from, of all or some of the query encoder's tensors.
 
     Raises:
         UsageError: a rank would not hold a whole number of `bn_group`.
     """
 
-    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        device: torch.device,
+        initial: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
         self.recipe, self.world, self.device = recipe, world, device
         self._precision = Precision(recipe.runtime.precision, device.type)
-        encoder = build_encoder(recipe, world).to(device, self._precision.weights)
-        self.encoder_q = encoder
+        encoder = build_encoder(recipe, world)
+        if initial:
+            encoder.load_state_dict(encoder.state_dict() | dict(initial))
+        self.encoder_q = encoder.to(device, self._precision.weights)
         make = OBJECTIVES[type(recipe.objective)]
         self.objective: Objective = make(recipe, encoder, self._precision, world)
         networks = [encoder, *self.objective.networks]
