@@ -36,7 +36,7 @@ def query(
         bool, typer.Option(help="At most an equal share of each predicted class.")
     ] = True,
     scores: Annotated[
-        Path | None, typer.Option(help="For --strategy scores: a number a sample, .npy.")
+        Path | None, typer.Option(help="For --strategy scores: a number a sample, .csv or .npy.")
     ] = None,
     exclude: Annotated[
         list[Path] | None, typer.Option(help="A request that is still out; repeatable.")

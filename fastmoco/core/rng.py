@@ -33,6 +33,7 @@ class Stream(Enum):
     STUDY = 1 << 34  # the pictures and samples of a report
     VIEWS = 0x766965777300
     SHUFFLE_BN = 1 << 63  # by step
+    WEIGHTS = 5 << 33  # which samples an epoch shows once more than others of their weight
 
 
 def raw_words(seed: int, stream: Stream, number: int, count: int) -> npt.NDArray[np.uint64]:

@@ -15,6 +15,7 @@ from fastmoco.core.distributed import World, get_device
 from fastmoco.core.files import new_folder, write_bytes, write_json
 from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.numbers import read_numbers
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
@@ -41,7 +42,7 @@ class Options:
         feature: of the backbone or of the head.
         balanced: at most an equal share of each predicted class, for strategies by the head.
         seed: of folds and samples.
-        scores: with "scores": an (N,) `.npy` of one number a sample, the largest first.
+        scores: with "scores": a file of one number a sample, the largest first.
         exclude: earlier requests that are still out.
         device: "auto", "cpu" or "cuda".
     """
@@ -115,7 +116,8 @@ def query(
         order = Permutation(len(candidates), options.seed, Stream.QUERY)
         chosen_by = order(np.arange(options.budget)), None, None
     elif strategy == "scores":
-        scores = read_scores(options.scores, len(shard_set))
+        assert options.scores is not None
+        scores = read_numbers(options.scores, ConcatShardSets([shard_set]))
         chosen_by = rank_scores(scores[candidates])[: options.budget], None, None
     else:
         chosen_by = _by_features(root, shard_set, candidates, strategy, options, train, warnings)
@@ -182,7 +184,7 @@ def find_candidates(
 def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
     """Return the strategy, and why that one where it was not named."""
     if (options.strategy == "scores") != (options.scores is not None):
-        raise UsageError("--strategy scores and --scores FILE.npy belong together.")
+        raise UsageError("--strategy scores and --scores FILE belong together.")
     each = len(train.ids) / len(train.classes) if train else 0
     if options.strategy == "auto":
         if each < _FEW_LABELS:
@@ -275,25 +277,6 @@ def _herd(rows: torch.Tensor, known: torch.Tensor, options: Options, warnings: l
     warnings.append(f"herding looks at {most:,} candidates and {_REFERENCE:,} samples to cover")
     reference = rows[torch.from_numpy(points)]
     return some[herding(rows[torch.from_numpy(some)], known, options.budget, reference)]
-
-
-def read_scores(path: Path | None, samples: int) -> "np.ndarray[Any, Any]":
-    """Return the (samples,) fp64 numbers of a `.npy`.
-
-    Raises:
-        DataError: it cannot be read, has another length, or a number is not finite.
-    """
-    assert path is not None
-    try:
-        scores: np.ndarray[Any, Any] = np.load(path, allow_pickle=False).astype(np.float64)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as numbers: {error}.") from error
-    if scores.shape != (samples,):
-        raise DataError(f"{path} has the shape {scores.shape}, the pool has {samples} samples.")
-    if not np.isfinite(scores).all():
-        odd = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise DataError(f"{path}: the score of sample {odd} is no finite number.")
-    return scores
 
 
 def read_request(path: Path) -> list[int]:

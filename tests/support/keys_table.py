@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fastmoco.config.recipe import Recipe, Schedule, Subset, View
+from fastmoco.config.data import Subset, Weights
+from fastmoco.config.recipe import Recipe, Schedule, View
 
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 HEAD = """# All keys of a recipe
@@ -64,6 +65,7 @@ def page() -> str:
     from fastmoco.config.recipe import Monitor
 
     extra = {"monitor": Monitor, "views (each)": View, "data.subset": Subset}
+    extra["data.weights"] = Weights
     parts = [table("At the top", Recipe)]
     parts += [table(name, model) for name, model in (sections | extra).items()]
     assert Schedule in sections.values()
