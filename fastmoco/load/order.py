@@ -66,17 +66,15 @@ class Weighted:
     def __call__(self, epoch: int, indices: Ids) -> Ids:
         """See `Order`."""
         places = Shuffled(len(self), self.seed)(epoch, indices)
-        # 22 bits, so that place + u is exact: rounded up, it would be the next place.
+        # 22 bits, so that place + u is exact, and clear of the end, for up to 2**30 samples.
         (word,) = raw_words(self.seed, Stream.WEIGHTS, epoch, 1) >> np.uint64(42)
         return np.searchsorted(self._ends, places + float(word) * 2.0**-22, side="right")
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.float64]:
         """Where the interval of each sample ends, in 0..n."""
-        sums = np.cumsum(self.weights)
-        ends: npt.NDArray[np.float64] = sums * (len(sums) / sums[-1])
-        ends[np.flatnonzero(self.weights)[-1] :] = len(sums)  # whatever was lost to rounding
-        return ends
+        sums: npt.NDArray[np.float64] = np.cumsum(self.weights)
+        return sums * (len(sums) / sums[-1])
 
 
 @dataclass(frozen=True)
