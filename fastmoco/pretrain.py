@@ -19,6 +19,7 @@ from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import CheckpointError, DataError, FastmocoError, UsageError
 from fastmoco.evaluate.features import make_preprocessing
 from fastmoco.evaluate.monitor import RunMonitor
+from fastmoco.interop.initial import Initial, read_initial
 from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
@@ -82,6 +83,7 @@ def dry_run(recipe: Recipe) -> None:
         if world.is_main:
             for name, value in (outlook(recipe, loader.plan, world, device) | words).items():
                 echo(f"{name:<28}{value}")
+        _read_initial(recipe, 0, world)
 
 
 def pretrain(recipe: Recipe) -> RunFolder:
@@ -179,6 +181,9 @@ def _train(
         recipe, loader.data.set_ids, plan.samples, plan.digest(), executor
     )
     state, start = _begin(run, fingerprint, world)
+    initial = _read_initial(recipe, start, world)
+    # Of the weights that step 0 began with, whatever the recipe says by now.
+    fingerprint["init"] = initial.sha256 if initial else run.fingerprint.get("init")
     if world.is_main:
         for sentence in run.begin(recipe, versions(world, device), start):
             echo(sentence)
@@ -191,7 +196,7 @@ def _train(
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
         trainer = loop.Trainer(
             recipe,
-            Engine(recipe, world, device, loader.ids),
+            Engine(recipe, world, device, loader.ids, initial.weights if initial else None),
             loader,
             run,
             fingerprint,
@@ -230,6 +235,25 @@ def _begin(run: RunFolder, fingerprint: Fingerprint, world: World) -> tuple[Stat
         for name in run.damaged:
             echo(f"{name} is damaged (not the bytes of its sha256): going on from step {start}")
     return state, start
+
+
+def _read_initial(recipe: Recipe, start: int, world: World) -> Initial | None:
+    """Return the weights that a run starts from, if it does and is at step 0; say which."""
+    if recipe.init is None:
+        return None
+    if start:
+        if world.is_main:
+            echo(f"init {recipe.init} is not read: the run goes on from its step {start}")
+        return None
+    initial = read_initial(recipe.init, recipe.encoder)
+    if len(set(world.gather_object(initial.sha256))) > 1:
+        raise CheckpointError(
+            f"The ranks read different weights from init {recipe.init}: put them on a disk that "
+            "all machines share, or name the checkpoint of a run that is still training."
+        )
+    if world.is_main:
+        echo("\n".join(initial.notes))
+    return initial
 
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:

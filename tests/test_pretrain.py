@@ -308,3 +308,41 @@ def test_a_changed_subset_is_another_run(recipe, capsys, tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(str(i) for i in range(1, 17)))
     assert main([str(recipe), *options]) == 4
     assert "order was" in capsys.readouterr().err
+
+
+@pytest.fixture
+def weighted(recipe: Path, tmp_path: Path) -> str:
+    """An override that shows half of the 24 samples three times as often as the others."""
+    lines = [f"{sample},{1 + 2 * (sample % 2)}" for sample in range(24)]
+    (tmp_path / "weights.csv").write_text("\n".join(["sample,weight", *lines]) + "\n")
+    return f"data.weights={tmp_path}/weights.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_weights_on_two_ranks_and_after_a_restart(recipe, weighted, tmp_path):
+    """The run of one rank in one go, that of two, and one that was stopped in between."""
+    one, two, halves = (tmp_path / name for name in ("one", "two", "halves"))
+    arguments = [str(recipe), "monitor=null", "runtime.precision=fp64", weighted]
+    assert main([*arguments, f"out={one}"]) == 0
+    assert main([*arguments, f"out={halves}", "stop_epoch=2"]) == 0
+    assert main([*arguments, f"out={halves}"]) == 0
+    done = run(*arguments, f"out={two}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    wanted, stopped, shared = (final_state(root) for root in (one, halves, two))
+    assert all(torch.equal(wanted[name], stopped[name]) for name in wanted)
+    for name in wanted:
+        gap = (shared[name].double() - wanted[name].double()).abs().max()
+        assert gap < 1e-9, name
+
+
+def test_changed_weights_are_another_run(recipe, weighted, capsys, tmp_path):
+    arguments = [str(recipe), "monitor=null", "schedule.epochs=1", weighted]
+    assert main(arguments) == 0
+    file = tmp_path / "weights.csv"
+    file.write_text(file.read_text().replace("\n23,3\n", "\n23,3.01\n"))
+    assert main(arguments) == 4
+    assert "order was" in capsys.readouterr().err
+    file.unlink()
+    assert main(arguments) == 3
+    assert "weights.csv cannot be read as numbers" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def query(
         typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="For --strategy scores: a number a sample, .npy.")
+        Path | None, typer.Option(help="For --strategy scores: a number a sample, .csv or .npy.")
     ] = None,
     exclude: Annotated[
         list[Path] | None, typer.Option(help="A request that is still out; repeatable.")

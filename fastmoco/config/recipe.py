@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from fastmoco.config.data import Data
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.monitor import Checkpoints, Monitor
 from fastmoco.config.objectives import Moco, Objective
@@ -50,52 +51,6 @@ class View(Strict):
             if not 0 < low <= high:
                 raise ValueError(f"{name} [{low:g}, {high:g}] needs 0 < low <= high")
         return self
-
-
-class Subset(Strict):
-    """Which samples of the data take part: those of a list, or a share of every class.
-
-    Attributes:
-        ids: a text of one sample id a line, or a `.npy` of integers.
-        fraction: of every class, as in the 1 % and 10 % protocols; at least one sample of each.
-        labels: side table of the data that tells the classes; None: the packed labels.
-        seed: of the choice; the share of a smaller fraction is part of that of a larger one.
-    """
-
-    ids: Path | None = None
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    labels: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> "Subset":
-        if (self.ids is None) == (self.fraction is None):
-            raise ValueError("name either ids or fraction")
-        return self
-
-
-class Data(Strict):
-    """The images of a run.
-
-    Attributes:
-        sets: shard sets, as one; ids run through them in order.
-        subset: which of their samples take part; None: all.
-        repeat: times that an epoch shows each sample: short epochs of small sets become long ones.
-        window: shards shuffled together, in random order, for storage that cannot seek; None: all.
-        max_bad_images: damaged images to allow, each replaced by the next good one of the epoch;
-            0: the first one ends the run.
-    """
-
-    sets: Annotated[tuple[Path, ...], Field(min_length=1)]
-    subset: Subset | None = None
-    repeat: Count = 1
-    window: Count | None = None
-    max_bad_images: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("sets", mode="before")
-    @classmethod
-    def _one_set(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 OPTIMIZER_OPTIONS = {
@@ -262,6 +217,8 @@ class Recipe(Strict):
         seed: of initial weights, order, views and shuffle.
         batch: images a step over all ranks.
         stop_epoch: end here, on the schedule of its full length.
+        init: weights to start from: a run folder, a checkpoint's folder, or a file that
+            `fastmoco import` reads; None: random ones. It counts at step 0 alone.
         views: of the query and of the key; of a memory bank, the query's alone.
         objective: what is minimized: one of the sections below, by its `name`.
         monitor: what is measured during training; `{}`: without labels. None: nothing.
@@ -272,6 +229,7 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch: Count = 256
     stop_epoch: Count | None = None
+    init: Path | None = None
 
     data: Data
     views: Annotated[tuple[View, ...], Field(min_length=1, max_length=2)]

@@ -36,6 +36,7 @@ class Stream(Enum):
     VIEWS = 0x766965777300
     NEGATIVES = 1 << 62  # of a memory bank, by step
     SHUFFLE_BN = 1 << 63  # by step
+    WEIGHTS = 5 << 33  # which samples an epoch shows once more than others of their weight
 
 
 def raw_words(seed: int, stream: Stream, number: int, count: int) -> npt.NDArray[np.uint64]:

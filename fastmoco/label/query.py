@@ -10,7 +10,8 @@ import torch
 
 from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import ShardSet
+from fastmoco.dataset.numbers import read_numbers
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
@@ -39,7 +40,7 @@ class Options:
         seed: of folds and samples.
         members: with "disagreement": heads of the run, fitted on bootstraps of the labels.
         committee: with "disagreement": further runs, each with a head on its own features.
-        scores: with "scores": an (N,) `.npy` of one number a sample, the largest first.
+        scores: with "scores": a file of one number a sample, the largest first.
         exclude: earlier requests that are still out.
         device: "auto", "cpu" or "cuda".
     """
@@ -88,7 +89,8 @@ def query(
         order = Permutation(len(candidates), options.seed, Stream.QUERY)
         places = order(np.arange(options.budget))
     elif strategy == "scores":
-        scores = read_scores(options.scores, len(shard_set))
+        assert options.scores is not None
+        scores = read_numbers(options.scores, ConcatShardSets([shard_set]))
         places = rank_scores(scores[candidates])[: options.budget]
     else:
         feature, device = options.feature, options.device
@@ -167,7 +169,7 @@ def find_candidates(
 def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
     """Return the strategy, and why that one where it was not named."""
     if (options.strategy == "scores") != (options.scores is not None):
-        raise UsageError("--strategy scores and --scores FILE.npy belong together.")
+        raise UsageError("--strategy scores and --scores FILE belong together.")
     size = max(1, options.members) + len(options.committee)
     if (options.strategy == "disagreement") != (size > 1):
         raise UsageError(
@@ -281,22 +283,3 @@ def _herd(rows: torch.Tensor, known: torch.Tensor, options: Options, warnings: l
     warnings.append(f"herding looks at {most:,} candidates and {_REFERENCE:,} samples to cover")
     reference = rows[torch.from_numpy(points)] / 4
     return some[herding(rows[torch.from_numpy(some)] / 4, known, options.budget, reference)]
-
-
-def read_scores(path: Path | None, samples: int) -> "np.ndarray[Any, Any]":
-    """Return the (samples,) fp64 numbers of a `.npy`.
-
-    Raises:
-        DataError: it cannot be read, has another length, or a number is not finite.
-    """
-    assert path is not None
-    try:
-        scores: np.ndarray[Any, Any] = np.load(path, allow_pickle=False).astype(np.float64)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as numbers: {error}.") from error
-    if scores.shape != (samples,):
-        raise DataError(f"{path} has the shape {scores.shape}, the pool has {samples} samples.")
-    if not np.isfinite(scores).all():
-        odd = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise DataError(f"{path}: the score of sample {odd} is no finite number.")
-    return scores

@@ -1,12 +1,13 @@
-"""Orders of the samples: for every epoch a permutation that is computed for any index alone."""
+"""Orders of the samples: for every epoch, computed for any index alone."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from fastmoco.core.rng import Ids, Permutation, Stream
+from fastmoco.core.rng import Ids, Permutation, Stream, raw_words
 
 # A loader asks for those of the current epoch with every batch.
 _permutation = lru_cache(maxsize=8)(Permutation)
@@ -40,6 +41,40 @@ class Shuffled:
     def __call__(self, epoch: int, indices: Ids) -> Ids:
         """See `Order`."""
         return _permutation(self.samples, self.seed, Stream.ORDER, epoch)(indices)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Samples as often as their weights say, in an epoch of as many indices as there are samples.
+
+    Systematic sampling (Madow and Madow 1944): before the shuffle of the epoch, index j shows the
+    sample in whose interval of the cumulative weights, scaled to n, j + u lies, with one uniform u
+    an epoch. So a sample comes floor or ceil of n w / sum w times, on average exactly as often, and
+    equal weights are `Shuffled`. 8 bytes a sample.
+
+    Attributes:
+        weights: (n,) fp64, not negative, not all 0.
+        seed: of the run.
+    """
+
+    weights: npt.NDArray[np.float64]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __call__(self, epoch: int, indices: Ids) -> Ids:
+        """See `Order`."""
+        places = Shuffled(len(self), self.seed)(epoch, indices)
+        # 22 bits, so that place + u is exact, and clear of the end, for up to 2**30 samples.
+        (word,) = raw_words(self.seed, Stream.WEIGHTS, epoch, 1) >> np.uint64(42)
+        return np.searchsorted(self._ends, places + float(word) * 2.0**-22, side="right")
+
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.float64]:
+        """Where the interval of each sample ends, in 0..n."""
+        sums: npt.NDArray[np.float64] = np.cumsum(self.weights)
+        return sums * (len(sums) / sums[-1])
 
 
 @dataclass(frozen=True)

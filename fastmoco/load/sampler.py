@@ -14,10 +14,12 @@ import numpy as np
 
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.rng import Ids
+from fastmoco.dataset.numbers import Numbers
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
-from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Windowed
+from fastmoco.load.order import Order, Repeated, Shuffled, SubsetOrder, Weighted, Windowed
 from fastmoco.load.subset import chosen_ids
+from fastmoco.load.weights import read_weights
 
 _DIGESTED = 2**16  # ids that tell one order from another
 
@@ -32,6 +34,7 @@ class Plan:
         seed: of the run.
         through: the way through the samples; None: all of them, shuffled.
         chosen: the ids that take part; None: all.
+        weights: how often each of them is shown, relative to the others; None: equally often.
 
     Raises:
         UsageError: the batch is larger than the data.
@@ -42,6 +45,7 @@ class Plan:
     seed: int
     through: Order | None = None
     chosen: Ids | None = None
+    weights: Numbers | None = None
 
     def __post_init__(self) -> None:
         if self.batch > self.samples:
@@ -89,7 +93,7 @@ class Plan:
         raise DataError("No image of the data can be decoded: copy the set again.")
 
     def digest(self) -> str:
-        """Return a SHA-256 over the first ids of the run, and over the chosen ones.
+        """Return a SHA-256 over the first ids of the run, over the chosen ones and the weights.
 
         Another order or other samples, another digest.
         """
@@ -97,6 +101,8 @@ class Plan:
         digest = hashlib.sha256(self.order(first).astype("<i8").tobytes())
         if self.chosen is not None and len(self.chosen) > _DIGESTED:  # else all are among the first
             digest.update(self.chosen.astype("<i8").tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.astype("<f8").tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -108,19 +114,24 @@ def make_plan(recipe: Recipe, data: ConcatShardSets) -> Plan:
     """Return the order of a recipe's run.
 
     Raises:
-        DataError: the subset does not fit the data.
+        DataError: the subset or the weights do not fit the data.
         UsageError: the batch is larger than the data.
     """
     ids = chosen_ids(recipe.data.subset, data) if recipe.data.subset else None
-    order = _make_order(recipe, data, ids)
-    return Plan(len(order), recipe.batch, recipe.seed, order, ids)
+    weights = read_weights(recipe.data.weights, data, ids) if recipe.data.weights else None
+    order = _make_order(recipe, data, ids, weights)
+    return Plan(len(order), recipe.batch, recipe.seed, order, ids, weights)
 
 
-def _make_order(recipe: Recipe, data: ConcatShardSets, ids: Ids | None) -> Order:
+def _make_order(
+    recipe: Recipe, data: ConcatShardSets, ids: Ids | None, weights: Numbers | None
+) -> Order:
     count = len(data) if ids is None else len(ids)
     order: Order = Shuffled(count, recipe.seed)
     if recipe.data.window:
         order = Windowed(_shards(data, ids), recipe.data.window, recipe.seed)
+    if weights is not None:
+        order = Weighted(weights, recipe.seed)
     if ids is not None:
         order = SubsetOrder(ids, order)
     return Repeated(order, recipe.data.repeat) if recipe.data.repeat > 1 else order

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.config.recipe import Subset
+from fastmoco.config.data import Subset
 from fastmoco.core.files import load_array
 from fastmoco.core.rng import Ids, stratified
 from fastmoco.dataset.shard_set import ConcatShardSets

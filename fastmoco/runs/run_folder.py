@@ -62,6 +62,7 @@ class RunFolder:
         self.config, self.configs = self.root / "config.yaml", self.root / "configs"
         self.metrics = self.root / "metrics.jsonl"
         self.damaged: list[str] = []  # names of checkpoints that `latest` had to pass over
+        self.fingerprint: Fingerprint = {}  # of the checkpoint that `latest` returned
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -340,6 +341,7 @@ class RunFolder:
                 check_fingerprint(folder, manifest["fingerprint"], fingerprint)
             # On the CPU: what rank 0 saved from its GPU is for every rank, or for none.
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            self.fingerprint = manifest["fingerprint"]
             return state, int(manifest["step"])
         if damaged and self._asked:
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +56,28 @@ class Engine:
         world: that share each global batch.
         device: where everything lives.
         ids: (N,) int64 of the samples that take part, ascending; only a memory bank needs them.
+        initial: weights to start from, of all or some of the query encoder's tensors.
 
     Raises:
         UsageError: a rank would not hold a whole number of `bn_group`.
     """
 
     def __init__(
-        self, recipe: Recipe, world: World, device: torch.device, ids: Ids = NO_IDS
+        self,
+        recipe: Recipe,
+        world: World,
+        device: torch.device,
+        ids: Ids = NO_IDS,
+        initial: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
         self.recipe, self.world, self.device = recipe, world, device
         self._precision = Precision(recipe.runtime.precision, device.type)
-        encoder = build_encoder(recipe, world).to(device, self._precision.weights)
-        self.encoder_q = encoder
+        encoder = build_encoder(recipe, world)
+        if initial:
+            encoder.load_state_dict(encoder.state_dict() | dict(initial))
+        self.encoder_q = encoder.to(device, self._precision.weights)
         make = OBJECTIVES[type(recipe.objective)]
         self.objective: Objective = make(recipe, encoder, self._precision, world, ids)
         networks = [encoder, *self.objective.networks]

@@ -212,7 +212,11 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
             3,
             "has the shape (3,)",
         ),
-        (("--budget", "3", "--strategy", "scores", "--scores", "nan.npy"), 3, "sample 5 is no fin"),
+        (
+            ("--budget", "3", "--strategy", "scores", "--scores", "nan.npy"),
+            3,
+            "sample 5 is not fin",
+        ),
         (("--budget", "3", "--out", "request.txt"), 2, "must end in .csv"),
         (("--budget", "3", "--strategy", "disagreement"), 2, "add --members 5, or --with RUN"),
         (("--budget", "3", "--strategy", "margin", "--members", "5"), 2, "no other strategy"),
@@ -247,6 +251,20 @@ def test_scores_of_ones_own_are_taken_largest_first(place, capsys):
     found = asked(place / "request.csv")
     values = scores[found].tolist()
     assert values == sorted(values, reverse=True) and int(scores.argmax()) not in found
+
+
+def test_scores_may_be_a_csv(place, capsys):
+    pool = ShardSet(place / "pool")
+    scores = np.random.default_rng(2).permutation(len(pool))
+    rows = [f"{sample},{score}" for sample, score in enumerate(scores.tolist())]
+    (place / "mine.csv").write_text("\n".join(["sample,score", *rows[::-1]]) + "\n")
+    np.save(place / "mine.npy", scores)
+    found = []
+    for name in ("mine.csv", "mine.npy"):
+        words = ("--budget", 5, "--strategy", "scores", "--scores", name, "--replace")
+        assert command(capsys, "query", "run", "pool", *words)[0] == 0
+        found.append(asked(place / "request.csv"))
+    assert found[0] == found[1]
 
 
 def test_when_all_is_labelled_that_is_told(place, capsys):

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fastmoco.config.recipe import Recipe, Schedule, Subset, View
+from fastmoco.config.data import Subset, Weights
+from fastmoco.config.recipe import Recipe, Schedule, View
 from fastmoco.core.strict_yaml import models_in
 
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -67,6 +68,7 @@ def page() -> str:
     kinds = models_in(Recipe.model_fields["objective"].annotation)
     objectives = {f"objective {kind.model_fields['name'].default}": kind for kind in kinds}
     extra = {"monitor": Monitor, "views (each)": View, "data.subset": Subset}
+    extra["data.weights"] = Weights
     parts = [table("At the top", Recipe)]
     parts += [table(name, model) for name, model in (sections | objectives | extra).items()]
     assert Schedule in sections.values()
