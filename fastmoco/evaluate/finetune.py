@@ -9,22 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastmoco.core.distributed import World
 from fastmoco.core.files import make_parent, new_folder, write_json
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.core.rng import stratified
 from fastmoco.core.schedules import cosine
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import Preprocessing, embed_labelled
-from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.labelled_loader import VIEW, Crops
 from fastmoco.evaluate.predictions import Predictions
+from fastmoco.evaluate.semi import WEAK, SemiConfig, Unlabelled, averaged, falling
 from fastmoco.load.loader import Triple
 from fastmoco.models.encoder import Encoder, saved
 from fastmoco.runs.load_encoder import check_finite
@@ -54,6 +57,7 @@ class FinetuneConfig:
         seed: of the choice of labels, the order, the crops and the random weights.
         normalize: by the mean and deviation of the run, of ImageNet or of the training set.
         size: side of the images, pixels; small ones are enlarged. None: the run's.
+        semi: how images without labels are used; None: not at all.
     """
 
     fraction: float = 1.0
@@ -67,6 +71,7 @@ class FinetuneConfig:
     seed: int = 0
     normalize: Normalize = "run"
     size: int | None = None
+    semi: SemiConfig | None = None
 
     def resolved(self, images: int, size: int) -> "FinetuneConfig":
         """Return the protocol with nothing left open.
@@ -99,14 +104,18 @@ def finetune(
     tuning: FinetuneConfig,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
     save: Path | None = None,
+    unlabelled: ShardSet | None = None,
 ) -> dict[str, Any]:
     """Train a run's backbone with a new classifier on labels, test it, and record the accuracy.
+
+    With images without labels, the running mean of the weights is what is tested and saved.
 
     Args:
         evaluation: the run and the labelled sets.
         tuning: how.
         on_step: called with the steps done and their number.
         save: a new folder for the weights.
+        unlabelled: a set, for `tuning.semi`.
 
     Raises:
         UsageError: `save` exists, or the ranks cannot share a batch evenly.
@@ -125,14 +134,31 @@ def finetune(
             f"{protocol.batch} images on {world.size} processes leave BatchNorm nothing to "
             "average: start fewer, or use more labels."
         )
-    crops = Crops(train, train.ids[places], protocol.batch, protocol.seed, preprocessing, world)
-    network = _network(evaluation, protocol)
-    _train(network, crops, protocol, on_step)
+    semi = protocol.semi
+    view = WEAK if semi else VIEW
+    given = protocol.batch, protocol.seed, preprocessing, world
+    crops = Crops(train, train.ids[places], *given, view)
+    more = None
+    if semi and unlabelled:
+        more = Unlabelled(
+            unlabelled,
+            train.classes,
+            protocol.batch * semi.ratio,
+            protocol.seed,
+            semi,
+            preprocessing,
+            world,
+        )
+    last = _network(evaluation, protocol)
+    network = _train(last, crops, protocol, on_step, more)
     found = _tested(network, evaluation, preprocessing)
     counts = np.bincount(train.labels[places], minlength=evaluation.classes)
     row = _row(
         protocol, preprocessing, dict(zip(train.classes, counts.tolist(), strict=True)), world
     )
+    if more:
+        row |= more.describe()
+        row["last_weights"] = _tested(last, evaluation, preprocessing).summary()
     recorded = evaluation.record(row, found)  # first: the number is what the time went into
     if save and world.is_main:
         try:
@@ -173,35 +199,64 @@ def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:
 
 
 def _train(
-    network: Encoder, crops: Crops, protocol: FinetuneConfig, on_step: Callable[[int, int], None]
-) -> None:
-    """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
-    assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
+    network: Encoder,
+    crops: Crops,
+    protocol: FinetuneConfig,
+    on_step: Callable[[int, int], None],
+    unlabelled: Unlabelled | None,
+) -> Encoder:
+    """Train in place, and return what is to be tested: the same, or the mean of its weights.
+
+    The running statistics of BatchNorm end as the mean over the ranks.
+    """
+    assert protocol.steps, "the protocol is not resolved"
     keep_freed_memory(crops.preprocessing.settings.device)
-    groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
-    optimizer = torch.optim.SGD(
-        [{"params": part.parameters(), "lr": lr} for part, lr in groups],
-        momentum=0.9,
-        weight_decay=protocol.weight_decay,
-        fused=True,
-    )
+    optimizer, semi = _optimizer(network, protocol), protocol.semi
+    factor = falling if semi else cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, protocol.steps or 1)
+        optimizer, lambda step: factor(step, protocol.steps or 1)
     )
-    module = crops.world.wrap(network.train())
-    for done, (images, labels) in enumerate(islice(crops.batches(), protocol.steps), 1):
+    mean = averaged(network.train(), semi.ema) if semi else None
+    module = crops.world.wrap(network)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
         with crops.preprocessing.autocast():
-            logits = module(images)
+            logits: torch.Tensor = module(images)
+        return logits
+
+    losses = (
+        unlabelled.losses(forward, crops, protocol.steps)
+        if unlabelled
+        else (F.cross_entropy(forward(x).float(), labels) for x, labels in crops.batches())
+    )
+    for done, loss in enumerate(islice(losses, protocol.steps), 1):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        if mean:
+            mean.update_parameters(network)
         on_step(done, protocol.steps)
         if done % _CHECKED == 0 or done == protocol.steps:
             check_finite(dict(network.named_parameters()), f"the network of step {done}")
-    for statistic in network.buffers():
-        if statistic.is_floating_point():
-            crops.world.mean_(statistic)
+    tested = cast(Encoder, mean.module) if mean else network
+    for one in {network, tested}:
+        for statistic in one.buffers():
+            if statistic.is_floating_point():
+                crops.world.mean_(statistic)
+    return tested
+
+
+def _optimizer(network: Encoder, protocol: FinetuneConfig) -> torch.optim.SGD:
+    """Return SGD at two rates; with images without labels, as FixMatch's (its section 2.4)."""
+    assert protocol.lr and protocol.head_lr, "the protocol is not resolved"
+    semi, groups = protocol.semi is not None, []
+    for part, lr in ((network.backbone, protocol.lr), (network.head, protocol.head_lr)):
+        for vectors in (False, True):
+            chosen = [p for p in part.parameters() if (p.ndim == 1) is vectors]
+            decay = 0.0 if semi and vectors else protocol.weight_decay
+            groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=semi, fused=True)
 
 
 def _tested(network: Encoder, evaluation: Evaluation, preprocessing: Preprocessing) -> Predictions:

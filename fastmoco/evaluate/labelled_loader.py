@@ -33,6 +33,7 @@ class Crops:
         seed: of order and crops.
         preprocessing: size and normalization.
         world: each draws its contiguous slice of every batch.
+        view: how images are cropped and flipped.
 
     Raises:
         UsageError: the ranks cannot share a batch evenly.
@@ -44,6 +45,7 @@ class Crops:
     seed: int
     preprocessing: Preprocessing
     world: World = field(default_factory=World)
+    view: View = VIEW
 
     def __post_init__(self) -> None:
         if self.plan.batch % self.world.size:
@@ -64,7 +66,7 @@ class Crops:
         loader = Loader(
             ConcatShardSets([self.labelled.set]),
             self.plan,
-            [VIEW],
+            [self.view],
             size=preprocessing.size,
             mean=preprocessing.mean,
             std=preprocessing.std,
