@@ -152,14 +152,30 @@ def finetune(
     even: Annotated[
         bool, typer.Option("--even", help="Show every class equally often, in as many steps.")
     ] = False,
+    semi: Annotated[
+        Literal["fixmatch", "mixmatch", "pseudo"] | None,
+        typer.Option(help="Train on images without labels too, by this method."),
+    ] = None,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="With --semi: their set; labels in it do not count.")
+    ] = None,
+    ratio: Annotated[int, typer.Option(min=1, help="Of them for each image with a label.")] = 7,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="With fixmatch: a class at least this probable.")
+    ] = 0.95,
+    ema: Annotated[
+        float, typer.Option(min=0, max=1, help="With --semi: decay of the averaged weights.")
+    ] = 0.999,
     seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
     """Train backbone and classifier on labels, all or a fraction, and test them."""
+    from fastmoco.dataset.shard_set import ShardSet
     from fastmoco.evaluate.finetune import FinetuneConfig
     from fastmoco.evaluate.finetune import finetune as tune
+    from fastmoco.evaluate.semi import SemiConfig
 
     if not 0 < fraction <= 1:
         raise UsageError(f"--fraction {fraction:g} is not a share: choose one above 0, up to 1.")
@@ -180,14 +196,19 @@ def finetune(
         normalize=normalize,
         size=size,
         even=even,
+        semi=SemiConfig(semi, ratio, threshold, ema) if semi else None,
     )
+    if (semi is None) is not (unlabelled is None):
+        raise UsageError("--semi and --unlabelled SET go together: give both, or none.")
+    without = ShardSet(unlabelled) if unlabelled else None
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:
         with progress("finetune") as on_progress:
-            found = tune(opened, tuning, on_progress, save)
+            found = tune(opened, tuning, on_progress, save, without)
         start = "from scratch" if from_scratch else "from the run's backbone"
         images, steps_done = found["labels"]["images"], found["budget"]["steps"]
-        _tell(opened, found, f"fine-tuned {start} on {images} labels, {steps_done} steps")
+        by = f" and {len(without)} images without, by {semi}" if without else ""
+        _tell(opened, found, f"fine-tuned {start} on {images} labels{by}, {steps_done} steps")
 
 
 def report(

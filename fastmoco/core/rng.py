@@ -32,6 +32,7 @@ class Stream(Enum):
     WINDOW = 1 << 32  # the order within a window of shards
     SUBSET = 1 << 33  # a share of every class, by class
     QUERY = 3 << 33  # samples to ask labels for
+    NOISE = 7 << 32  # of semi-supervised training, by step and rank
     STUDY = 1 << 34  # the pictures and samples of a report
     VIEWS = 0x766965777300
     NEGATIVES = 1 << 62  # of a memory bank, by step
@@ -41,10 +42,11 @@ class Stream(Enum):
 
 def raw_words(seed: int, stream: Stream, number: int, count: int) -> npt.NDArray[np.uint64]:
     """Return the first (count,) 64-bit words of a choice."""
-    return _philox(seed, stream, number).random_raw(count)
+    return philox(seed, stream, number).random_raw(count)
 
 
-def _philox(seed: int, stream: Stream, number: int = 0) -> np.random.Philox:
+def philox(seed: int, stream: Stream, number: int = 0) -> np.random.Philox:
+    """Return the bits of a choice."""
     if stream is Stream.WINDOW:  # numbered by epoch and window, with no bound: apart by the seed
         return np.random.Philox(key=np.array([seed ^ stream.value, number], np.uint64))
     return np.random.Philox(key=np.array([seed, stream.value + number], np.uint64))
@@ -59,7 +61,7 @@ def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.fl
         count: number of consecutive positions.
         views: views a sample; every position owns views * DRAWS numbers.
     """
-    bits = _philox(seed, Stream.VIEWS)
+    bits = philox(seed, Stream.VIEWS)
     bits.advance(first * views * DRAWS // 4)
     raw = bits.random_raw(count * views * DRAWS) >> np.uint64(11)
     return (raw * np.float64(2.0**-53)).reshape(count, views, DRAWS).transpose(1, 0, 2)

@@ -6,27 +6,38 @@ supervised baseline where the weights are random.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastmoco.core.files import make_parent, new_folder, write_json
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.core.rng import Permutation, Stream, stratified
 from fastmoco.core.schedules import cosine
 from fastmoco.dataset.labels import Labelled
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DivergedError, UsageError
 from fastmoco.evaluate.choosing import Choose, HeldOut, choose_rate
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import Preprocessing, embed_labelled
-from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.labelled_loader import VIEW, Crops
 from fastmoco.evaluate.predictions import Predictions
+from fastmoco.evaluate.semi import (
+    WEAK,
+    Network,
+    SemiConfig,
+    Step,
+    Unlabelled,
+    averaged,
+    falling,
+)
 from fastmoco.load.loader import Triple
 from fastmoco.models.encoder import Encoder, saved
 from fastmoco.runs.load_encoder import check_finite
@@ -60,6 +71,7 @@ class FinetuneConfig:
         normalize: by the mean and deviation of the run, of ImageNet or of the training set.
         size: side of the images, pixels; small ones are enlarged. None: the run's.
         even: every class is shown equally often, in as many steps.
+        semi: how images without labels are used; None: not at all.
     """
 
     fraction: float = 1.0
@@ -76,6 +88,7 @@ class FinetuneConfig:
     normalize: Normalize = "run"
     size: int | None = None
     even: bool = False
+    semi: SemiConfig | None = None
 
     def resolved(self, images: int, size: int) -> "FinetuneConfig":
         """Return the protocol with nothing left open.
@@ -108,14 +121,18 @@ def finetune(
     tuning: FinetuneConfig,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
     save: Path | None = None,
+    unlabelled: ShardSet | None = None,
 ) -> dict[str, Any]:
     """Train a run's backbone with a new classifier on labels, test it, and record the accuracy.
+
+    With images without labels, the running mean of the weights is what is tested and saved.
 
     Args:
         evaluation: the run and the labelled sets.
         tuning: how.
         on_step: called with the steps done and their number.
         save: a new folder for the weights.
+        unlabelled: a set, for `tuning.semi`.
 
     Raises:
         UsageError: `save` exists, or the ranks cannot share a batch evenly.
@@ -131,20 +148,23 @@ def finetune(
     )
     chosen = None
     if len(tuning.lrs) > 1:
-        chosen = _choose(evaluation, train, tuning, on_step)
+        chosen = _choose(evaluation, train, unlabelled, tuning, on_step)
         tuning = replace(tuning, lr=chosen["lr"])
-    trial = Trial.of(evaluation, train, tuning)
+    trial = Trial.of(evaluation, train, unlabelled, tuning)
     curve: list[dict[str, Any]] = []
-    network = trial.train(on_step, curve)
-    found = trial.test(network, evaluation.test)
+    trained = trial.train(on_step, curve)
+    found = trial.test(trained.network, evaluation.test)
     counts = np.bincount(train.labels, minlength=evaluation.classes)
     row = _row(trial, dict(zip(train.classes, counts.tolist(), strict=True)))
     if chosen:
         row["chosen"] = chosen
+    if trained.unlabelled:
+        row |= trained.unlabelled.describe()
+        row["last_weights"] = trial.test(trained.last, evaluation.test).summary()
     recorded = evaluation.record(row, found, curve)  # first: the number is what the time went into
     if save and world.is_main:
         try:
-            _save(save, network, evaluation, trial.preprocessing)
+            _save(save, trained.network, evaluation, trial.preprocessing)
         except OSError as error:
             recorded["unrecorded"] = f"{save} cannot be written ({error.strerror})"
     return recorded
@@ -153,6 +173,7 @@ def finetune(
 def _choose(
     evaluation: Evaluation,
     train: Labelled,
+    unlabelled: ShardSet | None,
     tuning: FinetuneConfig,
     on_step: Callable[[int, int], None],
 ) -> dict[str, Any]:
@@ -169,14 +190,29 @@ def _choose(
     for lr in tuning.lrs:
         right = 0.0
         for shown, asked in parts:
-            trial = Trial.of(evaluation, shown, replace(tuning, lr=lr))
+            trial = Trial.of(evaluation, shown, unlabelled, replace(tuning, lr=lr))
             try:
-                found = trial.test(trial.train(on_step), asked)
+                found = trial.test(trial.train(on_step).network, asked)
                 right += float((found.place == 0).sum())
             except DivergedError:
                 right = math.nan
         top1.append(100 * right / images)
     return choose_rate(tuning.lrs, top1, by, images)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves.
+
+    Attributes:
+        network: to be tested: of the mean of the weights, where there are images without labels.
+        last: of the last weights.
+        unlabelled: what became of those images.
+    """
+
+    network: Encoder
+    last: Encoder
+    unlabelled: Unlabelled | None
 
 
 @dataclass(frozen=True)
@@ -186,17 +222,25 @@ class Trial:
     Attributes:
         evaluation: the run and the test set.
         labelled: what it is trained on.
+        unlabelled: beside it.
         protocol: how, with nothing left open.
         preprocessing: how images are shown.
     """
 
     evaluation: Evaluation
     labelled: Labelled
+    unlabelled: ShardSet | None
     protocol: FinetuneConfig
     preprocessing: Preprocessing
 
     @classmethod
-    def of(cls, evaluation: Evaluation, labelled: Labelled, tuning: FinetuneConfig) -> "Trial":
+    def of(
+        cls,
+        evaluation: Evaluation,
+        labelled: Labelled,
+        unlabelled: ShardSet | None,
+        tuning: FinetuneConfig,
+    ) -> "Trial":
         """Settle what the protocol leaves open.
 
         Raises:
@@ -208,21 +252,34 @@ class Trial:
                 f"{protocol.batch} images on {evaluation.world.size} processes leave BatchNorm "
                 "nothing to average: start fewer, or use more labels."
             )
-        return cls(evaluation, labelled, protocol, _sight(evaluation, protocol))
+        return cls(evaluation, labelled, unlabelled, protocol, _sight(evaluation, protocol))
 
     def train(
         self, on_step: Callable[[int, int], None], curve: list[dict[str, Any]] | None = None
-    ) -> Encoder:
+    ) -> Trained:
         """Return a trained network; add the rows of its curve, if there is a list for them."""
+        protocol, world, semi = self.protocol, self.evaluation.world, self.protocol.semi
         crops = Crops(
             self.labelled,
             self.labelled.relative_weights(),
-            self.protocol.batch,
-            self.protocol.seed,
+            protocol.batch,
+            protocol.seed,
             self.preprocessing,
-            self.evaluation.world,
-            self.protocol.even,
+            world,
+            protocol.even,
+            WEAK if semi else VIEW,
         )
+        more = None
+        if semi and self.unlabelled:
+            more = Unlabelled(
+                self.unlabelled,
+                self.labelled.classes,
+                protocol.batch * semi.ratio,
+                protocol.seed,
+                semi,
+                self.preprocessing,
+                world,
+            )
         network = _network(self.evaluation, self.protocol)
 
         def on_row(row: dict[str, float | None]) -> None:
@@ -236,8 +293,8 @@ class Trial:
             network.train()
             curve.append(row | {"test_top1": found.top(1), "test_images": len(some.ids)})
 
-        _train(network, crops, self.protocol, on_step, on_row)
-        return network
+        tested = _train(network, crops, more, protocol, on_step, on_row)
+        return Trained(tested, network, more)
 
     def test(self, network: Encoder, asked: Labelled) -> Predictions:
         """Return what a network says of labelled samples, on all ranks."""
@@ -279,33 +336,41 @@ def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:
 def _train(
     network: Encoder,
     crops: Crops,
+    unlabelled: Unlabelled | None,
     protocol: FinetuneConfig,
     on_step: Callable[[int, int], None],
     on_row: Callable[[dict[str, float | None]], None],
-) -> None:
-    """Train in place; the running statistics of BatchNorm end as the mean over the ranks."""
-    assert protocol.steps and protocol.lr and protocol.head_lr, "the protocol is not resolved"
+) -> Encoder:
+    """Train in place, and return what is to be tested: the same, or of the mean of its weights.
+
+    The running statistics of BatchNorm end as the mean over the ranks.
+    """
+    assert protocol.steps, "the protocol is not resolved"
     keep_freed_memory(crops.preprocessing.settings.device)
-    groups = [(network.backbone, protocol.lr), (network.head, protocol.head_lr)]
-    optimizer = torch.optim.SGD(
-        [{"params": part.parameters(), "lr": lr} for part, lr in groups],
-        momentum=0.9,
-        weight_decay=protocol.weight_decay,
-        fused=True,
-    )
+    optimizer, semi = _optimizer(network, protocol), protocol.semi
+    factor = falling if semi else cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, protocol.steps or 1)
+        optimizer, lambda step: factor(step, protocol.steps or 1)
     )
+    mean = averaged(network.train(), semi.ema) if semi else None
     module = crops.world.wrap(network.train())
-    sums, begun = torch.zeros(2, device=crops.preprocessing.settings.device), 0
-    for done, (images, labels, *weights) in enumerate(islice(crops.batches(), protocol.steps), 1):
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
         with crops.preprocessing.autocast():
-            logits = module(images)
+            logits: torch.Tensor = module(images)
+        return logits.float()
+
+    losses = _losses(forward, crops)
+    if unlabelled:
+        losses = unlabelled.losses(forward, crops, protocol.steps)
+    sums, begun = torch.zeros(2, device=crops.preprocessing.settings.device), 0
+    for done, (loss, logits, labels) in enumerate(islice(losses, protocol.steps), 1):
         optimizer.zero_grad()
-        loss = _loss(logits.float(), labels, *weights)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        if mean:
+            mean.update_parameters(network)
         on_step(done, protocol.steps)
         right = (logits.detach().argmax(dim=1) == labels).float().mean()
         sums += torch.stack([loss.detach(), 100 * right])
@@ -318,17 +383,35 @@ def _train(
             on_row({"step": done, "loss": finite[0], "train_top1": finite[1]})
             begun = done
             sums.zero_()
-    for statistic in network.buffers():
-        if statistic.is_floating_point():
-            crops.world.mean_(statistic)
+    tested = cast(Encoder, mean.module) if mean else network
+    for one in {network, tested}:
+        for statistic in one.buffers():
+            if statistic.is_floating_point():
+                crops.world.mean_(statistic)
+    return tested
 
 
-def _loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    if weights is None:
-        return nn.functional.cross_entropy(logits, labels)
-    return (nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
+def _optimizer(network: Encoder, protocol: FinetuneConfig) -> torch.optim.SGD:
+    """Return SGD at two rates; with images without labels, as FixMatch's (its section 2.4)."""
+    assert protocol.lr and protocol.head_lr, "the protocol is not resolved"
+    semi, groups = protocol.semi is not None, []
+    for part, lr in ((network.backbone, protocol.lr), (network.head, protocol.head_lr)):
+        for vectors in (False, True):
+            chosen = [p for p in part.parameters() if (p.ndim == 1) is vectors]
+            decay = 0.0 if semi and vectors else protocol.weight_decay
+            groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=semi, fused=True)
+
+
+def _losses(forward: Network, crops: Crops) -> Iterator[Step]:
+    """Yield the loss of each step on labels alone, with what it was taken of."""
+    for images, labels, *weights in crops.batches():
+        logits = forward(images)
+        if weights:
+            loss = (F.cross_entropy(logits, labels, reduction="none") * weights[0]).mean()
+        else:
+            loss = F.cross_entropy(logits, labels)
+        yield loss, logits, labels
 
 
 def _row(trial: Trial, counts: dict[str, int]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Crops:
         preprocessing: size and normalization.
         world: each draws its contiguous slice of every batch.
         even: every class equally often: an epoch shows the samples of the smaller classes again.
+        view: how images are cropped and flipped.
 
     Raises:
         UsageError: the ranks cannot share a batch evenly.
@@ -45,6 +46,7 @@ class Crops:
     preprocessing: Preprocessing
     world: World = field(default_factory=World)
     even: bool = False
+    view: View = VIEW
 
     def __post_init__(self) -> None:
         if self.plan.batch % self.world.size:
@@ -68,7 +70,7 @@ class Crops:
         loader = Loader(
             self.labelled.data,
             self.plan,
-            [VIEW],
+            [self.view],
             size=preprocessing.size,
             mean=preprocessing.mean,
             std=preprocessing.std,

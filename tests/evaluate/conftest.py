@@ -4,13 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recipes import recipe_from
 
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Recipe
 from fastmoco.dataset.shard_set import ShardSet
+from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -75,3 +78,31 @@ def make_run(tmp_path: Path, trained: Encoder) -> Callable[..., RunFolder]:
         return run
 
     return make
+
+
+def _stripes(root: Path, per_class: int, seed: int) -> Path:
+    """Write images of noise over stripes: three directions, which neither crop nor flip changes."""
+    random = np.random.default_rng(seed)
+    down, across = np.mgrid[:24, :24]
+    for name, along in (("down", across), ("flat", down), ("none", 0 * down)):
+        (root / name).mkdir(parents=True)
+        for number in range(per_class):
+            wave = 90 * np.sin(1.6 * along + random.uniform(0, 6)) if along.any() else 0 * down
+            levels = 128 + wave[..., None] + random.normal(0, 25, (24, 24, 3))
+            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            image.save(root / name / f"{seed}-{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def stripe_sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("stripes")
+    for name, per_class, seed in (("train", 40, 1), ("test", 20, 2)):
+        pack(_stripes(root / "source" / name, per_class, seed), root / name, PackOptions())
+    return root / "train", root / "test"
+
+
+@pytest.fixture
+def stripes(make_run: Callable[..., RunFolder], stripe_sets: tuple[Path, Path]) -> Evaluation:
+    """A run, and stripes to tell apart: 40 images a class to learn from, 20 to be tested on."""
+    return Evaluation.open(make_run(executor="fused").root, *stripe_sets)

@@ -11,53 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.finetune import FinetuneConfig, finetune
 from fastmoco.evaluate.labelled_loader import Crops
-from fastmoco.pack.options import PackOptions
-from fastmoco.pack.packer import pack
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
 QUICK = FinetuneConfig(steps=12, batch=12, seed=1)
 
 
-def stripes(root: Path, per_class: int, seed: int) -> Path:
-    """Write images of noise over stripes: three directions, which neither crop nor flip changes."""
-    random = np.random.default_rng(seed)
-    down, across = np.mgrid[:24, :24]
-    for name, along in (("down", across), ("flat", down), ("none", 0 * down)):
-        (root / name).mkdir(parents=True)
-        for number in range(per_class):
-            wave = 90 * np.sin(1.6 * along + random.uniform(0, 6)) if along.any() else 0 * down
-            levels = 128 + wave[..., None] + random.normal(0, 25, (24, 24, 3))
-            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            image.save(root / name / f"{seed}-{number:03d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("stripes")
-    for name, per_class, seed in (("train", 40, 1), ("test", 20, 2)):
-        pack(stripes(root / "source" / name, per_class, seed), root / name, PackOptions())
-    return root / "train", root / "test"
-
-
-@pytest.fixture
-def evaluation(make_run: Make, sets: tuple[Path, Path]) -> Evaluation:
-    return Evaluation.open(make_run(executor="fused").root, *sets)
-
-
 @pytest.mark.parametrize("from_scratch", [False, True])
-def test_it_learns_and_says_how(evaluation: Evaluation, from_scratch: bool) -> None:
+def test_it_learns_and_says_how(stripes: Evaluation, from_scratch: bool) -> None:
     """Chance is 33 %: five standard errors of 60 guesses end at 64 %."""
     tuning = FinetuneConfig(steps=60, batch=24, from_scratch=from_scratch, lr=0.05)
     told: list[tuple[int, int]] = []
-    row = finetune(evaluation, tuning, lambda done, of: told.append((done, of)))
+    row = finetune(stripes, tuning, lambda done, of: told.append((done, of)))
     assert row["top1"] > 80
     assert row["kind"] == "finetune" and row["budget"] == {"steps": 60, "images_seen": 1440}
     assert row["protocol"]["from_scratch"] is from_scratch
@@ -65,9 +35,9 @@ def test_it_learns_and_says_how(evaluation: Evaluation, from_scratch: bool) -> N
     assert row["protocol"]["head_lr"] == pytest.approx(0.05 if from_scratch else 0.25)
     assert len(row["per_class"]) == 3 and row["top5"] == 100
     assert told[-1] == (60, 60) and len(told) == 60
-    lines = (evaluation.run.root / "evaluations.jsonl").read_text().splitlines()
+    lines = (stripes.run.root / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(lines[-1]) == json.loads(json.dumps(row))
-    stored = np.load(evaluation.run.root / row["predictions"])
+    stored = np.load(stripes.run.root / row["predictions"])
     assert stored["confusion"].sum() == 60
     assert 100 * (stored["label"] == stored["predicted"]).mean() == pytest.approx(row["top1"])
 
@@ -86,14 +56,14 @@ def test_rates_are_scaled_to_the_batch_and_given_ones_are_not() -> None:
     assert (given.lr, given.head_lr) == (0.3, 1.5)
 
 
-def test_an_untrained_network_would_not_pass(evaluation: Evaluation) -> None:
-    row = finetune(evaluation, FinetuneConfig(steps=1, batch=24, from_scratch=True, lr=1e-9))
+def test_an_untrained_network_would_not_pass(stripes: Evaluation) -> None:
+    row = finetune(stripes, FinetuneConfig(steps=1, batch=24, from_scratch=True, lr=1e-9))
     assert row["top1"] < 64
 
 
 @pytest.mark.parametrize(("fraction", "each"), [(0.1, 4), (0.01, 1), (0.5, 20)])
-def test_a_fraction_is_of_every_class(evaluation: Evaluation, fraction: float, each: int) -> None:
-    row = finetune(evaluation, replace(QUICK, steps=1, fraction=fraction))
+def test_a_fraction_is_of_every_class(stripes: Evaluation, fraction: float, each: int) -> None:
+    row = finetune(stripes, replace(QUICK, steps=1, fraction=fraction))
     assert row["labels"] == {
         "images": 3 * each,
         "per_class": {"down": each, "flat": each, "none": each},
@@ -101,10 +71,10 @@ def test_a_fraction_is_of_every_class(evaluation: Evaluation, fraction: float, e
     assert row["protocol"]["batch"] == min(12, 3 * each)
 
 
-def test_everything_moves_and_is_saved(evaluation: Evaluation, tmp_path: Path) -> None:
-    finetune(evaluation, QUICK, save=tmp_path / "tuned")
+def test_everything_moves_and_is_saved(stripes: Evaluation, tmp_path: Path) -> None:
+    finetune(stripes, QUICK, save=tmp_path / "tuned")
     weights = torch.load(tmp_path / "tuned" / "weights.pt", weights_only=True)
-    before = evaluation.encoder.backbone.state_dict()
+    before = stripes.encoder.backbone.state_dict()
     moved = {
         name
         for name, tensor in before.items()
@@ -117,18 +87,18 @@ def test_everything_moves_and_is_saved(evaluation: Evaluation, tmp_path: Path) -
     classes = json.loads((tmp_path / "tuned" / "classes.json").read_text())
     assert classes == ["down", "flat", "none"]
     with pytest.raises(UsageError, match=r"exists: choose another folder by --save"):
-        finetune(evaluation, QUICK, save=tmp_path / "tuned")
+        finetune(stripes, QUICK, save=tmp_path / "tuned")
 
 
-def test_it_starts_from_the_run_or_from_its_seed(evaluation: Evaluation) -> None:
+def test_it_starts_from_the_run_or_from_its_seed(stripes: Evaluation) -> None:
     from fastmoco.evaluate.finetune import _network
 
     pretrained, scratch, again, other = (
-        _network(evaluation, replace(QUICK, from_scratch=fresh, seed=seed)).state_dict()
+        _network(stripes, replace(QUICK, from_scratch=fresh, seed=seed)).state_dict()
         for fresh, seed in ((False, 1), (True, 1), (True, 1), (True, 2))
     )
     key = "backbone.layer2.0.conv1.weight"
-    assert torch.equal(pretrained[key], evaluation.encoder.state_dict()[key])
+    assert torch.equal(pretrained[key], stripes.encoder.state_dict()[key])
     assert torch.equal(scratch[key], again[key])
     assert not torch.equal(scratch[key], other[key])
     assert not torch.equal(scratch[key], pretrained[key])
@@ -144,16 +114,16 @@ def test_the_budget_is_steps_then_epochs_then_a_floor() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["run", "imagenet", "set"])
-def test_normalization_and_size_are_written_down(evaluation: Evaluation, normalize: Any) -> None:
-    row = finetune(evaluation, replace(QUICK, steps=1, normalize=normalize, size=24))
+def test_normalization_and_size_are_written_down(stripes: Evaluation, normalize: Any) -> None:
+    row = finetune(stripes, replace(QUICK, steps=1, normalize=normalize, size=24))
     means = {
-        "run": evaluation.preprocessing.mean,
+        "run": stripes.preprocessing.mean,
         "imagenet": (0.485, 0.456, 0.406),
-        "set": tuple(evaluation.train.set.manifest.mean),
+        "set": tuple(stripes.train.set.manifest.mean),
     }
     assert tuple(row["protocol"]["mean"]) == means[normalize]
     assert row["protocol"]["size"] == 24
-    assert evaluation.preprocessing.size == 16
+    assert stripes.preprocessing.size == 16
 
 
 def test_it_leaves_its_curve(evaluation: Evaluation) -> None:
@@ -230,23 +200,16 @@ def test_a_weight_of_2_is_the_sample_twice() -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_give_the_probes_and_knns_numbers_of_one(
-    make_run: Make, sets: tuple[Path, Path], tmp_path: Path
+    make_run: Make, stripe_sets: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Gradients are averaged, bank and queries divided; rank 0 alone writes and talks."""
     run = make_run(executor="fused").root
-    which = ["--train", str(sets[0]), "--test", str(sets[1])]
+    which = ["--train", str(stripe_sets[0]), "--test", str(stripe_sets[1])]
     probe = [
         "probe",
         str(run),
         *which,
-        "--epochs",
-        "2",
-        "--batch",
-        "12",
-        "--lr",
-        "0.1",
-        "--lr",
-        "1",
+        *["--epochs", "2", "--batch", "12", "--lr", "0.1", "--lr", "1"],
     ]
     knn = ["knn", str(run), *which, "--k", "7"]
     tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8"]
