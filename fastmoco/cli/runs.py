@@ -173,8 +173,8 @@ def finetune(
 ) -> None:
     """Train backbone and classifier on labels, all or a fraction, and test them."""
     from fastmoco.dataset.shard_set import ShardSet
-    from fastmoco.evaluate.finetune import FinetuneConfig
     from fastmoco.evaluate.finetune import finetune as tune
+    from fastmoco.evaluate.finetune_config import FinetuneConfig
     from fastmoco.evaluate.semi import SemiConfig
 
     if not 0 < fraction <= 1:

@@ -14,7 +14,8 @@ import torch
 
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.finetune import FinetuneConfig, finetune
+from fastmoco.evaluate.finetune import finetune
+from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.runs.run_folder import RunFolder
 

@@ -14,7 +14,8 @@ from torch import nn
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.finetune import FinetuneConfig, finetune
+from fastmoco.evaluate.finetune import finetune
+from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.semi import (
     SemiBatch,
     SemiConfig,
