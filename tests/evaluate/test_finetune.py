@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.finetune import finetune
+from fastmoco.evaluate.finetune import _losses, finetune
 from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.runs.run_folder import RunFolder
@@ -127,75 +128,77 @@ def test_normalization_and_size_are_written_down(stripes: Evaluation, normalize:
     assert stripes.preprocessing.size == 16
 
 
-def test_it_leaves_its_curve(evaluation: Evaluation) -> None:
+def test_it_leaves_its_curve(stripes: Evaluation) -> None:
     """20 rows, the last of them of the tested network."""
-    row = finetune(evaluation, FinetuneConfig(steps=50, batch=24, from_scratch=True, lr=0.05))
-    lines = (evaluation.run.root / row["curve"]).read_text().splitlines()
+    row = finetune(stripes, FinetuneConfig(steps=50, batch=24, from_scratch=True, lr=0.05))
+    lines = (stripes.run.root / row["curve"]).read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [one["step"] for one in found] == [(5 * n + 1) // 2 for n in range(1, 21)]
     assert found[-1]["test_top1"] == row["top1"] and found[-1]["test_images"] == 60
     assert 0.5 * found[0]["loss"] > found[-1]["loss"]
     assert found[-1]["train_top1"] > 80 > found[0]["train_top1"]
-    row = finetune(evaluation, FinetuneConfig(steps=2, batch=24, from_scratch=True, lr=1e-9))
-    lines = (evaluation.run.root / row["curve"]).read_text().splitlines()
+    row = finetune(stripes, FinetuneConfig(steps=2, batch=24, from_scratch=True, lr=1e-9))
+    lines = (stripes.run.root / row["curve"]).read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == pytest.approx(2 * [np.log(3)], abs=0.1)  # of untrained weights: no sum of both
 
 
-def test_a_rate_is_chosen_by_labels_held_out(evaluation: Evaluation) -> None:
+def test_a_rate_is_chosen_by_labels_held_out(stripes: Evaluation) -> None:
     """Blind to the test set; the chosen one is trained on all labels, as if it alone were given."""
     tuning = FinetuneConfig(steps=40, batch=24, from_scratch=True, lrs=(1e-9, 0.05))
-    row = finetune(evaluation, tuning)
+    row = finetune(stripes, tuning)
     assert (row["chosen"]["lr"], row["chosen"]["by"]) == (0.05, "holdout")
     assert row["chosen"]["images"] == 12
     low, high = (one["top1"] for one in row["chosen"]["candidates"])
     assert low < 64 and high > 80
-    alone = finetune(evaluation, replace(tuning, lr=0.05, lrs=(0.05,)))
-    stored = [np.load(evaluation.run.root / one["predictions"]) for one in (row, alone)]
+    alone = finetune(stripes, replace(tuning, lr=0.05, lrs=(0.05,)))
+    stored = [np.load(stripes.run.root / one["predictions"]) for one in (row, alone)]
     assert stored[0]["confidence"].tolist() == stored[1]["confidence"].tolist()
     assert "chosen" not in alone
-    blind = replace(evaluation.test, labels=evaluation.test.labels[::-1].copy())
-    other = finetune(replace(evaluation, test=blind), tuning)
+    blind = replace(stripes.test, labels=stripes.test.labels[::-1].copy())
+    other = finetune(replace(stripes, test=blind), tuning)
     assert other["chosen"] == row["chosen"] and other["top1"] != row["top1"]
 
 
-def test_by_folds_where_labels_are_few_and_by_the_test_set_if_asked(evaluation: Evaluation) -> None:
+def test_by_folds_where_labels_are_few_and_by_the_test_set_if_asked(stripes: Evaluation) -> None:
     tuning = FinetuneConfig(steps=2, batch=6, fraction=0.075, lrs=(0.01, 0.02))
-    row = finetune(evaluation, tuning)
+    row = finetune(stripes, tuning)
     assert (row["chosen"]["by"], row["chosen"]["images"]) == ("folds", 9)
-    row = finetune(evaluation, replace(tuning, choose="test"))
+    row = finetune(stripes, replace(tuning, choose="test"))
     assert (row["chosen"]["by"], row["chosen"]["images"]) == ("test", 60)
     chosen = max(row["chosen"]["candidates"], key=lambda one: (one["top1"], -one["lr"]))
     assert (row["protocol"]["lr"], row["top1"]) == (chosen["lr"], chosen["top1"])
 
 
-def test_every_class_equally_often(evaluation: Evaluation) -> None:
+def test_every_class_equally_often(stripes: Evaluation) -> None:
     """In an epoch of its own, each image of a class as often as others but for one time."""
     counts = (40, 12, 5)
-    train = evaluation.train
+    train = stripes.train
     places = [np.flatnonzero(train.labels == label)[:n] for label, n in enumerate(counts)]
     uneven = train.take(np.sort(np.concatenate(places)))
     for even, each in ((True, [40, 40, 40]), (False, list(counts))):
-        crops = Crops(uneven, None, 1, 3, evaluation.preprocessing, even=even)
+        crops = Crops(uneven, None, 1, 3, stripes.preprocessing, even=even)
         ids = crops.plan.order(np.arange(crops.plan.samples))
         labels = uneven.labels[np.searchsorted(uneven.ids, ids)]
         assert np.bincount(labels).tolist() == each
         times = np.unique(ids, return_counts=True)[1]
         assert len(times) == 57 and set(times.tolist()) <= ({1, 3, 4, 8} if even else {1})
-    row = finetune(replace(evaluation, train=uneven), replace(QUICK, even=True))
+    row = finetune(replace(stripes, train=uneven), replace(QUICK, even=True))
     assert row["protocol"]["even"] and row["budget"]["steps"] == 12
 
 
 def test_a_weight_of_2_is_the_sample_twice() -> None:
-    from fastmoco.evaluate.finetune import _loss
-
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 3, dtype=torch.float64, generator=generator)
     labels, twice = torch.arange(7) % 3, torch.arange(7) % 2 == 0
     weights = 1 + twice.double()
-    copies = torch.cat([logits, logits[twice]]), torch.cat([labels, labels[twice]])
-    weighted = _loss(logits, labels, weights / weights.mean())
-    torch.testing.assert_close(weighted, _loss(*copies), rtol=1e-12, atol=1e-12)
+    given: list[Any] = [
+        (logits, labels, weights / weights.mean()),
+        (torch.cat([logits, logits[twice]]), torch.cat([labels, labels[twice]])),
+    ]
+    crops: Any = SimpleNamespace(batches=lambda: iter(given))
+    (weighted, *_), (copies, *_) = _losses(lambda images: images, crops)
+    torch.testing.assert_close(weighted, copies, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
