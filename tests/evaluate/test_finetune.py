@@ -188,8 +188,11 @@ def test_the_chosen_rate_is_trained_again_on_all_labels(evaluation: Evaluation) 
     row = finetune(evaluation, replace(QUICK, steps=3, lrs=(0.01, 0.02)))
     lr = row["chosen"]["lr"]
     alone = finetune(evaluation, replace(QUICK, steps=3, lr=lr, lrs=(lr,)))
-    stored = [np.load(evaluation.run.root / one["predictions"]) for one in (row, alone)]
-    assert stored[0]["confidence"].tolist() == stored[1]["confidence"].tolist()
+    found = []
+    for one in (row, alone):
+        with np.load(evaluation.run.root / one["predictions"]) as stored:
+            found.append(stored["confidence"].tolist())
+    assert found[0] == found[1]
     assert row["labels"]["images"] == 120 and "chosen" not in alone
 
 
