@@ -150,7 +150,10 @@ def finetune(
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
     even: Annotated[
-        bool, typer.Option("--even", help="Show every class equally often, in as many steps.")
+        bool,
+        typer.Option(  # torchrun takes --even for the beginning of an option of its own
+            "--even", "--evenly", help="Show every class equally often, in as many steps."
+        ),
     ] = False,
     semi: Annotated[
         Literal["fixmatch", "mixmatch", "pseudo"] | None,

@@ -144,20 +144,28 @@ def test_it_leaves_its_curve(stripes: Evaluation) -> None:
 
 
 def test_a_rate_is_chosen_by_labels_held_out(stripes: Evaluation) -> None:
-    """Blind to the test set; the chosen one is trained on all labels, as if it alone were given."""
+    """There need be no test set for it."""
+    from fastmoco.evaluate.finetune import _choose
+
     tuning = FinetuneConfig(steps=40, batch=24, from_scratch=True, lrs=(1e-9, 0.05))
-    row = finetune(stripes, tuning)
-    assert (row["chosen"]["lr"], row["chosen"]["by"]) == (0.05, "holdout")
-    assert row["chosen"]["images"] == 12
-    low, high = (one["top1"] for one in row["chosen"]["candidates"])
+    untested = replace(stripes, test=None)  # type: ignore[arg-type]
+    chosen = _choose(untested, stripes.train, None, tuning, lambda done, steps: None)
+    assert (chosen["lr"], chosen["by"], chosen["images"]) == (0.05, "holdout", 12)
+    low, high = (one["top1"] for one in chosen["candidates"])
     assert low < 64 and high > 80
-    alone = finetune(stripes, replace(tuning, lr=0.05, lrs=(0.05,)))
-    stored = [np.load(stripes.run.root / one["predictions"]) for one in (row, alone)]
-    assert stored[0]["confidence"].tolist() == stored[1]["confidence"].tolist()
-    assert "chosen" not in alone
-    blind = replace(stripes.test, labels=stripes.test.labels[::-1].copy())
-    other = finetune(replace(stripes, test=blind), tuning)
-    assert other["chosen"] == row["chosen"] and other["top1"] != row["top1"]
+
+
+def test_the_chosen_rate_is_trained_again_on_all_labels(stripes: Evaluation) -> None:
+    """As if it alone were given."""
+    row = finetune(stripes, replace(QUICK, steps=3, lrs=(0.01, 0.02)))
+    lr = row["chosen"]["lr"]
+    alone = finetune(stripes, replace(QUICK, steps=3, lr=lr, lrs=(lr,)))
+    found = []
+    for one in (row, alone):
+        with np.load(stripes.run.root / one["predictions"]) as stored:
+            found.append(stored["confidence"].tolist())
+    assert found[0] == found[1]
+    assert row["labels"]["images"] == 120 and "chosen" not in alone
 
 
 def test_by_folds_where_labels_are_few_and_by_the_test_set_if_asked(stripes: Evaluation) -> None:
@@ -216,7 +224,8 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
         *["--epochs", "2", "--batch", "12", "--lr", "0.1", "--lr", "1"],
     ]
     knn = ["knn", str(run), *which, "--k", "7"]
-    tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8"]
+    rates = ["--lr", "0.01", "--lr", "0.02", "--evenly"]
+    tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8", *rates]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     main = "import sys; from fastmoco.cli import main; sys.argv[0] = 'fastmoco'; main()"
     (tmp_path / "main.py").write_text(main)
@@ -238,4 +247,5 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
         assert np.array_equal(second["predicted"], first["predicted"])
         assert two["top1"] == one["top1"]
     assert rows[0]["chosen"] == rows[1]["chosen"] and rows[0]["chosen"]["by"] == "holdout"
+    assert [row["chosen"]["images"] for row in rows[4:]] == [12, 12]
     assert [row["protocol"]["bn_batch"] for row in rows[4:]] == [8, 4]
