@@ -85,7 +85,8 @@ class RunMonitor:
         if config is None:
             return None
         if config.bank and config.labelled:
-            bank, queries = labelled_pair(config.bank, config.queries or config.bank, config.labels)
+            bank, asked = labelled_pair(config.bank, config.queries or config.bank, config.labels)
+            queries = asked if config.queries else None
             data, ids = ConcatShardSets([bank.set]), bank.ids
         elif config.bank:
             data = ConcatShardSets.open([config.bank])
@@ -93,9 +94,7 @@ class RunMonitor:
         else:
             data, chosen = loader.data, loader.plan.chosen
             ids = np.arange(len(data)) if chosen is None else chosen
-        if config.queries is None:
-            queries = None
-        elif bank and queries and world.is_main:
+        if bank and queries and world.is_main:
             for caution in cautions(bank, queries):
                 echo(f"warning: {caution}", err=True)
         shown = recipe.views, recipe.seed
@@ -191,13 +190,10 @@ class RunMonitor:
 
         numbers = {}
         if self.config.validation:
-            share = bank.ids[
-                stratified(bank.labels.astype(np.int32), self.config.validation, seed=0)
-            ]
-            held = torch.from_numpy(np.isin(ids, share)).to(features.device)
-            numbers["validation_top1"] = classifier(~held).accuracy(
-                features[held], labels[held], stop
-            )
+            places = stratified(bank.labels.astype(np.int32), self.config.validation, seed=0)
+            held = torch.from_numpy(np.isin(ids, bank.ids[places])).to(features.device)
+            asked = features[held], labels[held]
+            numbers["validation_top1"] = classifier(~held).accuracy(*asked, stop)
         if self.queries:
             asked = embed_labelled(
                 encoder, self.queries, self.config.feature, self.preprocessing, self.world, stop

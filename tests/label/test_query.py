@@ -180,10 +180,11 @@ def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
     assert code == 3 and "is no request" in err and not (place / "three.csv").exists()
 
 
-def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
+@pytest.mark.parametrize("monitor", [None, {"bank": "train"}])  # a bank whose labels are not read
+def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
     config = place / "run/config.yaml"
 
-    values = yaml.safe_load(config.read_text()) | {"monitor": None}
+    values = yaml.safe_load(config.read_text()) | {"monitor": monitor}
     config.write_text(yaml.safe_dump(values))
     for strategy in ("auto", "random", "herding", "coreset", "kmeans", "typiclust"):
         out = f"{strategy}.csv"
