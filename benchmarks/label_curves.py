@@ -4,11 +4,12 @@
 
 RUN has a monitor: its bank is pool and truth at once, its queries are the test set. Each seed
 begins with the same few labels a class for all strategies, asks as often as told, learns the truth,
-and fits a linear head (C 10, no temperature) on what is labelled. Features are computed once.
+and fits a linear head (C 10, no temperature) on what is labelled. PoolFeatures are computed once.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,14 @@ from fastmoco.core.environment import environment
 from fastmoco.core.rng import Ids, Permutation, Stream, stratified
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.label.head import fit_linear, pool_center, standardize
+from fastmoco.label.pool import PoolFeatures
 from fastmoco.label.query import Options, choose
 
-STRATEGIES = ("random", "herding", "coreset", "margin", "least", "entropy", "intersection")
+STRATEGIES = (
+    *("random", "herding", "typiclust", "kmeans", "coreset"),
+    *("hybrid", "margin", "least", "entropy", "intersection", "disagreement"),
+)
+MEMBERS = 5
 STRENGTH = 10.0
 
 
@@ -33,9 +39,12 @@ def ask_for(
     free = np.setdiff1d(np.arange(len(rows)), known)
     if strategy == "random":
         return free[Permutation(len(free), seed, Stream.QUERY)(np.arange(count))]
-    here, places = rows[torch.from_numpy(free)], torch.from_numpy(known)
+    places = torch.from_numpy(known)
+    features = PoolFeatures(rows[torch.from_numpy(free)], rows[places], step=0)
     options, classes = Options(count, strategy, seed=seed), int(labels.max()) + 1
-    return free[choose(strategy, here, rows[places], labels[places], classes, options, [])[0]]
+    if strategy == "disagreement":
+        options = replace(options, members=MEMBERS)
+    return free[choose([features], labels[places], classes, options, [])[0]]
 
 
 def curve(

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from fastmoco.dataset.labels import Labelled
 
 Strategy = Literal[
-    "auto", "random", "least", "margin", "entropy", "intersection", "coreset", "herding", "scores"
+    "auto",
+    "random",
+    "least",
+    "margin",
+    "entropy",
+    "intersection",
+    "disagreement",
+    "hybrid",
+    "coreset",
+    "herding",
+    "kmeans",
+    "typiclust",
+    "scores",
 ]
 
 
@@ -36,6 +48,13 @@ def query(
     balance: Annotated[
         bool, typer.Option(help="At most an equal share of each predicted class.")
     ] = True,
+    members: Annotated[
+        int, typer.Option(min=0, help="For disagreement: heads on bootstraps of the labels.")
+    ] = 0,
+    committee: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .npy.")
     ] = None,
@@ -56,7 +75,10 @@ def query(
     from fastmoco.label.request import check_absent, describe, write_images, write_request
 
     check_absent(out, replace)
-    asked = Options(budget, strategy, feature, balance, seed, scores, tuple(exclude or ()), device)
+    asked = Options(
+        *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
+        *(scores, tuple(exclude or ()), device),
+    )
     first, second = _labelled(run, train, labels, None, test)
     request = choose(run, pool, asked, first, second)
     if images:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastmoco.core.rng import Ids, assign_folds
+from fastmoco.core.rng import Ids, Stream, assign_folds, raw_words
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidates for C, the inverse strength of the penalty."""
+CHUNK = 16_384  # rows in fp64, or their probabilities, at a time: 100 MB of 800 numbers
+_BOOTSTRAPS = 16  # the stream's numbers below are other choices
 _FEW = 20  # below so many out-of-fold samples nothing is chosen
 _BINS = 15  # of the calibration error
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -31,7 +33,10 @@ def standardize(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
 
 def pool_center(features: torch.Tensor) -> torch.Tensor:
     """Return the (d,) fp64 mean of unit features."""
-    return torch.nn.functional.normalize(features.double(), dim=1).mean(dim=0)
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for part in torch.split(features, CHUNK):
+        total += torch.nn.functional.normalize(part.double(), dim=1).sum(dim=0)
+    return total / len(features)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Head:
     error: float | None = None
 
     def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return (n, c) fp64 for (n, d) standardized rows."""
-        logits = rows @ self.weight.T + self.bias
+        """Return (n, c) fp64 for (n, d) standardized rows, of any precision."""
+        logits = rows.to(self.weight) @ self.weight.T + self.bias
         return (logits / self.temperature).softmax(dim=1)
 
 
@@ -139,6 +144,16 @@ def cross_fit(
     errors = (calibration_error(confidence, hits) for confidence in (before, after))
     accuracy = 100 * float(hits.mean())
     return Head(weight, bias, strength, temperature, len(rows), accuracy, *errors), out_of_fold
+
+
+def fit_bootstrap(
+    head: Head, rows: torch.Tensor, labels: torch.Tensor, seed: int, member: int
+) -> Head:
+    """Fit a head anew, with its C and temperature, on as many labels drawn with replacement."""
+    words = raw_words(seed, Stream.QUERY, _BOOTSTRAPS + member, len(labels))
+    drawn = torch.from_numpy((words % np.uint64(len(labels))).astype(np.int64)).to(rows.device)
+    weight, bias = fit_linear(rows[drawn], labels[drawn], len(head.bias), head.strength)
+    return replace(head, weight=weight, bias=bias)
 
 
 def fit_linear(

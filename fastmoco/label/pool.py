@@ -1,7 +1,7 @@
 """A pool and what is labelled, as the encoder of a run sees them."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,19 +10,18 @@ from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
-from fastmoco.label.head import pool_center, standardize
+from fastmoco.label.head import CHUNK, pool_center, standardize
 from fastmoco.load.executor import get_settings
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
-class PoolFeatures:
+class PoolFeatures(NamedTuple):
     """Standardized features of a run.
 
     Attributes:
-        rows: (n, d) of the candidates.
-        known: (m, d) of what is labelled; m 0: nothing is.
+        rows: (n, d) fp32 of the candidates: a pool may be large.
+        known: (m, d) fp64 of what is labelled; m 0: nothing is.
         step: of the checkpoint.
     """
 
@@ -64,8 +63,9 @@ def embed_pool(
     def features(data: ConcatShardSets, ids: Ids) -> torch.Tensor:
         return embed(encoder, data, feature, preprocessing, ids=ids)
 
-    raw = features(ConcatShardSets([pool]), candidates)
-    center = pool_center(raw)
-    rows = standardize(raw, center)
-    known = standardize(features(train.data, train.ids), center) if train else rows[:0]
+    rows = features(ConcatShardSets([pool]), candidates)
+    center = pool_center(rows)
+    known = standardize(features(train.data, train.ids) if train else rows[:0], center)
+    for part in torch.split(rows, CHUNK):  # in place: there is room for one pool
+        part.copy_(standardize(part, center))
     return PoolFeatures(rows, known, step)

@@ -16,7 +16,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
 from fastmoco.evaluate.sanity import tell_dropped
 from fastmoco.evaluate.saved import load_saved
-from fastmoco.label.head import Head, OutOfFold, Scores, cross_fit, sum_by_confidence
+from fastmoco.label.head import CHUNK, Head, OutOfFold, Scores, cross_fit, sum_by_confidence
 from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.query import find_candidates
 from fastmoco.label.threshold import (
@@ -27,7 +27,7 @@ from fastmoco.label.threshold import (
     take_surest,
     trace_precision,
 )
-from fastmoco.label.uncertainty import CHUNK, Beliefs, judge
+from fastmoco.label.uncertainty import Beliefs, judge
 from fastmoco.load.executor import get_settings
 from fastmoco.runs.run_folder import RunFolder
 

@@ -1,7 +1,7 @@
 """`fastmoco query`: which samples of a pool to ask labels for."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
-from fastmoco.label.diversity import coreset, herding
-from fastmoco.label.head import Head, fit_head
-from fastmoco.label.pool import embed_pool
+from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
+from fastmoco.label.head import Head, fit_bootstrap, fit_head
+from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.request import Request, read_request
-from fastmoco.label.uncertainty import Beliefs, balance, judge, rank_scores
+from fastmoco.label.uncertainty import Beliefs, Member, balance, disagree, judge, rank_scores
 from fastmoco.runs.run_folder import RunFolder
 
-BY_HEAD = ("least", "margin", "entropy", "intersection")
+BY_HEAD = ("least", "margin", "entropy", "intersection", "disagreement", "hybrid")
 _FEW_LABELS = 100  # a class; below, covering the pool brings more than uncertainty
+_LOSES_WITH_FEW = ("least", "entropy", "intersection", "disagreement", "coreset")
 _CANDIDATES, _REFERENCE = 65_536, 32_768  # that herding looks at, of a larger pool
+_UNSURE = 10  # times the budget: the samples that hybrid clusters
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Options:
         feature: of the backbone or of the head.
         balanced: at most an equal share of each predicted class, for strategies by the head.
         seed: of folds and samples.
+        members: with "disagreement": heads of the run, fitted on bootstraps of the labels.
+        committee: with "disagreement": further runs, each with a head on its own features.
         scores: with "scores": an (N,) `.npy` of one number a sample, the largest first.
         exclude: earlier requests that are still out.
         device: "auto", "cpu" or "cuda".
@@ -45,6 +49,8 @@ class Options:
     feature: Feature = "backbone"
     balanced: bool = True
     seed: int = 0
+    members: int = 0
+    committee: tuple[Path, ...] = ()
     scores: Path | None = None
     exclude: tuple[Path, ...] = ()
     device: str = "auto"
@@ -75,28 +81,40 @@ def query(
             f"--budget {options.budget}: {pool} has {len(candidates):,} samples to ask for."
         )
     strategy, why = _decide(options, train)
-    chosen_by: tuple[Ids, Head | None, Beliefs | None]
+    decided = replace(options, strategy=strategy)
+    classes = train.classes if train else []
+    head, beliefs, features = None, None, []
     if strategy == "random":
         order = Permutation(len(candidates), options.seed, Stream.QUERY)
-        chosen_by = order(np.arange(options.budget)), None, None
+        places = order(np.arange(options.budget))
     elif strategy == "scores":
         scores = read_scores(options.scores, len(shard_set))
-        chosen_by = rank_scores(scores[candidates])[: options.budget], None, None
+        places = rank_scores(scores[candidates])[: options.budget]
     else:
-        chosen_by = _by_features(root, shard_set, candidates, strategy, options, train, warnings)
-    places, head, beliefs = chosen_by
-    classes = train.classes if train else []
+        feature, device = options.feature, options.device
+        features = [
+            embed_pool(run, shard_set, candidates, train, feature, device, warnings)
+            for run in (root, *options.committee)
+        ]
+        labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
+        places, head, beliefs = choose(features, labels, len(classes), decided, warnings)
     if train and (missing := sorted(set(range(len(classes))) - set(train.labels.tolist()))):
         warnings.append(f"no label of the class {classes[missing[0]]!r} yet ({len(missing)} such)")
+    runs = (root, *options.committee)
     about = {
-        "run": RunFolder(root).name,
         "pool": str(pool),
         "set_id": shard_set.manifest.set_id,
         "budget": options.budget,
         "asked_strategy": options.strategy,
         "feature": options.feature,
+        "balance": options.balanced,
+        "members": options.members,
         "seed": options.seed,
         "labels": len(train.ids) if train else 0,
+        "runs": [
+            {"run": RunFolder(run).name, "step": found.step}
+            for run, found in zip(runs, features, strict=False)
+        ],
     }
     ids = candidates[places]
     return Request(
@@ -150,6 +168,12 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
     """Return the strategy, and why that one where it was not named."""
     if (options.strategy == "scores") != (options.scores is not None):
         raise UsageError("--strategy scores and --scores FILE.npy belong together.")
+    size = max(1, options.members) + len(options.committee)
+    if (options.strategy == "disagreement") != (size > 1):
+        raise UsageError(
+            "--strategy disagreement needs a committee of two or more, and no other strategy has "
+            "one: add --members 5, or --with RUN."
+        )
     each = len(train.ids) / len(train.classes) if train else 0
     if options.strategy == "auto":
         if each < _FEW_LABELS:
@@ -163,27 +187,8 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
     return options.strategy, ""
 
 
-def _by_features(
-    root: Path,
-    pool: ShardSet,
-    candidates: Ids,
-    strategy: str,
-    options: Options,
-    train: Labelled | None,
-    warnings: list[str],
-) -> tuple[Ids, Head | None, Beliefs | None]:
-    found = embed_pool(root, pool, candidates, train, options.feature, options.device, warnings)
-    if not train:
-        return choose(strategy, found.rows, found.known, None, 0, options, warnings)
-    labels = torch.from_numpy(train.labels).to(found.rows.device)
-    classes = len(train.classes)
-    return choose(strategy, found.rows, found.known, labels, classes, options, warnings)
-
-
 def choose(
-    strategy: str,
-    rows: torch.Tensor,
-    known: torch.Tensor,
+    features: Sequence[PoolFeatures],
     labels: torch.Tensor | None,
     classes: int,
     options: Options,
@@ -192,45 +197,90 @@ def choose(
     """Choose among samples by their features.
 
     Args:
-        strategy: one that looks at features.
-        rows: (n, d) standardized, of the candidates.
-        known: (m, d) standardized, of what is labelled.
-        labels: (m,) of it; None: a strategy that needs none.
+        features: by the run; with "disagreement", by the other runs of the committee too.
+        labels: (m,) of what is labelled; None: a strategy that needs none.
         classes: their number.
-        options: the budget and the rest.
+        options: the budget and the rest; a strategy that looks at features.
         warnings: what the reader should know is added.
 
     Returns:
         (budget,) places, the head and what it says of them, if the strategy has one.
     """
-    if strategy == "coreset":
-        return coreset(rows / 4, known / 4, options.budget), None, None
+    strategy = options.strategy
+    rows, known, _ = features[0]
+    budget, seed = options.budget, options.seed
+    loses = strategy in _LOSES_WITH_FEW or (strategy == "margin" and not options.balanced)
+    if labels is not None and loses and (each := len(labels) / classes) < _FEW_LABELS:
+        warnings.append(
+            f"{each:.0f} labels a class are few for {strategy}: --strategy herding serves better"
+        )
     if strategy == "herding":
-        return _herd(rows / 4, known / 4, options, warnings), None, None
+        return _herd(rows, known.to(rows), options, warnings), None, None
+    if strategy == "coreset":
+        return coreset(rows, known.to(rows), budget), None, None
+    if strategy == "kmeans":
+        return spread(rows, budget, seed), None, None
+    if strategy == "typiclust":
+        _check_clusters(len(known) + budget, classes, warnings)
+        return typiclust(rows, known.to(rows), budget, seed), None, None
     assert labels is not None
-    head = fit_head(known, labels, classes, options.seed)
-    if (each := len(labels) / classes) < _FEW_LABELS:
-        few = f"{each:.0f} labels a class are few for uncertainty: --strategy herding serves better"
-        warnings.append(few)
+    head = fit_head(known, labels, classes, seed)
     beliefs = judge(head, rows)
-    places = rank_scores(beliefs.scores(strategy))
-    if options.balanced:
-        places = balance(places, beliefs.predicted, options.budget, classes)
-    places = places[: options.budget]
+    if strategy == "hybrid":
+        unsure = rank_scores(-beliefs.margin)[: _UNSURE * budget]
+        weights = torch.from_numpy(beliefs.margin[unsure].max() - beliefs.margin[unsure] + 1e-3)
+        some = rows[torch.from_numpy(unsure)]
+        places = unsure[spread(some, budget, seed, weights.to(rows.device))]
+    else:
+        if strategy == "disagreement":
+            scores = disagree(_get_committee(head, features, labels, options))
+        else:
+            scores = beliefs.scores(strategy)
+        places = rank_scores(scores)
+        if options.balanced:
+            places = balance(places, beliefs.predicted, budget, classes)
+    places = places[:budget]
     of_chosen = Beliefs(*(column[places] for column in vars(beliefs).values()))
     return places, head, of_chosen
 
 
+def _check_clusters(wanted: int, classes: int, warnings: list[str]) -> None:
+    """Refuse typiclust with clusters that hold several classes each: there it loses to chance."""
+    if min(wanted, CLUSTERS) < 2 * classes:
+        raise UsageError(
+            f"typiclust would make {min(wanted, CLUSTERS)} clusters, too few for {classes} "
+            "classes: choose --strategy herding."
+        )
+    if wanted > CLUSTERS:
+        warnings.append(f"typiclust makes {CLUSTERS} clusters at most, not {wanted:,}")
+
+
+def _get_committee(
+    head: Head, features: Sequence[PoolFeatures], labels: torch.Tensor, options: Options
+) -> list[Member]:
+    """Return the heads of the run, its own or on bootstraps, and one of each other run."""
+    (rows, known, _), *others = features
+    own = [
+        fit_bootstrap(head, known, labels, options.seed, member)
+        for member in range(options.members)
+    ]
+    more = [
+        (fit_head(other.known, labels, len(head.bias), options.seed), other.rows)
+        for other in others
+    ]
+    return [(one, rows) for one in own or [head]] + more
+
+
 def _herd(rows: torch.Tensor, known: torch.Tensor, options: Options, warnings: list[str]) -> Ids:
     """Herd over all candidates, or over a sample of so many that it takes minutes."""
-    most = max(_CANDIDATES, 4 * options.budget)
+    most, known = max(_CANDIDATES, 4 * options.budget), known / 4  # its kernel is of unit features
     if len(rows) <= most:
-        return herding(rows, known, options.budget)
+        return herding(rows / 4, known, options.budget)
     some = np.sort(Permutation(len(rows), options.seed, Stream.QUERY, 1)(np.arange(most)))
     points = Permutation(len(rows), options.seed, Stream.QUERY, 2)(np.arange(_REFERENCE))
     warnings.append(f"herding looks at {most:,} candidates and {_REFERENCE:,} samples to cover")
-    reference = rows[torch.from_numpy(points)]
-    return some[herding(rows[torch.from_numpy(some)], known, options.budget, reference)]
+    reference = rows[torch.from_numpy(points)] / 4
+    return some[herding(rows[torch.from_numpy(some)] / 4, known, options.budget, reference)]
 
 
 def read_scores(path: Path | None, samples: int) -> "np.ndarray[Any, Any]":

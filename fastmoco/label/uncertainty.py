@@ -1,15 +1,16 @@
 """How unsure a classifier is of each sample, and the order in which samples are asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastmoco.core.rng import Ids
-from fastmoco.label.head import Head, Scores
+from fastmoco.label.head import CHUNK, Head, Scores
 
-CHUNK = 16384  # rows whose probabilities are held at a time: 100 MB of 800 classes
+Member = tuple[Head, torch.Tensor]
+"""A head, and the (n, d) standardized rows that it judges."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Beliefs:
         parts = []
         for p in chunks:
             top, places = p.topk(2, dim=1)
-            entropy = -torch.special.xlogy(p, p).sum(dim=1) / np.log(p.shape[1])
+            entropy = _get_entropy(p) / np.log(p.shape[1])
             parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
         return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
@@ -60,8 +61,35 @@ class Beliefs:
 
 def judge(head: Head, rows: torch.Tensor) -> Beliefs:
     """Return what a head says of (n, d) standardized rows, chunk by chunk."""
-    chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-    return Beliefs.of(head.probabilities(chunk) for chunk in chunks)
+    starts = range(0, len(rows), CHUNK)
+    return Beliefs.of(_get_probabilities((head, rows), start) for start in starts)
+
+
+def disagree(members: Sequence[Member]) -> Scores:
+    """Return how much a committee disagrees on each of n samples: H(mean p) - mean H(p), in nats.
+
+    It is the mean divergence of the members from their mean (McCallum and Nigam, "Employing EM and
+    Pool-Based Active Learning for Text Classification", 1998), and the mutual information of label
+    and member.
+    """
+    parts = []
+    for start in range(0, len(members[0][1]), CHUNK):
+        found = [_get_probabilities(member, start) for member in members]
+        mean = torch.stack(found).mean(dim=0)
+        own = torch.stack([_get_entropy(p) for p in found]).mean(dim=0)
+        parts.append(_get_entropy(mean) - own)
+    scores: Scores = torch.cat(parts).cpu().numpy()
+    return scores
+
+
+def _get_probabilities(member: Member, start: int) -> torch.Tensor:
+    head, rows = member
+    return head.probabilities(rows[start : start + CHUNK])
+
+
+def _get_entropy(p: torch.Tensor) -> torch.Tensor:
+    entropy: torch.Tensor = -torch.special.xlogy(p, p).sum(dim=1)
+    return entropy
 
 
 def rank_scores(scores: Scores) -> Ids:

@@ -22,7 +22,10 @@ from fastmoco.pack.packer import pack
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., Path]
-STRATEGIES = ("random", "least", "margin", "entropy", "intersection", "coreset", "herding")
+STRATEGIES = (
+    *("random", "least", "margin", "entropy", "intersection", "hybrid"),
+    *("coreset", "herding", "kmeans", "typiclust"),
+)
 
 
 @pytest.fixture
@@ -89,6 +92,20 @@ def test_what_has_a_label_is_not_asked_for(place, capsys, strategy):
     assert "1 samples are left out: their bytes come before in the pool" in out
     told = json.loads((place / "request.json").read_text())
     assert (told["strategy"], told["candidates"], told["budget"]) == (strategy, 36, 36)
+
+
+def test_a_committee_of_two_runs(place, capsys):
+    """The other is at step 0: that is told, and both are named."""
+    torch.manual_seed(1)
+    shutil.copytree(place / "run", place / "new", ignore=shutil.ignore_patterns("checkpoints"))
+    other = RunFolder(place / "new")
+    other.save({"encoder_q": Encoder(other.spec()).state_dict()}, 0, {}, keep=1)
+    words = ("--strategy", "disagreement", "--with", "new", "--members", "2", "--device", "cpu")
+    code, out, err = command(capsys, "query", "run", "pool", "--budget", 7, *words)
+    assert code == 0 and "the encoder of new is untrained (step 0)" in out, err
+    told = json.loads((place / "request.json").read_text())
+    assert told["runs"] == [{"run": "tiny", "step": 5}, {"run": "tiny", "step": 0}]
+    assert told["members"] == 2 and len(set(asked(place / "request.csv"))) == 7
 
 
 @pytest.mark.parametrize("strategy", ["random", "margin", "herding"])
@@ -168,7 +185,7 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
 
     values = yaml.safe_load(config.read_text()) | {"monitor": None}
     config.write_text(yaml.safe_dump(values))
-    for strategy in ("auto", "random", "herding", "coreset"):
+    for strategy in ("auto", "random", "herding", "coreset", "kmeans", "typiclust"):
         out = f"{strategy}.csv"
         code, _, err = command(
             capsys, *("query", "run", "pool", "--budget", 4, "--strategy", strategy, "--out", out)
@@ -197,6 +214,14 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
         ),
         (("--budget", "3", "--strategy", "scores", "--scores", "nan.npy"), 3, "sample 5 is no fin"),
         (("--budget", "3", "--out", "request.txt"), 2, "must end in .csv"),
+        (("--budget", "3", "--strategy", "disagreement"), 2, "add --members 5, or --with RUN"),
+        (("--budget", "3", "--strategy", "margin", "--members", "5"), 2, "no other strategy"),
+        (("--budget", "3", "--with", "run"), 2, "no other strategy has one"),
+        (
+            ("--budget", "3", "--strategy", "disagreement", "--with", "empty"),
+            4,
+            "empty has no checkpoint",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(place, capsys, words, code, told):
@@ -205,6 +230,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(place, capsys, words, c
     odd = np.zeros(count)
     odd[5] = np.nan
     np.save(place / "nan.npy", odd)
+    (place / "empty").mkdir()
+    shutil.copy(place / "run/encoder.json", place / "empty")
     found, _, err = command(capsys, "query", "run", "pool", *words, "--device", "cpu")
     assert (found, told in err) == (code, True), err
     assert not list(place.glob("request*"))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.label.diversity import coreset, herding
+from fastmoco.label.clusters import ROUNDS, draw_centers, kmeans, lloyd, take_nearest
+from fastmoco.label.diversity import coreset, herding, spread, take_typical, typiclust
 from fastmoco.label.head import Head
 from fastmoco.label.uncertainty import Beliefs, balance, judge, rank_scores
 
@@ -98,3 +99,115 @@ def test_equal_samples_are_all_taken_in_order():
     rows = unit(7, 1).expand(5, 3)
     assert coreset(rows, rows[:1], 5).tolist() == [0, 1, 2, 3, 4]
     assert herding(rows, rows[:1], 5).tolist() == [0, 1, 2, 3, 4]
+    assert sorted(spread(rows, 5, 0).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(typiclust(rows, rows[:1], 5, 0).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_lloyds_algorithm_is_scikit_learns(monkeypatch):
+    from sklearn.cluster import KMeans
+
+    monkeypatch.setattr("fastmoco.label.clusters._BLOCK", 50)
+    rows, weights = unit(8, 300, 4), torch.rand(300, generator=torch.Generator().manual_seed(9)) + 1
+    for given in (None, weights.double()):
+        reference = KMeans(7, init=rows[:7].numpy(), n_init=1, max_iter=ROUNDS, tol=0)
+        reference.fit(rows.numpy(), sample_weight=given)
+        centers, members = lloyd(rows, rows[:7], given)
+        assert members.tolist() == reference.labels_.tolist()
+        assert centers.numpy() == pytest.approx(reference.cluster_centers_, abs=1e-9)
+
+
+def test_first_centers_lie_apart(monkeypatch):
+    """One in each of 20 far clusters of very unequal size, from a sample of the rows."""
+    monkeypatch.setattr("fastmoco.label.clusters._SAMPLED", 1500)
+    random = torch.Generator().manual_seed(1)
+    sizes = torch.tensor([900] + 19 * [60])
+    own = torch.arange(20).repeat_interleave(sizes)
+    places = torch.randn(20, 8, generator=random, dtype=torch.float64)
+    noise = 1e-6 * torch.randn(len(own), 8, generator=random, dtype=torch.float64)
+    rows = places[own] + noise
+    centers = draw_centers(rows, 20, seed=3)
+    assert (torch.cdist(centers, places).argmin(dim=1).sort().values == torch.arange(20)).all()
+    assert torch.equal(centers, draw_centers(rows, 20, seed=3))
+    assert not torch.equal(centers, draw_centers(rows, 20, seed=4))
+
+
+def test_weights_draw_the_first_center():
+    rows, weights = unit(8, 40, 4), torch.full((40,), 1e-9)
+    weights[17] = 1
+    assert torch.equal(draw_centers(rows, 1, 0, weights)[0], rows[17])
+
+
+def test_an_empty_cluster_keeps_its_center():
+    rows = torch.tensor([[0.0, 0], [0, 1]])
+    centers, members = lloyd(rows, torch.tensor([[0.0, 0.4], [9.0, 9]]))
+    assert members.tolist() == [0, 0] and centers.tolist() == [[0, 0.5], [9, 9]]
+
+
+def test_each_center_takes_the_nearest_that_is_left():
+    rows, centers = unit(10, 60), unit(11, 40)
+    order = np.random.default_rng(0).permutation(40)
+    expected: list[int] = []
+    for number in order:
+        free = [i for i in range(60) if i not in expected]
+        gaps = [float((rows[i] - centers[number]).norm()) for i in free]
+        expected.append(free[int(np.argmin(gaps))])
+    assert take_nearest(rows, centers, order).tolist() == expected
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_spread_takes_the_center_of_each_cluster_the_largest_first(weighted):
+    rows = unit(12, 300, 5)
+    weights = torch.linspace(0.1, 3, 300, dtype=torch.float64) if weighted else None
+    _, members = kmeans(rows, 30, 6, weights)
+    sizes = [int((members == cluster).sum()) for cluster in range(30)]
+    expected: list[int] = []
+    for cluster in sorted(range(30), key=lambda cluster: -sizes[cluster]):
+        share = torch.ones(300) if weights is None else weights
+        inside = [i for i in range(300) if members[i] == cluster]
+        center = sum(share[i] * rows[i] for i in inside) / sum(share[i] for i in inside)
+        free = [i for i in range(300) if i not in expected]
+        expected.append(min(free, key=lambda i: float((rows[i] - center).norm())))
+    assert spread(rows, 30, 6, weights).tolist() == expected
+
+
+def naive_typiclust(
+    rows: torch.Tensor, members: list[int], labelled: list[int], budget: int
+) -> list[int]:
+    """The rule as the paper's code has it, but that small clusters follow at the end."""
+    left = {c: [i for i, m in enumerate(members) if m == c] for c in set(members) | set(labelled)}
+    sizes = {c: len(left[c]) + labelled.count(c) for c in left}
+    order = sorted(left, key=lambda c: (labelled.count(c), -sizes[c], c))
+    taken: list[int] = []
+    for clusters in ([c for c in order if sizes[c] > 5], [c for c in order if sizes[c] <= 5]):
+        while len(taken) < budget and any(left[c] for c in clusters):
+            for cluster in clusters:
+                free = left[cluster]
+                if not free or len(taken) == budget:
+                    continue
+                count, scores = min(20, len(free) // 2), []
+                for i in free:
+                    gaps = sorted(float((rows[i] - rows[j]).norm()) for j in free if j != i)
+                    scores.append(1 / (sum(gaps[:count]) / max(1, count) + 1e-5))
+                taken.append(free.pop(int(np.argmax(scores))))
+    return taken
+
+
+@pytest.mark.parametrize("budget", [40, 300])
+def test_typical_samples_are_taken_cluster_by_cluster(budget, monkeypatch):
+    monkeypatch.setattr("fastmoco.label.diversity._BLOCK", 17)
+    monkeypatch.setattr("fastmoco.label.diversity._SPARE", 4)
+    random = np.random.default_rng(2)
+    members = random.choice(9, 300, p=[0.4, 0.2, 0.15, 0.1, 0.05, 0.05, 0.02, 0.02, 0.01])
+    labelled = random.choice([0, 2, 5, 8], 12)
+    rows = unit(13, 300, 4)
+    found = take_typical(rows, members, labelled, budget).tolist()
+    assert found == naive_typiclust(rows, members.tolist(), labelled.tolist(), budget)
+
+
+def test_typiclust_clusters_what_is_labelled_too():
+    """Two far groups, labels in one: the other is asked for first, and then each in turn."""
+    near, far = (0.1 * unit(seed, 12) + shift for seed, shift in ((14, 0), (15, 5)))
+    rows, known = torch.cat([near[:10], far]), near[10:]
+    found = typiclust(rows, known, 2, seed=0)  # four clusters
+    assert found[0] >= 10 and len(set(found.tolist())) == 2
+    assert sorted(typiclust(rows, known, 22, seed=0).tolist()) == list(range(22))
