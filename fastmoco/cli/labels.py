@@ -72,18 +72,16 @@ def query(
     """Choose the images of a set whose labels would help most, for people to label."""
     from fastmoco.label.query import Options
     from fastmoco.label.query import query as choose
-    from fastmoco.label.request import check_absent, describe, write_images, write_request
+    from fastmoco.label.request import check_request, describe, write_request
 
-    check_absent(out, replace)
+    check_request(out, images, replace)
     asked = Options(
         *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
         *(scores, tuple(exclude or ()), device),
     )
     first, second = _labelled(run, train, labels, None, test)
     request = choose(run, pool, asked, first, second)
-    if images:
-        write_images(request, images)
-    write_request(request, out)
+    write_request(request, out, images)
     echo("\n".join(describe(request, out)))
 
 

@@ -108,11 +108,11 @@ def test_a_committee_of_two_runs(place, capsys):
     assert told["members"] == 2 and len(set(asked(place / "request.csv"))) == 7
 
 
-@pytest.mark.parametrize("strategy", ["random", "margin", "herding"])
+@pytest.mark.parametrize("strategy", ["random", "herding", "typiclust", "hybrid"])
 def test_the_pools_own_labels_change_no_request(place, capsys, strategy):
     arguments = ("query", "run", "pool", "--budget", 9, "--strategy", strategy, "--device", "cpu")
     assert command(capsys, *arguments)[0] == 0
-    files = ("request.csv", "request.details.csv", "request.json")
+    files = ("request.csv", "request.details.csv", "request.json", "request.png")
     before = [(place / name).read_bytes() for name in files]
     rows = np.array(ShardSet(place / "pool").samples)
     rows["label"] = np.random.default_rng(0).permutation(rows["label"])
