@@ -55,6 +55,9 @@ def query(
         list[Path] | None,
         typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
     ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .npy.")
     ] = None,
@@ -77,7 +80,7 @@ def query(
     check_request(out, images, replace)
     asked = Options(
         *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
-        *(scores, tuple(exclude or ()), device),
+        *(features, scores, tuple(exclude or ()), device),
     )
     first, second = _labelled(run, train, labels, None, test)
     request = choose(run, pool, asked, first, second)

@@ -39,6 +39,7 @@ class Options:
         seed: of folds and samples.
         members: with "disagreement": heads of the run, fitted on bootstraps of the labels.
         committee: with "disagreement": further runs, each with a head on its own features.
+        features: of the pool, as `fastmoco embed` wrote them; None: they are computed.
         scores: with "scores": an (N,) `.npy` of one number a sample, the largest first.
         exclude: earlier requests that are still out.
         device: "auto", "cpu" or "cuda".
@@ -51,6 +52,7 @@ class Options:
     seed: int = 0
     members: int = 0
     committee: tuple[Path, ...] = ()
+    features: Path | None = None
     scores: Path | None = None
     exclude: tuple[Path, ...] = ()
     device: str = "auto"
@@ -93,8 +95,8 @@ def query(
     else:
         feature, device = options.feature, options.device
         features = [
-            embed_pool(run, shard_set, candidates, train, feature, device, warnings)
-            for run in (root, *options.committee)
+            embed_pool(run, shard_set, candidates, train, feature, device, warnings, file)
+            for run, file in ((root, options.features), *((run, None) for run in options.committee))
         ]
         labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
         places, head, beliefs = choose(features, labels, len(classes), decided, warnings)

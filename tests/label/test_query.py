@@ -16,6 +16,7 @@ from fastmoco import cli
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
+from fastmoco.evaluate.features import embed
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -106,6 +107,55 @@ def test_a_committee_of_two_runs(place, capsys):
     told = json.loads((place / "request.json").read_text())
     assert told["runs"] == [{"run": "tiny", "step": 5}, {"run": "tiny", "step": 0}]
     assert told["members"] == 2 and len(set(asked(place / "request.csv"))) == 7
+
+
+def test_features_of_a_file_are_those_of_the_run(place, capsys):
+    """The request is the same to the byte; a file of something else is refused."""
+    words = ("query", "run", "pool", "--budget", 7, "--strategy", "margin", "--device", "cpu")
+    assert command(capsys, *words)[0] == 0
+    before = [(place / f"request{end}").read_bytes() for end in (".csv", ".details.csv", ".json")]
+    embedding = ("embed", "run", "--device", "cpu", "--out")
+    assert command(capsys, *embedding, "pool.npy", "pool")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        patch.setattr("fastmoco.label.pool.embed", counted(calls))
+        code, _, err = command(capsys, *words, "--features", "pool.npy", "--replace")
+    assert code == 0 and calls == [24], err
+    assert [
+        (place / f"request{end}").read_bytes() for end in (".csv", ".details.csv", ".json")
+    ] == before
+    command(capsys, *embedding, "test.npy", "test")
+    command(capsys, *embedding, "head.npy", "pool", "--feature", "head")
+    odd = np.load(place / "pool.npy")
+    for name, change in (("short", odd[1:]), ("nan", np.where(odd == odd[20, 0], np.nan, odd))):
+        np.save(place / f"{name}.npy", change)
+        for end in (".json", ".ids.npy"):
+            shutil.copy(place / f"pool{end}", place / f"{name}{end}")
+    about = json.loads((place / "pool.json").read_text())
+    shutil.copy(place / "pool.npy", place / "old.npy")
+    shutil.copy(place / "pool.ids.npy", place / "old.ids.npy")
+    (place / "old.json").write_text(json.dumps(about | {"step": 4}))
+    for name, told in (
+        ("test", "features of another set_id: '"),
+        ("head", "features of another feature: 'head', not 'backbone'"),
+        ("old", "features of another step: 4, not 5"),
+        ("short", "has the shape (42, 512), not (43, 512)"),
+        ("nan", "features of sample 20 are not finite"),
+        ("none", "cannot be read as features"),
+    ):
+        code, _, err = command(capsys, *words, "--features", f"{name}.npy", "--out", "no.csv")
+        assert code == 3 and told in err, err
+        assert not list(place.glob("no.*"))
+
+
+def counted(calls: list[int]) -> Callable[..., torch.Tensor]:
+    """`embed`, which notes how many images it is given."""
+
+    def call(*arguments: object, ids: np.ndarray, **options: object) -> torch.Tensor:
+        calls.append(len(ids))
+        return embed(*arguments, ids=ids, **options)
+
+    return call
 
 
 @pytest.mark.parametrize("strategy", ["random", "herding", "typiclust", "hybrid"])
