@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from fastmoco.core.rng import Ids, Permutation, Stream
+from fastmoco.core.terminal import echo
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
+from fastmoco.label.estimate import LONG, estimate_minutes
 from fastmoco.label.head import Head, fit_bootstrap, fit_head
 from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.request import Request, read_request
@@ -99,6 +101,7 @@ def query(
             for run, file in ((root, options.features), *((run, None) for run in options.committee))
         ]
         labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
+        _tell_if_long(features, len(classes), decided)
         places, head, beliefs = choose(features, labels, len(classes), decided, warnings)
     if train and (missing := sorted(set(range(len(classes))) - set(train.labels.tolist()))):
         warnings.append(f"no label of the class {classes[missing[0]]!r} yet ({len(missing)} such)")
@@ -187,6 +190,21 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
             "herding or random."
         )
     return options.strategy, ""
+
+
+def _tell_if_long(features: Sequence[PoolFeatures], classes: int, options: Options) -> None:
+    """Say how long it takes, before it begins, if that is longer than somebody waits."""
+    rows, known, _ = features[0]
+    minutes = estimate_minutes(
+        *(options.strategy, len(rows), rows.shape[1], options.budget, len(known), classes),
+        *(torch.get_num_threads(), options.members, len(features)),
+    )
+    if rows.device.type == "cpu" and minutes > LONG:
+        shorter = "; --feature head takes less" if options.feature == "backbone" else ""
+        echo(
+            f"{options.strategy}: {options.budget:,} of {len(rows):,} samples by {rows.shape[1]} "
+            f"numbers each take about {minutes:.0f} minutes on this CPU{shorter}"
+        )
 
 
 def choose(

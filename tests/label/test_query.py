@@ -17,6 +17,7 @@ from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
 from fastmoco.evaluate.features import embed
+from fastmoco.label.estimate import estimate_minutes
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -146,6 +147,35 @@ def test_features_of_a_file_are_those_of_the_run(place, capsys):
         code, _, err = command(capsys, *words, "--features", f"{name}.npy", "--out", "no.csv")
         assert code == 3 and told in err, err
         assert not list(place.glob("no.*"))
+
+
+def test_what_takes_long_is_told_before_it_begins(place, capsys, monkeypatch):
+    words = ("query", "run", "pool", "--budget", 7, "--strategy", "kmeans", "--device", "cpu")
+    told = "kmeans: 7 of 36 samples by 512 numbers each take about 0 minutes"
+    code, out, _ = command(capsys, *words)
+    assert code == 0 and told not in out
+    monkeypatch.setattr("fastmoco.label.query.LONG", 0)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmoco.label.query.choose", stop)
+    code, out, _ = command(capsys, *words, "--replace")
+    assert code == 130 and told in out
+
+
+@pytest.mark.parametrize(
+    ("strategy", "minutes"),
+    [
+        # 12,800 passes over 512,000 x 512 numbers at 4e9 a second, labels in blocks on two threads.
+        ("coreset", (12_800 * 512_000 / 4e9 + 25_600 * 512_000 / 4e10) * 512 / 60),
+        # 22 products of all samples and centers, and first centers among three times as many.
+        ("kmeans", (22 * 512_000 * 12_800 / 4e10 + 12_800 * 38_400 / 4e9) * 512 / 60),
+    ],
+)
+def test_minutes_come_from_counts(strategy, minutes):
+    counts = (strategy, 512_000, 512, 12_800, 25_600, 800, 2)
+    assert estimate_minutes(*counts) == pytest.approx(minutes)
 
 
 def counted(calls: list[int]) -> Callable[..., torch.Tensor]:
