@@ -26,7 +26,8 @@ from fastmoco.label.head import CHUNK, pool_center, standardize
 from fastmoco.label.pool import PoolFeatures
 from fastmoco.label.query import Options, choose
 
-WIDTH, CLUSTERS, LABELS = 512, 800, 32  # of each cluster: its labels
+IMAGES, WIDTH, CLUSTERS = 512_000, 512, 800
+LABELS = 32  # of each cluster; of fewer images, fewer
 STRATEGIES = (
     *("herding", "coreset", "kmeans", "typiclust", "hybrid"),
     *("least", "margin", "entropy", "intersection", "disagreement"),
@@ -35,7 +36,7 @@ MEMBERS = 5
 
 
 def draw_clusters(images: int, seed: int) -> Ids:
-    """Return the cluster of each image: sizes fall as 1 / (1 + place / 50), each has one or more."""
+    """Return the cluster of each image: none is empty, sizes fall as 1 / (1 + place / 50)."""
     share = 1 / (1 + np.arange(CLUSTERS) / 50)
     random = np.random.default_rng(seed)
     drawn = random.choice(CLUSTERS, images - CLUSTERS, p=share / share.sum())
@@ -59,7 +60,7 @@ def measure(strategy: str, images: int, budget: int, seed: int) -> dict[str, Any
     center = pool_center(rows)
     known, labels, classes = rows[:0].double(), None, 0
     if strategy != "typiclust":
-        each = np.arange(CLUSTERS).repeat(LABELS)
+        each = np.arange(CLUSTERS).repeat(max(2, round(LABELS * images / IMAGES)))
         known, labels = standardize(make_features(each, seed + 2), center), torch.from_numpy(each)
         classes = CLUSTERS
     for part in torch.split(rows, CHUNK):
@@ -95,7 +96,7 @@ def work(arguments: tuple[str, int, int, int], out: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Argument(help="A .jsonl that rows are appended to.")],
-    images: int = 512_000,
+    images: Annotated[int, typer.Option(min=2 * CLUSTERS)] = IMAGES,
     strategy: Annotated[list[str] | None, typer.Option(help="One; repeatable.")] = None,
     seed: int = 0,
 ) -> None:
