@@ -43,6 +43,7 @@ def query(
     labels: Annotated[
         str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
     ] = None,
+    more: options.More = None,
     test: options.Test = None,
     feature: options.Feature = "backbone",
     balance: Annotated[
@@ -82,7 +83,7 @@ def query(
         *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
         *(features, scores, tuple(exclude or ()), device),
     )
-    first, second = _labelled(run, train, labels, None, test)
+    first, second = _labelled(run, train, labels, more, test)
     request = choose(run, pool, asked, first, second)
     write_request(request, out, images)
     echo("\n".join(describe(request, out)))
@@ -160,6 +161,6 @@ def _labelled(
         Labelled.of(ShardSet(path), table) if path else None
         for path, table in ((train, labels), (test, None))
     )
-    if first:
-        first = union(first, *(read_labelled(*pair) for pair in options.split_pairs(more)))
-    return first, second
+    known = [first] if first else []
+    known += (read_labelled(*pair) for pair in options.split_pairs(more))
+    return (union(*known) if known else None), second

@@ -47,7 +47,7 @@ def estimate_minutes(
         blocks, passes = labels * rows, budget * rows
     elif strategy == "herding":
         looked_at, reference = min(rows, max(65_536, 4 * budget)), min(rows, 32_768)
-        blocks = (looked_at + labels + 100 * budget) * reference  # a hundred gains anew for each
+        blocks = (looked_at + labels + 200 * budget) * reference  # 200 gains anew for each
     if strategy in ("least", "margin", "entropy", "intersection", "disagreement", "hybrid"):
         fits = _FITS * runs + members
         blocks += 2 * (runs + members) * rows * classes  # in fp64

@@ -77,6 +77,10 @@ def query(
         DataError: nothing is left to ask for, or the scores do not fit the pool.
         CheckpointError: the run has no checkpoint.
     """
+    if train and not len(train.ids):
+        raise DataError(
+            f"{train.set.root} has no labels: name a table by --labels, or another set by --train."
+        )
     shard_set = ShardSet(pool)
     warnings: list[str] = []
     candidates = find_candidates(shard_set, train, test, options.exclude, warnings)
@@ -154,7 +158,8 @@ def find_candidates(
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
         known = hashes[rows.ids]
-        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r}")
+        use = f"--more {pool.root} {path.stem} trains on them"
+        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r} ({use})")
     for request in exclude:
         asked = np.unique(np.array(read_request(request), np.int64))
         known = hashes[asked[(asked >= 0) & (asked < len(pool))]]
@@ -184,6 +189,11 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
         if each < _FEW_LABELS:
             return "herding", f"{each:.0f} labels a class are few: covering the pool brings more"
         return "margin", f"{each:.0f} labels a class: uncertain samples bring more"
+    if options.strategy in BY_HEAD and train and len(np.unique(train.labels)) == 1:
+        raise DataError(
+            f"All labels are of one class ({train.classes[train.labels[0]]!r}): a classifier "
+            "learns nothing from them. Begin with --strategy herding or random."
+        )
     if options.strategy in BY_HEAD and not train:
         raise UsageError(
             f"--strategy {options.strategy} needs labels: name them by --train, or begin with "

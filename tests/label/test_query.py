@@ -223,7 +223,12 @@ def test_a_round_trip(place, capsys):
     assert [table.classes[label] for label in table.labels] == truth
     code, out, _ = command(capsys, *arguments, "--replace")
     assert code == 0 and "6 samples are left out: labelled in the table 'asked'" in out
+    assert "--more pool asked trains on them" in out
     assert not set(first) & set(asked(place / "request.csv"))
+    code, out, err = command(capsys, *arguments, "--replace", "--more", "pool", "asked")
+    assert code == 0 and "9 samples are left out: labelled already" in out, err
+    told = json.loads((place / "request.json").read_text())
+    assert told["labels"] == 30 and not set(first) & set(asked(place / "request.csv"))
     probe = ("probe", "run", "--cached", "--epochs", 2, "--device", "cpu")
     for table in ("asked", "back.csv"):
         code, out, err = command(capsys, *probe, "--more", "pool", table)
@@ -251,6 +256,21 @@ def test_a_copy_of_what_is_labelled_is_not_asked_for(place, capsys):
     assert code == 2 and "has 35 samples to ask for" in err
 
 
+def test_labels_that_tell_nothing_are_refused(place, capsys, make_images):
+    make_images(place / "in/none", (), 3, (31, 33))
+    pack(place / "in/none", place / "none", PackOptions())
+    rows = np.array([(i, 1, 1.0) for i in range(4)], dtype=LABEL_DTYPE)
+    write_labels(ShardSet(place / "train"), "bees", rows, ["ape", "bee"], "by hand")
+    arguments = ("query", "run", "pool", "--budget", 4, "--device", "cpu", "--strategy", "margin")
+    for words, told in (
+        (("train", "--labels", "bees"), "All labels are of one class ('bee')"),
+        (("none",), "none has no labels: name a table by --labels"),
+    ):
+        code, _, err = command(capsys, *arguments, "--train", *words)
+        assert code == 3 and told in err, err
+    assert not list(place.glob("request*"))
+
+
 def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
     arguments = ("query", "run", "pool", "--budget", 6, "--device", "cpu")
     command(capsys, *arguments, "--out", "one.csv")
@@ -274,10 +294,18 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path):
         assert len(asked(place / out)) == 4
         details = (place / f"{strategy}.details.csv").read_text().splitlines()
         assert details[1].endswith(",1,,,,"), "no head, no beliefs"
-    code, _, err = command(
-        capsys, "query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "no.csv"
-    )
+    words = ("query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "margin.csv")
+    code, _, err = command(capsys, *words)
     assert code == 2 and "needs labels" in err
+    write_labels(
+        ShardSet(place / "pool"),
+        "few",
+        np.array([(i, i % 2, 1.0) for i in range(6)], dtype=LABEL_DTYPE),
+        ["ape", "bee"],
+        "by hand",
+    )
+    code, out, err = command(capsys, *words, "--more", "pool", "few")
+    assert code == 0 and "6 samples are left out: labelled already" in out, err
 
 
 @pytest.mark.parametrize(
