@@ -5,9 +5,9 @@ from fastmoco.label.diversity import CLUSTERS
 
 LONG = 20
 """Minutes from which on it is told."""
-# Of cores of 2023, on the slow side.
-_BLOCKS = 2e10  # multiply-adds a second and thread of products in blocks, in fp32
-_PASSES = 4e9  # numbers a second of one row after the other with all: memory bounds it
+# On the slow side, as of cores that are shared.
+_BLOCKS = 1e10  # multiply-adds a second and thread of products in blocks, in fp32
+_PASSES = 2e9  # numbers a second of one row after the other with all: memory bounds it
 _FIT = 7e-9  # seconds a label, number and class of a head's fit on two threads, in fp64
 _FITS = 26  # of a head: five folds with five C, and the last
 

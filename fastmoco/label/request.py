@@ -208,6 +208,11 @@ def describe(request: Request, out: Path) -> list[str]:
             f"C {head.strength:g}, temperature {head.temperature:.2f}, calibration error "
             f"{head.error:.2f}"
         )
+    if (b := request.beliefs) is not None:
+        lines.append(
+            f"  of those asked for: confidence up to {b.confidence.max():.2f}, margin up to "
+            f"{b.margin.max():.3f}, entropy from {b.entropy.min():.2f}"
+        )
     lines += [f"  warning: {warning}" for warning in request.warnings]
     lines.append(
         f"  look first: {out.with_suffix('.png')}, the {min(budget, _ON_SHEET)} most wanted"

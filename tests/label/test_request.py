@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
-from fastmoco.label.request import Request, check_request, write_request
+from fastmoco.label.request import Request, check_request, describe, write_request
 from fastmoco.label.uncertainty import Beliefs
 
 BESIDE = ("request.details.csv", "request.json", "request.png")
@@ -165,3 +165,13 @@ def test_what_is_taken_is_refused_before_the_work(small_set, tmp_path):
         check_request(out, None, True)
     with pytest.raises(UsageError, match="choose another place"):
         check_request(tmp_path / "request.png/request.csv", None, False)
+
+
+def test_what_is_said_of_it(small_set, tmp_path):
+    request = make_request(small_set.root, [3, 1, 4])
+    assert describe(request, tmp_path / "request.csv") == [
+        f"{tmp_path}/request.csv: 3 of 24 candidates by margin, 3 to 3 of a predicted class",
+        "  of those asked for: confidence up to 0.90, margin up to 0.900, entropy from 0.10",
+        f"  look first: {tmp_path}/request.png, the 3 most wanted",
+        f"fill in `label`, then: fastmoco label {small_set.root} {tmp_path}/request.csv --name asked",
+    ]
