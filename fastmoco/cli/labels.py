@@ -43,6 +43,7 @@ def query(
     labels: Annotated[
         str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
     ] = None,
+    more: options.More = None,
     test: options.Test = None,
     feature: options.Feature = "backbone",
     balance: Annotated[
@@ -54,6 +55,9 @@ def query(
     committee: Annotated[
         list[Path] | None,
         typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
     ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .csv or .npy.")
@@ -72,18 +76,16 @@ def query(
     """Choose the images of a set whose labels would help most, for people to label."""
     from fastmoco.label.query import Options
     from fastmoco.label.query import query as choose
-    from fastmoco.label.request import check_absent, describe, write_images, write_request
+    from fastmoco.label.request import check_request, describe, write_request
 
-    check_absent(out, replace)
+    check_request(out, images, replace)
     asked = Options(
         *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
-        *(scores, tuple(exclude or ()), device),
+        *(features, scores, tuple(exclude or ()), device),
     )
-    first, second = _labelled(run, train, labels, None, test)
+    first, second = _labelled(run, train, labels, more, test)
     request = choose(run, pool, asked, first, second)
-    if images:
-        write_images(request, images)
-    write_request(request, out)
+    write_request(request, out, images)
     echo("\n".join(describe(request, out)))
 
 
@@ -191,6 +193,6 @@ def _labelled(
         Labelled.of(ShardSet(path), table) if path else None
         for path, table in ((train, labels), (test, None))
     )
-    if first:
-        first = union(first, *(read_labelled(*pair) for pair in options.split_pairs(more)))
-    return first, second
+    known = [first] if first else []
+    known += (read_labelled(*pair) for pair in options.split_pairs(more))
+    return (union(*known) if known else None), second

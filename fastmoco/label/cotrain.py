@@ -99,7 +99,7 @@ def _learn(
 ) -> Head:
     """Return a head fitted on the labels and the lessons."""
     more = Lessons.join(lessons)
-    rows = torch.cat([view.known, view.rows[torch.from_numpy(more.places)]])
+    rows = torch.cat([view.known, view.rows[torch.from_numpy(more.places)].to(view.known)])
     targets = torch.cat([labels, torch.from_numpy(more.labels).to(labels)])
     if weights is not None:
         weights = torch.cat([weights, torch.ones(len(more.places)).to(weights)])

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from fastmoco.core.rng import Ids, Permutation, Stream
+from fastmoco.core.terminal import echo
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.numbers import read_numbers
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
+from fastmoco.label.estimate import LONG, estimate_minutes
 from fastmoco.label.head import Head, fit_bootstrap, fit_head
 from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.request import Request, read_request
@@ -40,6 +42,7 @@ class Options:
         seed: of folds and samples.
         members: with "disagreement": heads of the run, fitted on bootstraps of the labels.
         committee: with "disagreement": further runs, each with a head on its own features.
+        features: of the pool, as `fastmoco embed` wrote them; None: they are computed.
         scores: with "scores": a file of one number a sample, the largest first.
         exclude: earlier requests that are still out.
         device: "auto", "cpu" or "cuda".
@@ -52,6 +55,7 @@ class Options:
     seed: int = 0
     members: int = 0
     committee: tuple[Path, ...] = ()
+    features: Path | None = None
     scores: Path | None = None
     exclude: tuple[Path, ...] = ()
     device: str = "auto"
@@ -74,6 +78,10 @@ def query(
         DataError: nothing is left to ask for, or the scores do not fit the pool.
         CheckpointError: the run has no checkpoint.
     """
+    if train and not len(train.ids):
+        raise DataError(
+            f"{train.set.root} has no labels: name a table by --labels, or another set by --train."
+        )
     shard_set = ShardSet(pool)
     warnings: list[str] = []
     candidates = find_candidates(shard_set, train, test, options.exclude, warnings)
@@ -95,10 +103,11 @@ def query(
     else:
         feature, device = options.feature, options.device
         features = [
-            embed_pool(run, shard_set, candidates, train, feature, device, warnings)
-            for run in (root, *options.committee)
+            embed_pool(run, shard_set, candidates, train, feature, device, warnings, file)
+            for run, file in ((root, options.features), *((run, None) for run in options.committee))
         ]
         labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
+        _tell_if_long(features, len(classes), decided)
         places, head, beliefs = choose(features, labels, len(classes), decided, warnings)
     if train and (missing := sorted(set(range(len(classes))) - set(train.labels.tolist()))):
         warnings.append(f"no label of the class {classes[missing[0]]!r} yet ({len(missing)} such)")
@@ -151,7 +160,8 @@ def find_candidates(
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
         known = hashes[rows.ids]
-        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r}")
+        use = f"--more {pool.root} {path.stem} trains on them"
+        leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r} ({use})")
     for request in exclude:
         asked = np.unique(np.array(read_request(request), np.int64))
         known = hashes[asked[(asked >= 0) & (asked < len(pool))]]
@@ -181,12 +191,32 @@ def _decide(options: Options, train: Labelled | None) -> tuple[str, str]:
         if each < _FEW_LABELS:
             return "herding", f"{each:.0f} labels a class are few: covering the pool brings more"
         return "margin", f"{each:.0f} labels a class: uncertain samples bring more"
+    if options.strategy in BY_HEAD and train and len(np.unique(train.labels)) == 1:
+        raise DataError(
+            f"All labels are of one class ({train.classes[train.labels[0]]!r}): a classifier "
+            "learns nothing from them. Begin with --strategy herding or random."
+        )
     if options.strategy in BY_HEAD and not train:
         raise UsageError(
             f"--strategy {options.strategy} needs labels: name them by --train, or begin with "
             "herding or random."
         )
     return options.strategy, ""
+
+
+def _tell_if_long(features: Sequence[PoolFeatures], classes: int, options: Options) -> None:
+    """Say how long it takes, before it begins, if that is longer than somebody waits."""
+    rows, known, _ = features[0]
+    minutes = estimate_minutes(
+        *(options.strategy, len(rows), rows.shape[1], options.budget, len(known), classes),
+        *(torch.get_num_threads(), options.members, len(features)),
+    )
+    if rows.device.type == "cpu" and minutes > LONG:
+        shorter = "; --feature head takes less" if options.feature == "backbone" else ""
+        echo(
+            f"{options.strategy}: {options.budget:,} of {len(rows):,} samples by {rows.shape[1]} "
+            f"numbers each take about {minutes:.0f} minutes on this CPU{shorter}"
+        )
 
 
 def choose(

@@ -2,19 +2,33 @@
 
 import csv
 import os
+import re
+import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmoco.core.files import make_parent, new_folder, to_csv, write_bytes, write_json
+from fastmoco.core.files import (
+    check_replaceable,
+    make_parent,
+    new_file,
+    new_folder,
+    to_csv,
+    write_json,
+)
 from fastmoco.core.rng import Ids
-from fastmoco.dataset.reader import Reader
+from fastmoco.dataset.reader import CorruptSamples, Reader
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.label.head import Head
 from fastmoco.label.uncertainty import Beliefs
+from fastmoco.pack.contact_sheet import draw_sheet
+
+_ON_SHEET = 64  # images, the most wanted
+_COPY = re.compile(r"\d{5,}-\d+\.(jpg|png|webp)")  # the name of an image's copy
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,58 @@ def _beside(out: Path) -> tuple[Path, Path]:
     return out.with_suffix(".details.csv"), out.with_suffix(".json")
 
 
-def write_request(request: Request, out: Path) -> None:
-    """Write details and description, and last the CSV that people fill in; each is whole."""
+def check_request(out: Path, images: Path | None, replace: bool) -> None:
+    """Refuse names of a request, of its sheet and of its copies, as `check_absent` does.
+
+    Raises:
+        UsageError: one is taken, or what would be replaced was not written here.
+    """
+    check_absent(out, replace)
+    sheet = out.with_suffix(".png")
+    for path, option in ((sheet, "--out"), (images, "--images")):
+        if path and os.path.lexists(path) and not replace:
+            raise UsageError(f"{path} exists: choose another {option}, or pass --replace.")
+    check_replaceable(sheet)
+    if images and os.path.lexists(images) and not _holds_copies_alone(images):
+        raise UsageError(f"--images {images} is not of a request: choose another.")
+
+
+def _holds_copies_alone(folder: Path) -> bool:
+    return folder.is_dir() and all(_COPY.fullmatch(path.name) for path in folder.iterdir())
+
+
+def write_request(request: Request, out: Path, images: Path | None = None) -> None:
+    """Write a request: all of it, or, if that fails, nothing.
+
+    Args:
+        request: it.
+        out: the CSV that people fill in. While it is there, so is all else, and of this request:
+            details, description and contact sheet beside it, and the images.
+        images: a folder for copies of the images, named by rank and sample.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
     details, description = _beside(out)
-    names = [request.pool.get_name(int(sample)) for sample in request.ids]
-    header = ["sample", "rank", "predicted", "confidence", "margin", "entropy"]
+    with ExitStack() as stack:
+        # Put in place in reverse: the CSV last.
+        stack.enter_context(new_file(out)).write_bytes(_get_csv(request))
+        write_json(stack.enter_context(new_file(description)), _get_description(request))
+        stack.enter_context(new_file(details)).write_bytes(_get_details(request))
+        stack.enter_context(new_file(out.with_suffix(".png"))).write_bytes(_get_sheet(request))
+        if images:
+            _write_images(request, stack.enter_context(new_folder(images)))
+        out.unlink(missing_ok=True)  # the old one, before what lies beside it changes
+        if images:
+            shutil.rmtree(images, ignore_errors=True)
+
+
+def _get_csv(request: Request) -> bytes:
+    rows = ([i, request.pool.get_name(i), ""] for i in request.ids.tolist())
+    return to_csv(["sample", "name", "label"], rows)
+
+
+def _get_details(request: Request) -> bytes:
     rows: list[list[Any]] = []
     for rank, sample in enumerate(request.ids.tolist()):
         said: list[Any] = [""] * 4
@@ -89,39 +150,45 @@ def write_request(request: Request, out: Path) -> None:
             numbers = (b.confidence[rank], b.margin[rank], b.entropy[rank])
             said = [request.classes[b.predicted[rank]], *(f"{x:.6f}" for x in numbers)]
         rows.append([sample, rank + 1, *said])
-    write_bytes(details, to_csv(header, rows))
-    head = request.head
+    return to_csv(["sample", "rank", "predicted", "confidence", "margin", "entropy"], rows)
+
+
+def _get_description(request: Request) -> dict[str, Any]:
     classifier = None
-    if head:
-        classifier = {k: v for k, v in vars(head).items() if k not in ("weight", "bias")}
-    write_json(
-        description,
-        request.about
-        | {
-            "strategy": request.strategy,
-            "candidates": request.candidates,
-            "classifier": classifier,
-            "warnings": request.warnings,
-        },
-    )
-    wanted = [[i, name, ""] for i, name in zip(request.ids.tolist(), names, strict=True)]
-    write_bytes(out, to_csv(["sample", "name", "label"], wanted))
+    if request.head:
+        fields = vars(request.head).items()
+        classifier = {name: value for name, value in fields if name not in ("weight", "bias")}
+    return request.about | {
+        "strategy": request.strategy,
+        "why": request.why,
+        "candidates": request.candidates,
+        "classifier": classifier,
+        "warnings": request.warnings,
+    }
 
 
-def write_images(request: Request, folder: Path) -> None:
-    """Write the stored bytes of the samples into a new folder, named by rank and sample.
+def _get_sheet(request: Request) -> bytes:
+    ids = request.ids[:_ON_SHEET].tolist()
+    captions = [f"{rank}: {sample}" for rank, sample in enumerate(ids, 1)]
+    if request.beliefs is not None:
+        predicted = (request.classes[label] for label in request.beliefs.predicted[:_ON_SHEET])
+        captions = [f"{told} {name}?" for told, name in zip(captions, predicted, strict=True)]
+    return draw_sheet(request.pool, ids, captions)
 
-    Raises:
-        UsageError: the folder exists.
-    """
-    if os.path.lexists(folder):
-        raise UsageError(f"--images {folder} exists: choose another.")
-    reader, endings = Reader(ConcatShardSets([request.pool])), {b"\xff\xd8": "jpg", b"\x89P": "png"}
-    with new_folder(folder) as aside:
-        for rank, sample in enumerate(request.ids.tolist(), 1):
+
+def _write_images(request: Request, folder: Path) -> None:
+    data = ConcatShardSets([request.pool])
+    reader, endings = Reader(data), {b"\xff\xd8": "jpg", b"\x89P": "png"}
+    for rank, sample in enumerate(request.ids.tolist(), 1):
+        try:
             (image,) = reader.fetch(np.array([sample]))
-            ending = endings.get(image[:2].tobytes(), "webp")
-            (aside / f"{rank:05d}-{sample}.{ending}").write_bytes(image.tobytes())
+        except CorruptSamples as error:
+            raise DataError(
+                f"{data.describe(sample)} cannot be read: the shard was damaged after packing. "
+                "Copy the set again, or pack it anew."
+            ) from error
+        ending = endings.get(image[:2].tobytes(), "webp")
+        (folder / f"{rank:05d}-{sample}.{ending}").write_bytes(image.tobytes())
 
 
 def describe(request: Request, out: Path) -> list[str]:
@@ -141,6 +208,14 @@ def describe(request: Request, out: Path) -> list[str]:
             f"C {head.strength:g}, temperature {head.temperature:.2f}, calibration error "
             f"{head.error:.2f}"
         )
+    if (b := request.beliefs) is not None:
+        lines.append(
+            f"  of those asked for: confidence up to {b.confidence.max():.2f}, margin up to "
+            f"{b.margin.max():.3f}, entropy from {b.entropy.min():.2f}"
+        )
     lines += [f"  warning: {warning}" for warning in request.warnings]
+    lines.append(
+        f"  look first: {out.with_suffix('.png')}, the {min(budget, _ON_SHEET)} most wanted"
+    )
     lines.append(f"fill in `label`, then: fastmoco label {request.pool.root} {out} --name asked")
     return lines

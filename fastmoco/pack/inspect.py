@@ -1,10 +1,7 @@
 """`fastmoco inspect`: what a set holds, in numbers and as a sheet of samples."""
 
-import io
 import math
-import os
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,23 +10,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastmoco.core.files import SOFTWARE, write_bytes
+from fastmoco.core.files import write_bytes
 from fastmoco.core.terminal import printable
 from fastmoco.dataset.dali_index import index_path, read_header, read_lines
 from fastmoco.dataset.shard_set import CHUNK, ShardSet
 from fastmoco.errors import DataError, UsageError
+from fastmoco.pack.contact_sheet import draw_sheet
 
 IMAGES = ("jpg", "png", "webp")
 _SHOWN_CLASSES = 20
 _BAR = 32  # characters of the longest bar
-_CELL, _GAP, _LINE = 128, 8, 16  # pixels of the sheet: an image's side, a gap, a line of text
-_INK, _PAPER, _LOST = "#222222", "#ffffff", "#dddddd"
 
 
 @dataclass(frozen=True)
@@ -252,58 +246,14 @@ def contact_sheet(root: Path, path: Path, count: int = 64, seed: int = 0) -> Non
     """
     shard_set = ShardSet(root)
     rows = sorted(random.Random(seed).sample(range(len(shard_set)), min(count, len(shard_set))))
-    columns = math.ceil(math.sqrt(len(rows)))
-    pitch = _CELL + _GAP, _CELL + _LINE + _GAP
-    lines = math.ceil(len(rows) / columns)
-    sheet = Image.new("RGB", (columns * pitch[0] + _GAP, lines * pitch[1] + _GAP), _PAPER)
-    for number, row in enumerate(rows):
-        corner = number % columns * pitch[0] + _GAP, number // columns * pitch[1] + _GAP
-        _draw(sheet, corner, _thumbnail(shard_set, row), _caption(shard_set, row))
-    buffer = io.BytesIO()
-    mark = PngInfo()
-    mark.add_text("Software", SOFTWARE)
-    sheet.save(buffer, "PNG", pnginfo=mark)
+    captions = [_caption(shard_set, row) for row in rows]
     try:
-        write_bytes(path, buffer.getvalue())
+        write_bytes(path, draw_sheet(shard_set, rows, captions))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-def _draw(sheet: Image.Image, corner: tuple[int, int], picture: Image.Image, caption: str) -> None:
-    left, top = corner
-    sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    while pen.textlength(caption, font) > _CELL:
-        caption = caption.removesuffix("…")[:-1] + "…"
-    pen.text((left, top + _CELL + 1), caption, _INK, font)
 
 
 def _caption(shard_set: ShardSet, row: int) -> str:
     label, classes = int(shard_set.samples["label"][row]), shard_set.manifest.classes
     name = classes[label] if 0 <= label < len(classes) else ""
-    return printable(f"{row} {name}")
-
-
-def _thumbnail(shard_set: ShardSet, row: int) -> Image.Image:
-    """Return a sample no larger than a cell; small ones by whole factors, gray if unreadable."""
-    entry = shard_set.samples[row]
-    path = shard_set.root / shard_set.manifest.shards[int(entry["shard"])].name
-    try:
-        with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of harmless oddities
-            content = os.pread(stream.fileno(), int(entry["size"]), int(entry["offset"]))
-            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
-                image.draft("RGB", (_CELL, _CELL))
-                return _fitted(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception:  # decoders raise anything on damaged bytes, and the sheet shows them too
-        return Image.new("RGB", (_CELL, _CELL), _LOST)
-
-
-def _fitted(image: Image.Image) -> Image.Image:
-    factor = _CELL // max(image.size)
-    if factor > 1:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((_CELL, _CELL))
-    return image
+    return f"{row} {name}"

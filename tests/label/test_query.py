@@ -16,6 +16,8 @@ from fastmoco import cli
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
+from fastmoco.evaluate.features import embed
+from fastmoco.label.estimate import estimate_minutes
 from fastmoco.models.encoder import Encoder
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
@@ -108,11 +110,89 @@ def test_a_committee_of_two_runs(place, capsys):
     assert told["members"] == 2 and len(set(asked(place / "request.csv"))) == 7
 
 
-@pytest.mark.parametrize("strategy", ["random", "margin", "herding"])
+def test_features_of_a_file_are_those_of_the_run(place, capsys):
+    """The request is the same to the byte; a file of something else is refused."""
+    words = ("query", "run", "pool", "--budget", 7, "--strategy", "margin", "--device", "cpu")
+    assert command(capsys, *words)[0] == 0
+    before = [(place / f"request{end}").read_bytes() for end in (".csv", ".details.csv", ".json")]
+    embedding = ("embed", "run", "--device", "cpu", "--out")
+    assert command(capsys, *embedding, "pool.npy", "pool")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        patch.setattr("fastmoco.label.pool.embed", counted(calls))
+        code, _, err = command(capsys, *words, "--features", "pool.npy", "--replace")
+    assert code == 0 and calls == [24], err
+    assert [
+        (place / f"request{end}").read_bytes() for end in (".csv", ".details.csv", ".json")
+    ] == before
+    command(capsys, *embedding, "test.npy", "test")
+    command(capsys, *embedding, "head.npy", "pool", "--feature", "head")
+    odd = np.load(place / "pool.npy")
+    for name, change in (("short", odd[1:]), ("nan", np.where(odd == odd[20, 0], np.nan, odd))):
+        np.save(place / f"{name}.npy", change)
+        for end in (".json", ".ids.npy"):
+            shutil.copy(place / f"pool{end}", place / f"{name}{end}")
+    about = json.loads((place / "pool.json").read_text())
+    shutil.copy(place / "pool.npy", place / "old.npy")
+    shutil.copy(place / "pool.ids.npy", place / "old.ids.npy")
+    (place / "old.json").write_text(json.dumps(about | {"step": 4}))
+    for name, told in (
+        ("test", "features of another set_id: '"),
+        ("head", "features of another feature: 'head', not 'backbone'"),
+        ("old", "features of another step: 4, not 5"),
+        ("short", "has the shape (42, 512), not (43, 512)"),
+        ("nan", "features of sample 20 are not finite"),
+        ("none", "cannot be read as features"),
+    ):
+        code, _, err = command(capsys, *words, "--features", f"{name}.npy", "--out", "no.csv")
+        assert code == 3 and told in err, err
+        assert not list(place.glob("no.*"))
+
+
+def test_what_takes_long_is_told_before_it_begins(place, capsys, monkeypatch):
+    words = ("query", "run", "pool", "--budget", 7, "--strategy", "kmeans", "--device", "cpu")
+    told = "kmeans: 7 of 36 samples by 512 numbers each take about 0 minutes"
+    code, out, _ = command(capsys, *words)
+    assert code == 0 and told not in out
+    monkeypatch.setattr("fastmoco.label.query.LONG", 0)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmoco.label.query.choose", stop)
+    code, out, _ = command(capsys, *words, "--replace")
+    assert code == 130 and told in out
+
+
+@pytest.mark.parametrize(
+    ("strategy", "minutes"),
+    [
+        # 12,800 passes over 512,000 x 512 numbers at 2e9 a second, labels in blocks on two threads.
+        ("coreset", (12_800 * 512_000 / 2e9 + 25_600 * 512_000 / 2e10) * 512 / 60),
+        # 22 products of all samples and centers, and first centers among three times as many.
+        ("kmeans", (22 * 512_000 * 12_800 / 2e10 + 12_800 * 38_400 / 2e9) * 512 / 60),
+    ],
+)
+def test_minutes_come_from_counts(strategy, minutes):
+    counts = (strategy, 512_000, 512, 12_800, 25_600, 800, 2)
+    assert estimate_minutes(*counts) == pytest.approx(minutes)
+
+
+def counted(calls: list[int]) -> Callable[..., torch.Tensor]:
+    """`embed`, which notes how many images it is given."""
+
+    def call(*arguments: object, ids: np.ndarray, **options: object) -> torch.Tensor:
+        calls.append(len(ids))
+        return embed(*arguments, ids=ids, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("strategy", ["random", "herding", "typiclust", "hybrid"])
 def test_the_pools_own_labels_change_no_request(place, capsys, strategy):
     arguments = ("query", "run", "pool", "--budget", 9, "--strategy", strategy, "--device", "cpu")
     assert command(capsys, *arguments)[0] == 0
-    files = ("request.csv", "request.details.csv", "request.json")
+    files = ("request.csv", "request.details.csv", "request.json", "request.png")
     before = [(place / name).read_bytes() for name in files]
     rows = np.array(ShardSet(place / "pool").samples)
     rows["label"] = np.random.default_rng(0).permutation(rows["label"])
@@ -143,7 +223,12 @@ def test_a_round_trip(place, capsys):
     assert [table.classes[label] for label in table.labels] == truth
     code, out, _ = command(capsys, *arguments, "--replace")
     assert code == 0 and "6 samples are left out: labelled in the table 'asked'" in out
+    assert "--more pool asked trains on them" in out
     assert not set(first) & set(asked(place / "request.csv"))
+    code, out, err = command(capsys, *arguments, "--replace", "--more", "pool", "asked")
+    assert code == 0 and "9 samples are left out: labelled already" in out, err
+    told = json.loads((place / "request.json").read_text())
+    assert told["labels"] == 30 and not set(first) & set(asked(place / "request.csv"))
     probe = ("probe", "run", "--cached", "--epochs", 2, "--device", "cpu")
     for table in ("asked", "back.csv"):
         code, out, err = command(capsys, *probe, "--more", "pool", table)
@@ -171,6 +256,21 @@ def test_a_copy_of_what_is_labelled_is_not_asked_for(place, capsys):
     assert code == 2 and "has 35 samples to ask for" in err
 
 
+def test_labels_that_tell_nothing_are_refused(place, capsys, make_images):
+    make_images(place / "in/none", (), 3, (31, 33))
+    pack(place / "in/none", place / "none", PackOptions())
+    rows = np.array([(i, 1, 1.0) for i in range(4)], dtype=LABEL_DTYPE)
+    write_labels(ShardSet(place / "train"), "bees", rows, ["ape", "bee"], "by hand")
+    arguments = ("query", "run", "pool", "--budget", 4, "--device", "cpu", "--strategy", "margin")
+    for words, told in (
+        (("train", "--labels", "bees"), "All labels are of one class ('bee')"),
+        (("none",), "none has no labels: name a table by --labels"),
+    ):
+        code, _, err = command(capsys, *arguments, "--train", *words)
+        assert code == 3 and told in err, err
+    assert not list(place.glob("request*"))
+
+
 def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
     arguments = ("query", "run", "pool", "--budget", 6, "--device", "cpu")
     command(capsys, *arguments, "--out", "one.csv")
@@ -195,10 +295,18 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
         assert len(asked(place / out)) == 4
         details = (place / f"{strategy}.details.csv").read_text().splitlines()
         assert details[1].endswith(",1,,,,"), "no head, no beliefs"
-    code, _, err = command(
-        capsys, "query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "no.csv"
-    )
+    words = ("query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "margin.csv")
+    code, _, err = command(capsys, *words)
     assert code == 2 and "needs labels" in err
+    write_labels(
+        ShardSet(place / "pool"),
+        "few",
+        np.array([(i, i % 2, 1.0) for i in range(6)], dtype=LABEL_DTYPE),
+        ["ape", "bee"],
+        "by hand",
+    )
+    code, out, err = command(capsys, *words, "--more", "pool", "few")
+    assert code == 0 and "6 samples are left out: labelled already" in out, err
 
 
 @pytest.mark.parametrize(
