@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Labels": {
         "query": labels.query,
         "label": data.label,
+        "hardness": labels.hardness,
     },
     "Encoders": {
         "import": models.import_,

@@ -12,7 +12,7 @@ import torch
 
 from fastmoco.config.recipe import Recipe, View
 from fastmoco.core.distributed import World
-from fastmoco.core.rng import Ids, uniforms
+from fastmoco.core.rng import Ids, Stream, uniforms
 from fastmoco.dataset.reader import READERS, CorruptSamples, Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
@@ -204,22 +204,98 @@ def evaluation_batches(
     Raises:
         DataError: images are missing or damaged; names the samples.
     """
-    reader = Reader(data)
-    settings = _decided(settings, reader)
     whole = len(ids) if not isinstance(ids, slice) else ids.stop - ids.start
-    images = open_cache(data, settings, build=whole == len(data)) or reader
 
-    def work(number: int, pool: ThreadPoolExecutor) -> EncodedBatch | None:
+    def part(number: int) -> tuple[Ids, list[ViewParams]] | None:
         chunk = _part(ids, number * batch, batch)
-        if not len(chunk):
-            return None
-        return EncodedBatch(chunk, images.fetch(chunk, pool), [central(_sizes(data, chunk), share)])
+        return (chunk, [central(_sizes(data, chunk), share)]) if len(chunk) else None
 
     look = PipelineSpec(size, mean, std, (EnabledOps(),))
+    drawn = _drawn_parts(data, part, look, batch, settings, build=whole == len(data))
+    for step, rendered in enumerate(drawn):
+        yield Batch(rendered.work.ids, rendered.views, step)
+
+
+def drawn_batches(
+    data: ConcatShardSets,
+    views: Sequence[View],
+    *,
+    ids: slice,
+    rounds: int,
+    seed: int,
+    size: int,
+    mean: Triple,
+    std: Triple,
+    batch: int,
+    settings: Settings,
+) -> Iterator[Batch]:
+    """Yield a range of ids in order as views drawn at random, several times; `step` is the round.
+
+    What is drawn is a function of (seed, round, id): of no batch size, range or number of ranks.
+
+    Args:
+        data: the sets.
+        views: how each view is drawn.
+        ids: start and stop.
+        rounds: how often.
+        seed: of the views.
+        size: side of the views, pixels.
+        mean, std: of the channels, in 0..1 units.
+        batch: samples a batch; the last one of a round may hold fewer.
+        settings: how batches are made.
+
+    Raises:
+        DataError: images are missing or damaged; names the samples.
+    """
+    parts = [(turn, at) for turn in range(rounds) for at in range(ids.start, ids.stop, batch)]
+
+    def part(number: int) -> tuple[Ids, list[ViewParams]] | None:
+        if number >= len(parts):
+            return None
+        turn, first = parts[number]
+        chunk = np.arange(first, min(first + batch, ids.stop), dtype=np.int64)
+        position = turn * len(data) + first
+        u = uniforms(seed, position, len(chunk), len(views), Stream.HARDNESS)
+        sizes = _sizes(data, chunk)
+        return chunk, [draw(view, u[i], sizes) for i, view in enumerate(views)]
+
+    look = PipelineSpec(size, mean, std, tuple(get_enabled_ops(view) for view in views))
+    drawn = _drawn_parts(data, part, look, batch, settings, build=True)
+    for (turn, _), rendered in zip(parts, drawn, strict=True):
+        yield Batch(rendered.work.ids, rendered.views, turn)
+
+
+def _drawn_parts(
+    data: ConcatShardSets,
+    part: Callable[[int], tuple[Ids, list[ViewParams]] | None],
+    look: PipelineSpec,
+    batch: int,
+    settings: Settings,
+    build: bool,
+) -> Iterator[DecodedBatch]:
+    """Draw batch 0, 1, ... until there is none; damage is an error.
+
+    Args:
+        data: the sets.
+        part: returns ids and view parameters of a batch.
+        look: what all batches have in common.
+        batch: samples a batch at the most.
+        settings: how batches are made.
+        build: a cache of the pixels, where there is none yet.
+    """
+    reader = Reader(data)
+    settings = _decided(settings, reader)
+    images = open_cache(data, settings, build=build) or reader
+
+    def work(number: int, pool: ThreadPoolExecutor) -> EncodedBatch | None:
+        if (found := part(number)) is None:
+            return None
+        ids, numbers = found
+        return EncodedBatch(ids, images.fetch(ids, pool), numbers)
+
     try:
         with _read_ahead(work) as source:
-            for step, rendered in enumerate(_draw_all(source, look, batch, settings)):
-                yield Batch(rendered.work.ids, rendered.views, step)
+            yield from _draw_all(source, look, batch, settings)
     except CorruptSamples as failure:
         raise DataError(_told(failure, data)) from failure
 

@@ -73,8 +73,9 @@ class Weighted:
     @cached_property
     def _ends(self) -> npt.NDArray[np.float64]:
         """Where the interval of each sample ends, in 0..n."""
-        sums: npt.NDArray[np.float64] = np.cumsum(self.weights)
-        return sums * (len(sums) / sums[-1])
+        sums = np.cumsum(self.weights)
+        ends: npt.NDArray[np.float64] = sums * (len(sums) / sums[-1])
+        return ends
 
 
 @dataclass(frozen=True)
