@@ -49,20 +49,15 @@ def trained(recipe: Path, small_set: ShardSet, tmp_path: Path) -> RunFolder:
 def naive_hardness(run: RunFolder, data: ShardSet, seed: int) -> np.ndarray:
     """Image by image, with cross-entropy over the logits of the key and of each queue row."""
     recipe, (state, _) = run.recipe(), run.latest()
-    networks = {
-        name: Encoder(recipe.encoder).double().eval() for name in ("encoder_q", "encoder_k")
-    }
-    for name, network in networks.items():
-        network.load_state_dict(state[name])
+    networks = []
+    for name in ("encoder_q", "encoder_k"):
+        networks.append(Encoder(recipe.encoder).double().eval())
+        networks[-1].load_state_dict(state[name])
     losses = np.zeros(len(data))
     for sample in range(len(data)):
         for turn in range(ROUNDS):
-            q, k = (
-                networks[name](view)[0]
-                for name, view in zip(
-                    networks, two_views(recipe, data, sample, turn, seed), strict=True
-                )
-            )
+            views = two_views(recipe, data, sample, turn, seed)
+            q, k = (network(view)[0] for network, view in zip(networks, views, strict=True))
             q, k = q / q.norm(), k / k.norm()
             rows = [k, *state["queue"]["keys"][:13].double()]
             logits = torch.stack([(q * row).sum() for row in rows]) / 0.2
@@ -95,6 +90,8 @@ def test_it_is_infonce_of_pairs_of_views(trained: RunFolder, small_set: ShardSet
     assert found.about["step"] == 9 and found.about["negatives"] == 13
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_neither_batch_nor_ranks_change_it(trained, small_set, monkeypatch, tmp_path) -> None:
     whole = measure_hardness(trained.root, rounds=2).numbers
     monkeypatch.setattr(hardness, "_BATCH", 7)
