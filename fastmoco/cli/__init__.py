@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "query": labels.query,
         "label": data.label,
         "pseudolabel": labels.pseudolabel,
+        "hardness": labels.hardness,
     },
     "Encoders": {
         "import": models.import_,

@@ -1,4 +1,4 @@
-"""The commands that say which images to ask labels for, and label those that are sure."""
+"""The commands that choose images and labels: to ask for, to trust, to see more often."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastmoco.cli import options
+from fastmoco.cli.terminal import progress
 from fastmoco.core.terminal import echo
 from fastmoco.errors import UsageError
 
@@ -196,3 +197,30 @@ def _labelled(
     known = [first] if first else []
     known += (read_labelled(*pair) for pair in options.split_pairs(more))
     return (union(*known) if known else None), second
+
+
+def hardness(
+    run: options.Run,
+    sets: Annotated[
+        list[Path] | None, typer.Argument(help="One or more, as one. [default: those of the run]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of views of each image.")] = 8,
+    out: Annotated[Path, typer.Option(help="A CSV; a .json goes beside it.")] = Path(
+        "hardness.csv"
+    ),
+    replace: Annotated[bool, typer.Option("--replace", help="A file of this name.")] = False,
+    seed: Annotated[int, options.of_seed("Of the views.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Measure how hard each image is for a run: its mean loss over pairs of the run's views."""
+    from fastmoco.core.distributed import init_distributed
+    from fastmoco.dataset.numbers import write_numbers
+    from fastmoco.label import hardness as module
+    from fastmoco.label.request import check_absent
+
+    check_absent(out, replace)
+    with init_distributed(device) as (world, where), progress("hardness") as on_progress:
+        found = module.measure_hardness(run, sets or (), rounds, seed, where, world, on_progress)
+    if world.is_main:
+        write_numbers(out, "hardness", found.numbers, found.data, found.about)
+        echo("\n".join(module.describe(found, run, out)))

@@ -38,6 +38,7 @@ class Stream(Enum):
     NEGATIVES = 1 << 62  # of a memory bank, by step
     SHUFFLE_BN = 1 << 63  # by step
     WEIGHTS = 5 << 33  # which samples an epoch shows once more than others of their weight
+    HARDNESS = 7 << 33  # views to measure by how hard a sample is
 
 
 def raw_words(seed: int, stream: Stream, number: int, count: int) -> npt.NDArray[np.uint64]:
@@ -52,7 +53,9 @@ def philox(seed: int, stream: Stream, number: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, stream.value + number], np.uint64))
 
 
-def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.float64]:
+def uniforms(
+    seed: int, first: int, count: int, views: int, stream: Stream = Stream.VIEWS
+) -> npt.NDArray[np.float64]:
     """Return (views, count, DRAWS) uniform numbers in [0, 1) of consecutive positions.
 
     Args:
@@ -60,8 +63,9 @@ def uniforms(seed: int, first: int, count: int, views: int) -> npt.NDArray[np.fl
         first: absolute position of the first sample.
         count: number of consecutive positions.
         views: views a sample; every position owns views * DRAWS numbers.
+        stream: what they are for.
     """
-    bits = philox(seed, Stream.VIEWS)
+    bits = philox(seed, stream)
     bits.advance(first * views * DRAWS // 4)
     raw = bits.random_raw(count * views * DRAWS) >> np.uint64(11)
     return (raw * np.float64(2.0**-53)).reshape(count, views, DRAWS).transpose(1, 0, 2)

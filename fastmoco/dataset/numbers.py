@@ -6,6 +6,7 @@ NAME.json   where there is one that has `set_ids`: of which sets
 """
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.core.files import load_array
-from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.core.files import load_array, make_parent, write_bytes, write_json
+from fastmoco.dataset.shard_set import CHUNK, ConcatShardSets
 from fastmoco.errors import DataError
 
 COLUMNS = ("hardness", "score", "weight")
 
 Numbers = npt.NDArray[np.float64]
+
+
+def write_numbers(
+    path: Path, column: str, numbers: Numbers, data: ConcatShardSets, about: dict[str, Any]
+) -> None:
+    """Write NAME.json, then NAME.csv with the columns `sample`, `name` and the numbers'.
+
+    Args:
+        path: of the CSV.
+        column: one of `COLUMNS`.
+        numbers: (N,) in id order; written as fp32.
+        data: the sets that they are of.
+        about: what else they depend on.
+    """
+    names = (
+        name.decode("utf-8", "surrogateescape")
+        for one in data.sets
+        for start in range(0, len(one), CHUNK)
+        for name in one.names(start, min(start + CHUNK, len(one)))
+    )
+    short = [str(number) for number in numbers.astype(np.float32)]  # the fewest digits that tell
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["sample", "name", column])
+    rows.writerows(zip(range(len(short)), names, short, strict=True))
+    make_parent(path)
+    write_json(path.with_suffix(".json"), about | {"set_ids": data.set_ids})
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def read_numbers(path: Path, data: ConcatShardSets) -> Numbers:

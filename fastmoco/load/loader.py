@@ -12,7 +12,7 @@ import torch
 
 from fastmoco.config.recipe import Recipe, View
 from fastmoco.core.distributed import World
-from fastmoco.core.rng import Ids, uniforms
+from fastmoco.core.rng import Ids, Stream, uniforms
 from fastmoco.dataset.reader import READERS, CorruptSamples, Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError, UsageError
@@ -225,6 +225,7 @@ def drawn_batches(
     views: Sequence[View],
     seed: int,
     first: int,
+    stream: Stream = Stream.VIEWS,
     size: int,
     mean: Triple,
     std: Triple,
@@ -237,12 +238,13 @@ def drawn_batches(
         data, size, mean, std, batch, settings: see `evaluation_batches`.
         ids: (n,) int64.
         views: how each view is drawn.
-        seed: of the draws.
+        seed, stream: of the draws.
         first: the position of the first sample: the same position, the same views.
     """
 
     def numbers(place: int, chunk: Ids) -> list[ViewParams]:
-        u, sizes = uniforms(seed, first + place, len(chunk), len(views)), _sizes(data, chunk)
+        u = uniforms(seed, first + place, len(chunk), len(views), stream)
+        sizes = _sizes(data, chunk)
         return [draw(view, u[i], sizes) for i, view in enumerate(views)]
 
     look = PipelineSpec(size, mean, std, tuple(get_enabled_ops(view) for view in views))

@@ -9,6 +9,7 @@ from torch import nn
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.errors import CheckpointError, DivergedError
 from fastmoco.models.encoder import Encoder
+from fastmoco.runs.checkpoints import State
 from fastmoco.runs.run_folder import RunFolder
 
 
@@ -20,17 +21,42 @@ def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, Encoder
         DivergedError: a weight is not a finite number.
     """
     spec = run.spec()
+    state, step = read_latest(run)
+    return build_frozen(run, spec, state["encoder_q"], step, device), spec, step
+
+
+def read_latest(run: RunFolder) -> tuple[State, int]:
+    """Return the newest checkpoint of a run, and its step.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
     found = run.latest()
     if found is None:
         raise CheckpointError(
             f"{run.root} has no checkpoint yet: let `fastmoco pretrain` save one."
         )
-    state, step = found
+    return found
+
+
+def build_frozen(
+    run: RunFolder,
+    spec: EncoderSpec,
+    weights: dict[str, torch.Tensor],
+    step: int,
+    device: torch.device,
+) -> Encoder:
+    """Return an encoder of a run with the weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: its weights are not those of the run's network.
+        DivergedError: a weight is not a finite number.
+    """
     encoder = Encoder(spec)
-    check_filled(encoder, state["encoder_q"], f"The checkpoint of {run.root}")
-    check_finite(state["encoder_q"], f"the checkpoint of step {step} in {run.root}")
-    encoder.load_state_dict(state["encoder_q"])
-    return encoder.to(device).eval().requires_grad_(False), spec, step
+    check_filled(encoder, weights, f"The checkpoint of {run.root}")
+    check_finite(weights, f"the checkpoint of step {step} in {run.root}")
+    encoder.load_state_dict(weights)
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
