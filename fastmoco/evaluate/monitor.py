@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Literal
 
 import numpy as np
@@ -165,10 +166,10 @@ class RunMonitor:
     def _heads(self, encoder: Encoder, count: int, views: int, stop: Stop) -> torch.Tensor:
         """Return the (n, V, dim) head's outputs for views of at most `count` images, of all ranks.
 
-        The run's two views take turns.
+        The views of the run take turns.
         """
         ids = _spread_out(self.ids, count)
-        drawn = [self.views[number % 2] for number in range(views)], self.seed ^ _OTHER
+        drawn = list(islice(cycle(self.views), views)), self.seed ^ _OTHER
         own = embed_views(encoder, self.data, *drawn, self.preprocessing, self.world, ids, stop)
         return self.world.gather_shares(own, len(ids))
 

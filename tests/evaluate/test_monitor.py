@@ -11,8 +11,9 @@ import torch
 from threads import on_ranks
 from torch.nn.functional import normalize
 
+from fastmoco.config.data import Subset
 from fastmoco.config.monitor import Monitor
-from fastmoco.config.recipe import Subset, View
+from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.evaluate import knn as neighbors
@@ -91,6 +92,16 @@ def test_a_run_without_labels_is_measured_on_its_own_images(
     with_lidar = open_monitor(lidar=True)(evaluation.encoder, never)
     assert with_lidar == pytest.approx(expected | {"lidar": lidar(torch.stack(ten, 1))}, rel=1e-5)
     assert numbers["rankme"] > 2 and numbers["alignment"] > 1e-3
+
+
+def test_a_run_of_one_view_is_measured_by_two_draws_of_it(
+    open_monitor: Open, evaluation: Evaluation
+) -> None:
+    """As that of a memory bank is."""
+    monitor = open_monitor()
+    alone = replace(monitor, views=monitor.views[:1])(evaluation.encoder, never)
+    twice = replace(monitor, views=[monitor.views[0]] * 2)(evaluation.encoder, never)
+    assert alone == twice and alone["alignment"] > 0
 
 
 def test_the_images_are_those_of_the_subset_or_of_the_bank(
