@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.dataset.shard_set import FORMAT_VERSION, SAMPLE_DTYPE
+from fastmoco.dataset.manifest import FORMAT_VERSION
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 
 ROUNDS = 9
 SETS = [  # samples, shards

@@ -18,7 +18,7 @@ from fastmoco.errors import DataError
 WIDEST = 1000  # columns
 
 if TYPE_CHECKING:
-    from fastmoco.dataset.shard_set import Manifest
+    from fastmoco.dataset.manifest import Manifest
 
 
 def shard(

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.core.files import load_array, make_parent, write_bytes, write_json
-from fastmoco.dataset.shard_set import CHUNK, ConcatShardSets
+from fastmoco.dataset.manifest import CHUNK
+from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DataError
 
 COLUMNS = ("hardness", "score", "weight")

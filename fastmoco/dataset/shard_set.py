@@ -10,7 +10,6 @@ rejects.jsonl        one {"name", "reason"} a line for every input left out
 labels/NAME.npy      side tables: labels that came later (`LABEL_DTYPE`), beside NAME.json
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,19 +17,10 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-)
 
 from fastmoco.core.files import (
     hash_file,
@@ -41,9 +31,8 @@ from fastmoco.core.files import (
     sync,
     write_json,
 )
+from fastmoco.dataset.manifest import Shard, read_manifest
 from fastmoco.errors import DataError, UsageError
-
-FORMAT_VERSION = 1
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -57,83 +46,6 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
-CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a name is a text")
-    return value
-
-
-# Names are bytes: what is not UTF-8 stands as surrogates, which pydantic takes for no text.
-ClassName = Annotated[str, PlainValidator(_text)]
-Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
-
-
-class Shard(BaseModel):
-    """One tar file of a set."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(pattern=r"^[^./\\][^/\\]*$")  # in this folder, and not above it
-    samples: int
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """`manifest.json`: what a set holds. No time, host, path or worker count enters it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: int
-    set_id: str
-    samples: int
-    rejected: int
-    progressive: int
-    classes: list[ClassName]
-    class_counts: list[int]
-    mean: Channels
-    std: Channels
-    options: dict[str, Any]
-    shards: list[Shard]
-    sha256: dict[str, str] = {}  # not part of the set's identity; older sets have none
-
-    @field_validator("std")
-    @classmethod
-    def _no_zero(cls, std: list[float]) -> list[float]:
-        """Let a channel that is the same everywhere be divided by 1."""
-        return [value or 1.0 for value in std]
-
-
-MANIFEST = "manifest.json"
-HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
-
-
-def write_manifest(root: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a set whose other files are there, and return it with their hashes."""
-    hashes = {name: hash_file(root / name) for name in HASHED}
-    hashes[MANIFEST] = manifest_sha256(manifest.model_dump())
-    manifest = manifest.model_copy(update={"sha256": hashes})
-    write_json(root / MANIFEST, manifest.model_dump())
-    return manifest
-
-
-def manifest_sha256(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of all of a manifest but its hashes."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def hash_set(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
-    """Return the identity of a set: SHA-256 over format version, shard hashes and sample table."""
-    digest = hashlib.sha256(f"fastmoco {FORMAT_VERSION}\n".encode())
-    for shard in shards:
-        digest.update(f"{shard.sha256}\n".encode())
-    for start in range(0, len(samples), CHUNK):
-        digest.update(samples[start : start + CHUNK].tobytes())
-    return digest.hexdigest()
 
 
 class ShardSet:
@@ -149,7 +61,7 @@ class ShardSet:
 
     def __init__(self, root: Path, *, check: bool = True) -> None:
         self.root = Path(root)
-        self.manifest = _read_manifest(self.root)
+        self.manifest = read_manifest(self.root)
         if check:
             self._check_shards()
 
@@ -249,46 +161,6 @@ class ShardSet:
         labels = np.full(len(self), -1, dtype=np.int32)
         labels[rows["id"]] = rows["label"]
         return labels
-
-
-def _read_manifest(root: Path) -> Manifest:
-    path = root / "manifest.json"
-    if not path.is_file():
-        raise DataError(
-            f"{root} is not a shard set (no manifest.json): make it by `fastmoco shard`."
-        )
-    text = path.read_bytes()
-    manifest: Manifest | None
-    try:
-        # Straight from the text: half the time of `json.loads` first, which 11,000 shards show.
-        manifest = Manifest.model_validate_json(text)
-        version = manifest.format_version
-    except ValidationError:
-        manifest, version = _with_surrogates(text), _get_version(text)
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
-            "upgrade fastmoco."
-        )
-    if manifest is None:
-        raise DataError(f"{path} is damaged: pack the set anew.")
-    return manifest
-
-
-def _with_surrogates(text: bytes) -> Manifest | None:
-    """Return a manifest in which class names are not UTF-8, None if that is not what is wrong."""
-    try:
-        return Manifest.model_validate(json.loads(text))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _get_version(text: bytes) -> int:
-    """Return the format version of a manifest that does not fit ours, 0 if it has none."""
-    try:
-        return int(json.loads(text)["format_version"])
-    except (ValueError, KeyError, TypeError):
-        return 0
 
 
 def label_path(shard_set: ShardSet, table: str | Path) -> Path:

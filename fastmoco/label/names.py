@@ -12,7 +12,8 @@ import numpy as np
 
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.classes import parse_number
-from fastmoco.dataset.shard_set import CHUNK, ShardSet
+from fastmoco.dataset.manifest import CHUNK
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.pack.listing import tidied
 
 _DIGEST = 16  # bytes of a name's hash: among 10^9 names, two agree with probability 10^-21

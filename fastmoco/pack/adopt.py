@@ -21,15 +21,15 @@ from pydantic import ValidationError
 
 from fastmoco.dataset.classes import Found, Known
 from fastmoco.dataset.dali_index import index_path
-from fastmoco.dataset.shard_set import (
+from fastmoco.dataset.manifest import (
     CHUNK,
     FORMAT_VERSION,
-    SAMPLE_DTYPE,
     Manifest,
     Shard,
     hash_set,
     write_manifest,
 )
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.finalize import OFFSET_DTYPE, growing_array
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard

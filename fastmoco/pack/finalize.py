@@ -11,14 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.dataset.shard_set import (
-    FORMAT_VERSION,
-    SAMPLE_DTYPE,
-    Manifest,
-    Shard,
-    hash_set,
-    write_manifest,
-)
+from fastmoco.dataset.manifest import FORMAT_VERSION, Manifest, Shard, hash_set, write_manifest
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.shard_layout import Schedule

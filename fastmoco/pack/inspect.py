@@ -17,7 +17,8 @@ from rich.text import Text
 from fastmoco.core.files import write_bytes
 from fastmoco.core.terminal import printable
 from fastmoco.dataset.dali_index import index_path, read_header, read_lines
-from fastmoco.dataset.shard_set import CHUNK, ShardSet
+from fastmoco.dataset.manifest import CHUNK
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.contact_sheet import draw_sheet
 

@@ -13,7 +13,8 @@ from PIL import __version__ as pillow_version
 
 from fastmoco import __version__
 from fastmoco.core.files import resumed_folder
-from fastmoco.dataset.shard_set import FORMAT_VERSION, Manifest, ShardSet
+from fastmoco.dataset.manifest import FORMAT_VERSION, Manifest
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.pack.dedupe import without_duplicates
 from fastmoco.pack.finalize import first, write_tables

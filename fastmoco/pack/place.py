@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastmoco.core.files import hash_file, locked, make_parent, new_folder, sync, write_json
 from fastmoco.dataset.dali_index import index_path
-from fastmoco.dataset.shard_set import HASHED
+from fastmoco.dataset.manifest import HASHED
 from fastmoco.errors import DataError, UsageError
 
 _ASIDE, _LOCK = ".fastmoco-index.partial", ".fastmoco-index.lock"

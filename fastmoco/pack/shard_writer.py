@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmoco.core.files import hash_file, new_file
-from fastmoco.dataset.shard_set import SAMPLE_DTYPE, Shard
+from fastmoco.dataset.manifest import Shard
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 from fastmoco.pack.levels import SAMPLE, Span
 from fastmoco.pack.shard_layout import TAR_RECORD
 from fastmoco.pack.worker import TAR_BLOCK, ChannelStats, Fragment, make_key

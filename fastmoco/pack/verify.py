@@ -11,17 +11,8 @@ import numpy as np
 
 from fastmoco.core.files import hash_file
 from fastmoco.dataset.dali_index import index_path, read_header
-from fastmoco.dataset.shard_set import (
-    CHUNK,
-    HASHED,
-    MANIFEST,
-    SAMPLE_DTYPE,
-    Shard,
-    ShardSet,
-    hash_set,
-    manifest_sha256,
-    read_labels,
-)
+from fastmoco.dataset.manifest import CHUNK, HASHED, MANIFEST, Shard, hash_set, manifest_sha256
+from fastmoco.dataset.shard_set import SAMPLE_DTYPE, ShardSet, read_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.adopt import ADOPTED
 from fastmoco.pack.parallel import mapped

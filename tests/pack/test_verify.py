@@ -10,14 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco.dataset.shard_set import (
-    LABEL_DTYPE,
-    SAMPLE_DTYPE,
-    ShardSet,
-    hash_set,
-    write_labels,
-    write_manifest,
-)
+from fastmoco.dataset.manifest import hash_set, write_manifest
+from fastmoco.dataset.shard_set import LABEL_DTYPE, SAMPLE_DTYPE, ShardSet, write_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
