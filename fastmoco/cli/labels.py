@@ -132,6 +132,9 @@ def pseudolabel(
         Literal["one", "confidence"], typer.Option(help="What a label counts in training.")
     ] = "one",
     feature: options.Feature = "backbone",
+    features: Annotated[
+        Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The CSV of labels.")] = Path("pseudolabels.csv"),
     replace: Annotated[bool, typer.Option("--replace", help="Labels of this name.")] = False,
     seed: Annotated[int, options.of_seed("Of the folds.")] = 0,
@@ -144,7 +147,10 @@ def pseudolabel(
     from fastmoco.label.pseudo_file import describe, write_pseudolabels
     from fastmoco.label.request import check_absent
 
-    asked = Options(precision, threshold, per_class, tuple(agree or ()), by, feature, seed, device)
+    asked = Options(
+        *(precision, threshold, per_class, tuple(agree or ()), by),
+        *(feature, features, seed, device),
+    )
     if other is None:
         _refuse_beside("without --with RUN", rounds=rounds, per_round=per_round)
     else:

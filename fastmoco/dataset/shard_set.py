@@ -46,6 +46,8 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 LABEL_DTYPE = np.dtype([("id", "<i4"), ("label", "<i4"), ("weight", "<f4")])
+PSEUDO = "pseudo-labels"
+"""What the origin of a side table begins with if no person gave its labels."""
 
 
 class ShardSet:
@@ -251,6 +253,12 @@ def write_labels(
         sync(rows_aside)
     sync(path.parent)
     return path
+
+
+def holds_pseudo_labels(shard_set: ShardSet, table: str | Path) -> bool:
+    """Return whether a side table that can be read is of labels that a program is sure of."""
+    about = json.loads(label_path(shard_set, table).with_suffix(".json").read_text())
+    return str(about.get("origin")).startswith(PSEUDO)
 
 
 def refuse_strangers(path: Path) -> None:

@@ -155,8 +155,11 @@ def co_label(
         )
     shard_set, candidates, warnings = open_pool(pool, train, test)
     runs = (root, plan.other)
-    sight = options.feature, options.device
-    views = [embed_pool(run, shard_set, candidates, train, *sight, warnings) for run in runs]
+    sight = options.feature, options.device, warnings
+    views = [
+        embed_pool(run, shard_set, candidates, train, *sight, file)
+        for run, file in zip(runs, (options.features, None), strict=True)
+    ]
     labels, weights = to_tensors(train, views[0])
     opinions = [ask(run, view, train, options) for run, view in zip(runs, views, strict=True)]
     heads = [opinion.head for opinion in opinions if opinion.head]

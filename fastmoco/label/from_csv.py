@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.core.files import hash_file
-from fastmoco.dataset.shard_set import ShardSet, label_path, refuse_strangers, write_labels
+from fastmoco.dataset.shard_set import PSEUDO, ShardSet, label_path, refuse_strangers, write_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.label.table import read_table
 
@@ -77,9 +77,10 @@ def label(
     _refuse_name(shard_set, name, replace)
     table = read_table(shard_set, path, classes, folder)
     notes = list(table.notes)
-    if table.confidences is not None:
-        notes.append("confidences are not kept: what shall count in training is a `weight`")
     origin = f"{path.name}, SHA-256 {hash_file(path)}"
+    if table.confidences is not None:  # people have none
+        notes.append("confidences are not kept: what shall count in training is a `weight`")
+        origin = f"{PSEUDO} of {origin}"
     try:
         written = write_labels(shard_set, name, table.rows, table.classes, origin)
     except OSError as error:

@@ -47,6 +47,7 @@ class Options:
         agree: further runs that must say the same.
         by: what `finetune --save` wrote: its network labels, instead of a head.
         feature: of the backbone or of the head.
+        features: of the pool by the first run, as `fastmoco embed` wrote them; None: computed.
         seed: of the folds.
         device: "auto", "cpu" or "cuda".
     """
@@ -57,6 +58,7 @@ class Options:
     agree: tuple[Path, ...] = ()
     by: Path | None = None
     feature: Feature = "backbone"
+    features: Path | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -69,10 +71,10 @@ class Options:
         for name, share in (("precision", self.precision), ("threshold", self.threshold)):
             if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"--{name} {share:g} is not a share: choose one of 0 to 1.")
-        if self.by and (self.threshold is None or self.agree):
+        if self.by and (self.threshold is None or self.agree or self.features):
             raise UsageError(
                 "A fine-tuned network has no out-of-fold predictions: --by needs --threshold, and "
-                "goes without --precision and --agree."
+                "goes without --precision, --agree and --features."
             )
         if self.threshold is None:
             return _PRECISION if self.precision is None else self.precision
@@ -173,8 +175,9 @@ def pseudolabel(
         opinions.append(opinion)
         warnings.append(f"{options.by} is not calibrated: nothing was held out of its training")
     for run in () if options.by else (root, *options.agree):  # only one holds its features
-        sight = options.feature, options.device
-        seen = embed_pool(run, shard_set, candidates, train, *sight, warnings)
+        sight = options.feature, options.device, warnings
+        file = options.features if run is root else None
+        seen = embed_pool(run, shard_set, candidates, train, *sight, file)
         opinions.append(ask(run, seen, train, options))
     judged = _judged(opinions)
     threshold = options.threshold

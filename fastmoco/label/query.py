@@ -12,7 +12,7 @@ from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.core.terminal import echo
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.numbers import read_numbers
-from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet, holds_pseudo_labels
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.features import Feature
 from fastmoco.label.diversity import CLUSTERS, coreset, herding, spread, typiclust
@@ -159,6 +159,8 @@ def find_candidates(
             leave_out(np.isin(hashes, known), why)
     for path in sorted((pool.root / "labels").glob("*.npy")):
         rows = Labelled.of(pool, path.stem)
+        if holds_pseudo_labels(pool, path.stem):  # nobody has looked at these
+            continue
         known = hashes[rows.ids]
         use = f"--more {pool.root} {path.stem} trains on them"
         leave_out(np.isin(hashes, known), f"labelled in the table {path.stem!r} ({use})")

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,6 +121,8 @@ def test_a_round_trip_to_another_run_and_back_as_a_table(pseudolabel, run, own):
     own("pool")
     code, out, err = run("label", "pool", "first.csv", "--name", "mine")
     assert code == 0 and f"{len(first)} labels" in out, err
+    code, out, err = run("query", "run", "pool", "--budget", 90, "--strategy", "random", *CPU)
+    assert code == 0, "no person has labelled any of them"
 
 
 def test_the_pools_own_labels_decide_nothing(pseudolabel, own):
@@ -146,6 +149,18 @@ def test_the_pools_own_labels_decide_nothing(pseudolabel, own):
     np.save("pool/samples.npy", rows)
     told = pseudolabel("--precision", 0.9)
     assert told["truth"] is None and "in truth" not in told["said"]
+
+
+def test_features_on_file_give_the_same_labels(pseudolabel, run):
+    words = ("--threshold", 0.6, "--agree", "other")
+    told = pseudolabel(*words)
+    code, _, err = run("embed", "run", "pool", "--out", "pool.npy", *CPU)
+    assert code == 0, err
+    assert pseudolabel(*words, "--features", "pool.npy")["rows"] == told["rows"]
+    code, _, err = run(
+        "pseudolabel", "other", "pool", "--replace", *CPU, "--features", "absent.npy"
+    )
+    assert code == 3 and "absent.npy" in err
 
 
 def test_bins_hold_all_that_was_predicted_out_of_fold(pseudolabel):
@@ -290,7 +305,9 @@ def test_noisy_student_is_two_commands(colored, run, own):
     assert json.loads(Path("run/evaluations.jsonl").read_text().splitlines()[-1])["labels"][
         "images"
     ] == 60 + len(rows)
-    for extra in ((), ("--precision", 0.9), ("--threshold", 0.5, "--agree", "other")):
+    threshold = ("--threshold", 0.5)
+    more = (("--agree", "other"), ("--features", "x.npy"))
+    for extra in ((), ("--precision", 0.9), *((*threshold, *words) for words in more)):
         code, _, err = run(*words, *extra, "--replace")
         assert code == 2 and "--by needs --threshold, and goes without" in err
     by = ("--threshold", 0.5, "--replace")
@@ -307,3 +324,21 @@ def test_noisy_student_is_two_commands(colored, run, own):
     assert code == 4 and "t1/weights.pt cannot be read" in err
     code, _, err = run(*words, *by, "--by", "run")
     assert code == 2 and "run is none that `fastmoco finetune --save` wrote" in err
+
+
+def test_the_commands_of_the_page_run_one_after_the_other(colored, run, own):
+    own("run")
+    for name, target in {"data/train": "train", "data/pool": "pool", "data/test": "test"}.items():
+        (colored / name).parent.mkdir(exist_ok=True)
+        (colored / name).symlink_to(colored / target)
+    (colored / "runs").mkdir()
+    for name, target in {"mine": "run", "other": "other"}.items():
+        (colored / "runs" / name).symlink_to(colored / target)
+    page = (Path(__file__).parents[2] / "docs/few-labels.md").read_text()
+    section = page.split("## Labels without asking")[1].split("\n## ")[0]
+    short = {"probe": ("--epochs", 2), "finetune": ("--steps", 30, "--batch", 20)}
+    commands = re.findall(r"^    fastmoco (.+)$", section, re.MULTILINE)
+    assert len(commands) == 6
+    for words in map(str.split, commands):
+        code, _, err = run(*words, *short.get(words[0], ()), *CPU)
+        assert code == 0, (words, err)
