@@ -23,7 +23,7 @@ GAP = 8
 LEFT, TOP = 96, 40  # room for the names of the rows, and for the title
 _DPI = 100
 INK = "#333333"
-_LINE, _CHANCE = "#1f5fa8", "#b5452c"
+LINE, MARK = "#1f5fa8", "#b5452c"
 _WIDTH, _HEIGHT = 5, 3.2  # of a panel, inches
 
 
@@ -170,21 +170,26 @@ def _panel(axes: Any, metrics: Metrics, curve: Curve, queue: int) -> None:
     x, y = curve.points(metrics)
     # Few points are seen as such, and one alone makes no line.
     marker = "o" if curve.kind == "epoch" or len(x) == 1 else ""
-    axes.plot(x, y, color=_LINE, linewidth=1.6, marker=marker, markersize=4)
-    axes.set_title(curve.title, loc="left", fontsize=10, color=INK)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.plot(x, y, color=LINE, linewidth=1.6, marker=marker, markersize=4)
+    style_axes(axes, curve.title)
     if curve.from_zero:
         axes.set_ylim(0, 1.05 * max(y) or 1)
     if curve.key == "loss":
         _mark_chance(axes, math.log(queue + 1))
 
 
+def style_axes(axes: Any, title: str) -> None:
+    """Give a panel its title, a pale grid and no frame."""
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
 def _mark_chance(axes: Any, chance: float) -> None:
     axes.margins(y=0.12)  # room for the words above the line
-    axes.axhline(chance, color=_CHANCE, linewidth=1.2, linestyle="--")
+    axes.axhline(chance, color=MARK, linewidth=1.2, linestyle="--")
     axes.annotate(
         f"chance: log(K + 1) = {chance:.2f}",
         (1, chance),
@@ -193,5 +198,5 @@ def _mark_chance(axes: Any, chance: float) -> None:
         textcoords="offset points",
         ha="right",
         fontsize=9,
-        color=_CHANCE,
+        color=MARK,
     )

@@ -115,6 +115,18 @@ def pseudolabel(
     agree: Annotated[
         list[Path] | None, typer.Option(help="A run that must say the same; repeatable.")
     ] = None,
+    by: Annotated[
+        Path | None, typer.Option(help="What `finetune --save` wrote: it labels, by --threshold.")
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option("--with", help="A run to co-train with: OUT.1.csv is for RUN, .2 for it."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of co-training. [default: 3]")] = None,
+    per_round: Annotated[
+        int | None,
+        typer.Option(min=1, help="Labels that each run gives the other. [default: 1000]"),
+    ] = None,
     weight: Annotated[
         Literal["one", "confidence"], typer.Option(help="What a label counts in training.")
     ] = "one",
@@ -125,18 +137,38 @@ def pseudolabel(
     device: options.Device = "auto",
 ) -> None:
     """Label the images of a set that a classifier on a run's features is sure of."""
+    from fastmoco.label.cotrain import CoTraining, co_label
     from fastmoco.label.pseudo import Options
     from fastmoco.label.pseudo import pseudolabel as choose
     from fastmoco.label.pseudo_file import describe, write_pseudolabels
     from fastmoco.label.request import check_absent
 
-    check_absent(out, replace)
-    asked = Options(precision, threshold, per_class, tuple(agree or ()), feature, seed, device)
+    asked = Options(precision, threshold, per_class, tuple(agree or ()), by, feature, seed, device)
+    if other is None:
+        _refuse_beside("without --with RUN", rounds=rounds, per_round=per_round)
+    else:
+        chosen_by = {"precision": precision, "threshold": threshold, "per_class": per_class}
+        _refuse_beside("beside --with RUN", **chosen_by, agree=agree, by=by)
+    outs = [out] if other is None else [out.with_suffix(f".{n}{out.suffix}") for n in (1, 2)]
+    for path in outs:
+        check_absent(path, replace)
     first, second = _labelled(run, train, labels, more, test)
     if first is None:
         raise UsageError("The run has no monitor: name what is labelled by --train.")
-    about = write_pseudolabels(choose(run, pool, asked, first, second), out, weight)
-    echo("\n".join(describe(about, out)))
+    if other is None:
+        found = [choose(run, pool, asked, first, second)]
+    else:
+        plan = CoTraining(other, rounds or CoTraining.rounds, per_round or CoTraining.per_round)
+        found = co_label(run, pool, asked, plan, first, second)
+    for path, part in zip(outs, found, strict=True):
+        echo("\n".join(describe(write_pseudolabels(part, path, weight), path)))
+
+
+def _refuse_beside(what: str, **values: object) -> None:
+    for name, value in values.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} does nothing {what}: leave it out.")
 
 
 def _labelled(

@@ -184,6 +184,9 @@ def report(
     train: options.Train = None,
     test: options.Test = None,
     labels: options.Labels = None,
+    label_file: Annotated[
+        list[Path] | None, typer.Option(help="A CSV of `query` or `pseudolabel`; repeatable.")
+    ] = None,
     samples: Annotated[
         int, typer.Option(min=1, help="Images of each set to look at, at the most.")
     ] = 10_000,
@@ -194,7 +197,7 @@ def report(
 
     words = "looking at the run's images: minutes on a CPU, less with fewer --samples"
     echo(words, err=True)
-    echo(write(run, out, train, test, samples, device, labels))
+    echo(write(run, out, train, test, samples, device, labels, label_file or ()))
 
 
 def demo(

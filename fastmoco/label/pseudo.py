@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastmoco.core.distributed import World, get_device
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled, refuse_unfit
-from fastmoco.dataset.shard_set import ShardSet
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
-from fastmoco.evaluate.features import Feature
+from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
 from fastmoco.evaluate.sanity import tell_dropped
-from fastmoco.label.head import Head, OutOfFold, Scores, cross_fit, sum_by_confidence
-from fastmoco.label.pool import embed_pool
+from fastmoco.evaluate.saved import load_saved
+from fastmoco.label.head import CHUNK, Head, OutOfFold, Scores, cross_fit, sum_by_confidence
+from fastmoco.label.pool import PoolFeatures, embed_pool
 from fastmoco.label.query import find_candidates
 from fastmoco.label.threshold import (
     Judged,
@@ -26,6 +28,8 @@ from fastmoco.label.threshold import (
     trace_precision,
 )
 from fastmoco.label.uncertainty import Beliefs, judge
+from fastmoco.load.executor import get_settings
+from fastmoco.runs.run_folder import RunFolder
 
 _PRECISION = 0.95
 _APART = 1 / 3  # of the share out of fold, by which that of the pool may differ
@@ -41,6 +45,7 @@ class Options:
         threshold: the least confidence, by hand.
         per_class: at most so many of each predicted class, the surest; None: all.
         agree: further runs that must say the same.
+        by: what `finetune --save` wrote: its network labels, instead of a head.
         feature: of the backbone or of the head.
         seed: of the folds.
         device: "auto", "cpu" or "cuda".
@@ -50,6 +55,7 @@ class Options:
     threshold: float | None = None
     per_class: int | None = None
     agree: tuple[Path, ...] = ()
+    by: Path | None = None
     feature: Feature = "backbone"
     seed: int = 0
     device: str = "auto"
@@ -63,6 +69,11 @@ class Options:
         for name, share in (("precision", self.precision), ("threshold", self.threshold)):
             if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"--{name} {share:g} is not a share: choose one of 0 to 1.")
+        if self.by and (self.threshold is None or self.agree):
+            raise UsageError(
+                "A fine-tuned network has no out-of-fold predictions: --by needs --threshold, and "
+                "goes without --precision and --agree."
+            )
         if self.threshold is None:
             return _PRECISION if self.precision is None else self.precision
         if self.precision is not None:
@@ -72,24 +83,26 @@ class Options:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What the classifier of a run says.
+    """What a classifier says.
 
     Attributes:
-        run: its folder.
-        step: of its checkpoint.
-        head: the classifier.
+        run: the folder of its run, or of the fine-tuned network.
+        step: of the run's checkpoint; None: a fine-tuned network.
+        head: on the run's features; None: a fine-tuned network.
         held: what heads say of the labelled samples that they were not fitted on; None: too few.
         beliefs: of the head on the candidates.
     """
 
     run: Path
-    step: int
-    head: Head
+    step: int | None
+    head: Head | None
     held: OutOfFold | None
     beliefs: Beliefs
 
     def describe(self) -> dict[str, Any]:
         """Return what is written down of it."""
+        if self.head is None:
+            return {"run": str(self.run)}
         numbers = {k: v for k, v in vars(self.head).items() if k not in ("weight", "bias")}
         return {"run": str(self.run), "step": self.step, **numbers, "bins": self._bins()}
 
@@ -153,12 +166,16 @@ def pseudolabel(
         CheckpointError: a run has no checkpoint.
     """
     wanted = options.wanted()
-    refuse_unfit(train)
-    shard_set = ShardSet(pool)
-    warnings = [*warn_of_labels(train)]
-    candidates = find_candidates(shard_set, train, test, (), warnings)
-    runs = (root, *options.agree)
-    opinions = [_ask(run, shard_set, candidates, train, options, warnings) for run in runs]
+    shard_set, candidates, warnings = open_pool(pool, train, test)
+    opinions, classes = [], train.classes
+    if options.by:
+        opinion, classes = _ask_network(root, options.by, shard_set, candidates, options.device)
+        opinions.append(opinion)
+        warnings.append(f"{options.by} is not calibrated: nothing was held out of its training")
+    for run in () if options.by else (root, *options.agree):  # only one holds its features
+        sight = options.feature, options.device
+        seen = embed_pool(run, shard_set, candidates, train, *sight, warnings)
+        opinions.append(ask(run, seen, train, options))
     judged = _judged(opinions)
     threshold = options.threshold
     if wanted is not None:
@@ -182,15 +199,10 @@ def pseudolabel(
         "pool": len(sure) / len(candidates),
     }
     about = {
-        "pool": str(pool),
-        "set_id": shard_set.manifest.set_id,
-        "labelled": len(train.ids),
-        "candidates": len(candidates),
+        **describe_pool(pool, shard_set, candidates, train, options),
         "precision": wanted,
         "threshold": threshold,
         "per_class": options.per_class,
-        "feature": options.feature,
-        "seed": options.seed,
         "classifiers": [one.describe() for one in opinions],
         "estimate": estimate_precision(judged, wanted, threshold),
         "above_threshold": shares,
@@ -202,14 +214,26 @@ def pseudolabel(
         candidates[kept],
         predicted[kept],
         confidence[kept],
-        train.classes,
+        classes,
         warnings,
         about,
     )
 
 
-def warn_of_labels(train: Labelled) -> Iterator[str]:
-    """Yield what speaks against the labels that a classifier is fitted on."""
+def open_pool(
+    pool: Path, train: Labelled, test: Labelled | None
+) -> tuple[ShardSet, Ids, list[str]]:
+    """Return a set, its samples that have no label yet, and what speaks against the labels.
+
+    Raises:
+        DataError: no classifier can learn from the labels, or all samples have one.
+    """
+    refuse_unfit(train)
+    shard_set, warnings = ShardSet(pool), list(_warn_of_labels(train))
+    return shard_set, find_candidates(shard_set, train, test, (), warnings), warnings
+
+
+def _warn_of_labels(train: Labelled) -> Iterator[str]:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     if len(missing := np.flatnonzero(counts == 0)):
         name = train.classes[missing[0]]
@@ -222,20 +246,48 @@ def warn_of_labels(train: Labelled) -> Iterator[str]:
     yield from tell_dropped(train)
 
 
-def _ask(
-    root: Path,
-    pool: ShardSet,
-    candidates: Ids,
-    train: Labelled,
-    options: Options,
-    warnings: list[str],
-) -> Opinion:
-    found = embed_pool(root, pool, candidates, train, options.feature, options.device, warnings)
-    device = found.known.device
-    labels, weights = torch.from_numpy(train.labels).to(device), train.relative_weights()
-    counted = None if weights is None else torch.from_numpy(weights).to(found.known)
-    head, held = cross_fit(found.known, labels, len(train.classes), options.seed, counted)
-    return Opinion(root, found.step, head, held, judge(head, found.rows))
+def describe_pool(
+    pool: Path, shard_set: ShardSet, candidates: Ids, train: Labelled, options: Options
+) -> dict[str, Any]:
+    """Return what is written down of the samples and of how they are seen."""
+    return {
+        "pool": str(pool),
+        "set_id": shard_set.manifest.set_id,
+        "labelled": len(train.ids),
+        "candidates": len(candidates),
+        "feature": options.feature,
+        "seed": options.seed,
+    }
+
+
+def ask(root: Path, seen: PoolFeatures, train: Labelled, options: Options) -> Opinion:
+    """Return what a head on the features of a run says of the candidates."""
+    labels, weights = to_tensors(train, seen)
+    head, held = cross_fit(seen.known, labels, len(train.classes), options.seed, weights)
+    return Opinion(root, seen.step, head, held, judge(head, seen.rows))
+
+
+def _ask_network(
+    root: Path, folder: Path, pool: ShardSet, candidates: Ids, device: str
+) -> tuple[Opinion, list[str]]:
+    """Return what a fine-tuned network says of the candidates, and its classes."""
+    where = get_device(device, 0)
+    network, spec, classes = load_saved(folder, where)
+    runtime = RunFolder(root).runtime()
+    preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, World(), where))
+    data = ConcatShardSets([pool])
+    beliefs = Beliefs.of(
+        embed(network, data, "head", preprocessing, ids=ids).double().softmax(dim=1)
+        for ids in np.split(candidates, range(CHUNK, len(candidates), CHUNK))
+    )
+    return Opinion(folder, None, None, None, beliefs), classes
+
+
+def to_tensors(train: Labelled, seen: PoolFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return labels and weights beside the features; None: all weights are equal."""
+    labels, weights = torch.from_numpy(train.labels), train.relative_weights()
+    counted = None if weights is None else torch.from_numpy(weights).to(seen.known)
+    return labels.to(seen.known.device), counted
 
 
 def _judged(opinions: list[Opinion]) -> Judged:

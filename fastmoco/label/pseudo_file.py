@@ -93,15 +93,21 @@ def describe(about: dict[str, Any], out: Path) -> Iterator[str]:
     )
     yield "  " + few([f"{name} {count}" for name, count in counts.items()], _NAMED)
     for one in about["classifiers"]:
-        said = f"  classifier: {one['run']}, {one['samples']} labels"
-        if one["accuracy"] is not None:
+        said = f"  classifier: {one['run']}"
+        if one.get("accuracy") is not None:
             said += (
-                f", {one['accuracy']:.1f} % right out of fold, C {one['strength']:g}, temperature "
-                f"{one['temperature']:.2f}, calibration error {one['error_before']:.2f}, "
-                f"{one['error']:.2f} with temperature"
+                f", {one['samples']} labels, {one['accuracy']:.1f} % right out of fold, "
+                f"C {one['strength']:g}, temperature {one['temperature']:.2f}, calibration error "
+                f"{one['error_before']:.2f}, {one['error']:.2f} with temperature"
             )
         yield said
-    yield from _describe_estimate(about)
+    if "threshold" in about:
+        yield from _describe_estimate(about)
+    else:
+        yield (
+            f"  {about['learner']} learns them from the other; how many are right cannot be told. "
+            f"The runs call {about['called_differently']} samples differently"
+        )
     for warning in about["warnings"]:
         yield f"  warning: {warning}"
     if truth := about["truth"]:
@@ -120,7 +126,7 @@ def _describe_estimate(about: dict[str, Any]) -> Iterator[str]:
     chosen = "by hand" if wanted is None else f"for a precision of {wanted:g}"
     yield f"  threshold: {about['threshold']:.3f}, {chosen}"
     if estimate["precision"] is None:
-        yield "  how many are right cannot be told: no label out of fold is above the threshold"
+        yield "  how many are right cannot be told: there is no label out of fold above it"
         return
     precision, low, high = (100 * estimate[key] for key in ("precision", "low", "high"))
     yield (

@@ -1,6 +1,6 @@
 """How unsure a classifier is of each sample, and the order in which samples are asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,16 @@ class Beliefs:
     margin: Scores
     entropy: Scores
 
+    @classmethod
+    def of(cls, chunks: Iterable[torch.Tensor]) -> "Beliefs":
+        """Return what (n, c) probabilities say, which come in parts."""
+        parts = []
+        for p in chunks:
+            top, places = p.topk(2, dim=1)
+            entropy = _get_entropy(p) / np.log(p.shape[1])
+            parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
+        return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
     def least(self) -> Scores:
         """Return 1 - p1: the larger, the sooner it is asked for."""
         return 1 - self.confidence
@@ -51,14 +61,8 @@ class Beliefs:
 
 def judge(head: Head, rows: torch.Tensor) -> Beliefs:
     """Return what a head says of (n, d) standardized rows, chunk by chunk."""
-    parts = []
-    for start in range(0, len(rows), CHUNK):
-        p = _get_probabilities((head, rows), start)
-        top, places = p.topk(2, dim=1)
-        entropy = _get_entropy(p) / np.log(p.shape[1])
-        parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
-    columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return Beliefs(*columns)
+    starts = range(0, len(rows), CHUNK)
+    return Beliefs.of(_get_probabilities((head, rows), start) for start in starts)
 
 
 def disagree(members: Sequence[Member]) -> Scores:

@@ -27,7 +27,7 @@ def load_encoder(run: RunFolder, device: torch.device) -> tuple[Encoder, Encoder
         )
     state, step = found
     encoder = Encoder(spec)
-    _check_keys(encoder, state["encoder_q"])
+    check_filled(encoder, state["encoder_q"], f"The checkpoint of {run.root}")
     check_finite(state["encoder_q"], f"the checkpoint of step {step} in {run.root}")
     encoder.load_state_dict(state["encoder_q"])
     return encoder.to(device).eval().requires_grad_(False), spec, step
@@ -47,8 +47,12 @@ def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def _check_keys(encoder: Encoder, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse weights that do not fill the network: random ones would give a result too."""
+def check_filled(encoder: Encoder, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse weights that do not fill the network: random ones would give a result too.
+
+    Raises:
+        CheckpointError: naming some of the tensors that differ.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     odd = sorted(
@@ -56,7 +60,7 @@ def _check_keys(encoder: Encoder, weights: dict[str, torch.Tensor]) -> None:
     )
     if odd:
         raise CheckpointError(
-            f"The checkpoint does not fit the network of encoder.json in {len(odd)} of "
+            f"{where} does not fit the network of encoder.json in {len(odd)} of "
             f"{len(wanted)} tensors, such as {', '.join(odd[:3])}."
         )
 

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs nothing beside it, and the PNG files on it."""
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,7 +32,9 @@ from fastmoco.viz.encoder_study import (
     projected,
     shown,
 )
+from fastmoco.viz.label_study import draw_label_file, read_label_file
 from fastmoco.viz.report_plots import (
+    Tile,
     draw_confusion,
     draw_filters,
     draw_maps,
@@ -51,25 +53,6 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Tile:
-    """An image with words below it.
-
-    Attributes:
-        file: its PNG.
-        title: the class, or what it was taken for.
-        detail: similarity or confidence.
-        alt: what a reader hears who does not see it.
-        right: whether the class is the true one; None: there is no question.
-    """
-
-    file: str
-    title: str
-    detail: str
-    alt: str
-    right: bool | None = None
-
-
-@dataclass(frozen=True)
 class Query:
     """A test image and its nearest training images."""
 
@@ -85,6 +68,7 @@ def report(
     samples: int = SAMPLES,
     device: str = "auto",
     labels: str | None = None,
+    label_files: Sequence[Path] = (),
 ) -> Path:
     """Write the report of a run; the same run gives the same bytes.
 
@@ -95,6 +79,7 @@ def report(
         samples: at most so many of each are looked at.
         device: "auto", "cpu" or "cuda".
         labels: side table of the training set, see `Evaluation.open`.
+        label_files: CSVs of `query` and `pseudolabel`, with what lies beside them.
 
     Returns:
         The page. What it cannot show, for want of a set or a checkpoint, it says in a sentence.
@@ -109,6 +94,7 @@ def report(
     # A set that the user named must serve, and at once; one that the recipe names may be gone.
     asked = train or test or labels
     named = Evaluation.open(root, train, test, device, labels) if asked else None
+    wrote = [read_label_file(path) for path in label_files]
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as aside:
@@ -120,6 +106,10 @@ def report(
             "labelled": _or_why(
                 lambda: _labelled(folder, named or Evaluation.open(root, device=device), samples)
             ),
+            "label_files": [
+                draw_label_file(folder, run, one, number, device)
+                for number, one in enumerate(wrote)
+            ],
         }
         html = _render(folder, run, facts, content)
         with _writing(out):

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import torch
 from PIL import Image
 
 from fastmoco.core.rng import Ids
-from fastmoco.plots import INK, Images, draw_views, get_grid, make_figure
+from fastmoco.plots import (
+    INK,
+    LINE,
+    MARK,
+    Images,
+    draw_views,
+    get_grid,
+    make_figure,
+    style_axes,
+)
 
 _DPI = 150
 _CHANNELS = 8
@@ -20,6 +30,26 @@ _NAMED = 30  # classes whose names fit beside a matrix
 _COUNTED = 20  # classes whose counts fit into its cells
 _COLOURED = 20  # classes that colors can tell apart
 _LONGEST = 16  # letters of a name
+_PANEL = (5, 3.6)  # inches
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image with words below it.
+
+    Attributes:
+        file: its PNG.
+        title: the class, or what it was taken for.
+        detail: similarity or confidence.
+        alt: what a reader hears who does not see it.
+        right: whether the class is the true one; None: there is no question.
+    """
+
+    file: str
+    title: str
+    detail: str
+    alt: str
+    right: bool | None = None
 
 
 def save_tile(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
@@ -105,6 +135,67 @@ def draw_plane(path: Path, places: npt.NDArray[np.float64], labels: Ids, classes
     axes.scatter(places[:, 0], places[:, 1], c=colors, s=18, alpha=0.75, linewidths=0)
     axes.set_axis_off()
     axes.margins(0.03)
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_precision(
+    path: Path, curve: Sequence[Mapping[str, float]], threshold: float, wanted: float | None
+) -> None:
+    """Draw the precision out of fold against the coverage, and where the threshold cuts.
+
+    Args:
+        path: of the PNG.
+        curve: points of `coverage` and `precision`, shares, by falling `threshold`.
+        threshold: that was chosen.
+        wanted: the precision that it was chosen for; None: it was chosen by hand.
+    """
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    coverage, precision = ([100 * p[key] for p in curve] for key in ("coverage", "precision"))
+    axes.plot(coverage, precision, color=LINE, linewidth=1.6)
+    kept = [place for place, point in enumerate(curve) if point["threshold"] >= threshold]
+    if kept:
+        place = kept[-1]
+        axes.plot(coverage[place], precision[place], "o", color=MARK)
+        words = f"threshold {threshold:.3f}"
+        axes.axvline(coverage[place], color=MARK, linewidth=1, linestyle="--", label=words)
+    if wanted is not None:
+        words = f"wanted: {100 * wanted:g} %"
+        axes.axhline(100 * wanted, color=INK, linewidth=1, linestyle=":", label=words)
+    style_axes(axes, "Right of the labels above a threshold, %")
+    axes.set_xlabel("labels above it, % (out of fold)", color=INK)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(top=101)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_reliability(path: Path, bins: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Draw accuracy against confidence, by bins, before and after calibration.
+
+    Args:
+        path: of the PNG.
+        bins: for "before" and "after" those that hold samples, each with its `samples`, mean
+            `confidence` and `accuracy`, shares.
+    """
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":", label="as sure as right")
+    for name, color in (("before", MARK), ("after", LINE)):
+        x, y = ([100 * row[key] for row in bins[name]] for key in ("confidence", "accuracy"))
+        most = max(row["samples"] for row in bins[name])
+        sizes = [12 + 90 * row["samples"] / most for row in bins[name]]
+        axes.plot(x, y, color=color, linewidth=1.2)
+        axes.scatter(
+            x, y, s=sizes, color=color, alpha=0.7, linewidths=0, label=f"{name} calibration"
+        )
+    style_axes(axes, "Right, % (out of fold)")
+    axes.set_xlabel("confidence, %", color=INK)
+    axes.set_xlim(0, 102)
+    axes.set_ylim(0, 104)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="lower right")
+    figure.tight_layout()
     figure.savefig(path, dpi=_DPI)
 
 

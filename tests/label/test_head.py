@@ -8,6 +8,7 @@ from fastmoco.label.head import (
     STRENGTHS,
     assign_folds,
     calibration_error,
+    cross_fit,
     fit_head,
     fit_linear,
     fit_temperature,
@@ -41,6 +42,43 @@ def test_it_is_scikit_learns_logistic_regression(data, strength):
     )
     probabilities = (rows @ weight.T + bias).softmax(dim=1)
     np.testing.assert_allclose(probabilities, theirs.predict_proba(rows), atol=1e-4)
+
+
+def test_weights_are_those_of_scikit_learn_and_of_samples_given_twice(data):
+    from sklearn.linear_model import LogisticRegression
+
+    rows, labels = data
+    weights = 1 + torch.arange(len(rows)).double() % 3
+    relative = (weights / weights.mean()).numpy()
+    theirs = LogisticRegression(C=1, tol=1e-10, max_iter=10_000).fit(rows, labels, relative)
+    weight, bias = fit_linear(rows, labels, CLASSES, 1.0, weights=weights)
+    np.testing.assert_allclose(weight, theirs.coef_, atol=1e-3)
+    times = weights.long()
+    more = rows.repeat_interleave(times, 0), labels.repeat_interleave(times, 0)
+    # The penalty goes with 1 / n: of twice the samples, C is half.
+    again, _ = fit_linear(*more, CLASSES, len(rows) / len(more[0]))
+    np.testing.assert_allclose(weight, again, atol=1e-4)
+    head, heavy = (fit_head(rows, labels, CLASSES, weights=w) for w in (None, weights))
+    ones = fit_head(rows, labels, CLASSES, weights=torch.full((len(rows),), 2.0).double())
+    np.testing.assert_allclose(head.weight, ones.weight, atol=1e-6)
+    assert not torch.allclose(head.weight, heavy.weight, atol=1e-3)
+
+
+def test_out_of_fold_predictions_are_of_heads_that_had_not_seen_them(data):
+    """Fold by fold, with the C and the temperature that were chosen."""
+    rows, labels = data
+    head, held = cross_fit(rows, labels, CLASSES, seed=3)
+    folds = assign_folds(labels.numpy(), 3)
+    assert held.folds.tolist() == folds.tolist() and held.labels.tolist() == labels.tolist()
+    for fold in range(5):
+        out = torch.from_numpy(folds == fold)
+        weight, bias = fit_linear(rows[~out], labels[~out], CLASSES, head.strength)
+        logits = rows[out] @ weight.T + bias
+        places = np.flatnonzero(out)
+        assert held.predicted[places].tolist() == logits.argmax(dim=1).tolist()
+        for name, t in (("before", 1), ("confidence", head.temperature)):
+            p = (logits / t).softmax(dim=1).amax(dim=1)
+            np.testing.assert_allclose(getattr(held, name)[places], p, atol=1e-4)
 
 
 def test_the_temperature_is_the_best_of_a_fine_grid(data):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
+from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
+from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.evaluate.features import embed
 from fastmoco.label.head import fit_head
 from fastmoco.label.pool import embed_pool
 from fastmoco.label.table import read_table
+from fastmoco.models.encoder import Encoder
 
 RunCommand = Callable[..., tuple[int, str, str]]
 CPU = ("--device", "cpu")
@@ -252,3 +257,53 @@ def test_what_weakens_the_labels_is_told(colored, run, own, make_colored_run):
     assert code == 3 and "0 labels were predicted out of fold, 30 are needed" in err
     code, out, err = run(*words, "--labels", "few", "--replace", "--threshold", 0.5)
     assert code == 0 and "how many are right cannot be told" in out, err
+
+
+def test_noisy_student_is_two_commands(colored, run, own):
+    """A fine-tuned network labels for the next one; here against its forward pass, one by one."""
+    own("run")
+    tune = ("finetune", "run", "--steps", 30, "--batch", 20, *CPU)
+    code, _, err = run(*tune, "--save", "t0")
+    assert code == 0, err
+    words = ("pseudolabel", "run", "pool", "--by", "t0", "--weight", "confidence", *CPU)
+    code, out, err = run(*words, "--threshold", 0.6, "--per-class", 20)
+    assert code == 0 and "warning: t0 is not calibrated" in out, err
+    assert "how many are right cannot be told" in out
+    spec = EncoderSpec.model_validate_json(Path("t0/encoder.json").read_text())
+    network = Encoder(spec)
+    network.load_state_dict(torch.load("t0/weights.pt", weights_only=True))
+    preprocessing = Evaluation.open(Path("run"), device="cpu").preprocessing
+    preprocessing = replace(preprocessing, mean=tuple(spec.mean), std=tuple(spec.std))
+    data = ConcatShardSets([ShardSet(Path("pool"))])
+    logits = embed(network.eval(), data, "head", preprocessing).double().numpy()
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = {}
+    for label, name in enumerate(("blue", "green", "red")):
+        members = [i for i in range(90) if p[i].argmax() == label and p[i].max() >= 0.6]
+        surest = sorted(members, key=lambda i: (-p[i].max(), i))[:20]
+        expected |= {i: (name, f"{p[i].max():.6f}") for i in surest}
+    with Path("pseudolabels.csv").open(newline="") as stream:
+        rows = {int(r["sample"]): (r["label"], r["confidence"]) for r in csv.DictReader(stream)}
+    assert rows == expected and len(rows) > 20
+    code, _, err = run(*tune, "--more", "pool", "pseudolabels.csv", "--save", "t1")
+    assert code == 0, err
+    assert json.loads(Path("run/evaluations.jsonl").read_text().splitlines()[-1])["labels"][
+        "images"
+    ] == 60 + len(rows)
+    for extra in ((), ("--precision", 0.9), ("--threshold", 0.5, "--agree", "other")):
+        code, _, err = run(*words, *extra, "--replace")
+        assert code == 2 and "--by needs --threshold, and goes without" in err
+    by = ("--threshold", 0.5, "--replace")
+    Path("t0/classes.json").write_text('["blue", "green"]')
+    code, _, err = run(*words, *by)
+    assert code == 4 and "names 2 classes, its network has 3 logits" in err
+    weights = torch.load("t1/weights.pt", weights_only=True)
+    weights.popitem()
+    torch.save(weights, "t1/weights.pt")
+    code, _, err = run(*words, *by, "--by", "t1")
+    assert code == 4 and "t1/weights.pt does not fit the network" in err
+    Path("t1/weights.pt").write_bytes(b"odd")
+    code, _, err = run(*words, *by, "--by", "t1")
+    assert code == 4 and "t1/weights.pt cannot be read" in err
+    code, _, err = run(*words, *by, "--by", "run")
+    assert code == 2 and "run is none that `fastmoco finetune --save` wrote" in err
