@@ -51,7 +51,7 @@ def test_weights_are_those_of_scikit_learn_and_of_samples_given_twice(data):
     weights = 1 + torch.arange(len(rows)).double() % 3
     relative = (weights / weights.mean()).numpy()
     theirs = LogisticRegression(C=1, tol=1e-10, max_iter=10_000).fit(rows, labels, relative)
-    weight, bias = fit_linear(rows, labels, CLASSES, 1.0, weights=weights)
+    weight, _ = fit_linear(rows, labels, CLASSES, 1.0, weights=weights)
     np.testing.assert_allclose(weight, theirs.coef_, atol=1e-3)
     times = weights.long()
     more = rows.repeat_interleave(times, 0), labels.repeat_interleave(times, 0)
