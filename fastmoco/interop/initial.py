@@ -54,7 +54,7 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
             f"{spec.arch} with the stem {spec.stem}: set encoder.arch={found.arch} "
             f"encoder.stem={found.stem}, or name other weights."
         )
-    same_head = (found.head, found.dim) == (spec.head, spec.dim)
+    same_head = found.head == spec.head and (spec.head == "none" or found.dim == spec.dim)
     if not same_head:
         weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
     taken = "backbone and head" if same_head and spec.head != "none" else "backbone"
@@ -82,7 +82,7 @@ def _read(
     if source.is_dir():
         if read_manifest(source) is None:
             raise CheckpointError(f"The checkpoint {source} is damaged: name another one.")
-        file, said = source / "state.pt", RunFolder(source.parents[1]).spec()
+        file, said = source / "state.pt", RunFolder(source.resolve().parents[1]).spec()
     if not file.exists():
         raise UsageError(f"init {source} is neither a run folder nor a file of weights.")
     content = read_weights(file)

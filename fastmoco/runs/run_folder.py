@@ -193,7 +193,7 @@ class RunFolder:
         Returns:
             The keys that differ, as "key: old -> new".
         """
-        config, text = self.config, to_yaml(recipe)
+        config = self.config
         kept = sorted(self.configs.glob("step-*.yaml"))
         now = self.configs / f"step-{step:09d}.yaml"
         for undone in [path for path in kept if path >= now]:  # of steps that are taken again
@@ -201,7 +201,12 @@ class RunFolder:
         changes = []
         if step and config.is_file():
             before = ([config] + [path for path in kept if path < now])[-1].read_text()
-            changes = differences(in_sections(yaml.safe_load(before)), yaml.safe_load(text))
+            old = in_sections(yaml.safe_load(before))
+            # What step 0 started from stays that, whatever is asked for by now.
+            init = Path(old["init"]) if old.get("init") else None
+            recipe = recipe.model_copy(update={"init": init})
+            changes = differences(old, recipe.model_dump(mode="json"))
+        text = to_yaml(recipe)
         if changes:
             self.configs.mkdir(exist_ok=True)
             if not kept:

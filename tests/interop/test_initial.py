@@ -111,9 +111,10 @@ def test_a_resumed_run_does_not_look_at_it(recipe, source, capsys, tmp_path):
     wanted = read_initial(source.root, source.spec()).sha256
     shutil.rmtree(source.root)
     capsys.readouterr()
-    assert main([*arguments, f"out={halves}"]) == 0
-    words = f"init {source.root} is not read: the run goes on from its step 6"
-    assert words in capsys.readouterr().out
+    assert main([*arguments, "init=another", f"out={halves}"]) == 0
+    out = capsys.readouterr().out
+    assert "init another is not read: the run goes on from its step 6" in out
+    assert "on init:" not in out and kept.recipe().init == source.root
     ends = [RunFolder(one) for one in (whole, halves)]
     ours, theirs = (one.latest()[0]["encoder_q"] for one in ends)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
