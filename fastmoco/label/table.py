@@ -70,7 +70,8 @@ def read_table(
         shard_set: the set.
         path: of the CSV.
         classes: the names of the labels 0, 1, ...; by default those of the set if the labels are
-            among them, and if none of them is, those of the CSV: see `Known` and `Found`.
+            among them, and if none of them is, or if not all of a CSV with confidences are, those
+            of the CSV: see `Known` and `Found`.
         folder: what stands before the names of the set in those of the CSV.
 
     Raises:
@@ -235,8 +236,10 @@ def _classes(
     known = Known(given, by_place=True) if given else Known(packed)
     codes = known.codes(table.found.values)
     strange = np.flatnonzero(codes < 0)
-    if not given and len(strange) == len(codes):  # of another kind than those of the set
-        _refuse_other_case(table, packed)
+    by_program = "confidence" in table.numbers  # writes the names of what it has learnt
+    if not given and len(strange) >= (1 if by_program else len(codes)):  # of another kind
+        if not by_program:
+            _refuse_other_case(table, packed)
         own, names = table.found.as_classes()
         told = f"classes of its own ({few(names, 3)}), not the set's ({few(packed, 3)})"
         if all(parse_number(name) is not None for name in names):

@@ -23,9 +23,12 @@ from fastmoco.label.head import fit_head
 from fastmoco.label.pool import embed_pool
 from fastmoco.label.table import read_table
 from fastmoco.models.encoder import Encoder
+from fastmoco.pack.options import PackOptions
+from fastmoco.pack.packer import pack
 
 RunCommand = Callable[..., tuple[int, str, str]]
 CPU = ("--device", "cpu")
+COLORS = ("blue", "green", "red")
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_labels_and_confidences_are_those_of_the_head(pseudolabel):
     told = pseudolabel("--threshold", 0.8, "--per-class", 9)
     p, pool = beliefs("run"), ShardSet(Path("pool"))
     expected = []
-    for label, name in enumerate(("blue", "green", "red")):
+    for label, name in enumerate(COLORS):
         members = [i for i in range(90) if p[i].argmax() == label and p[i].max() >= 0.8]
         surest = sorted(members, key=lambda i: (-p[i].max(), i))[:9]
         expected += [(i, pool.get_name(i), name, "1", f"{p[i].max():.6f}") for i in surest]
@@ -123,6 +126,35 @@ def test_a_round_trip_to_another_run_and_back_as_a_table(pseudolabel, run, own):
     assert code == 0 and f"{len(first)} labels" in out, err
     code, out, err = run("query", "run", "pool", "--budget", 90, "--strategy", "random", *CPU)
     assert code == 0, "no person has labelled any of them"
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_pool_of_other_classes_or_none(pseudolabel, run, own, colored, classes):
+    """What was learnt of `train` labels it, and goes back to training by name."""
+    own("run")
+    Path("pool").unlink()
+    for name in COLORS:  # what is red goes by another name there
+        source = colored.joinpath("train").resolve().parent / "in/pool" / name
+        folder = {"red": "rose"}.get(name, name) if classes else ""
+        for image in source.iterdir():
+            (Path("in") / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, Path("in") / folder / f"{name}-{image.name}")
+    pack(Path("in"), Path("pool"), PackOptions(unlabelled=not classes))
+    told = pseudolabel("--threshold", 0.4)
+    found = {row["label"] for row in told["rows"]}
+    assert found == set(COLORS) and (told["truth"] is None) == (not classes)
+    if classes:
+        rose = sum(row["name"].startswith("rose") for row in told["rows"])
+        assert rose and told["truth"]["labels"] - told["truth"]["right"] >= rose
+    words = ("--more", "pool", "pseudolabels.csv", "--epochs", 2, "--lr", 1, "--cached")
+    code, _, err = run("probe", "run", *words, *CPU)
+    assert code == 0, err
+    row = json.loads(Path("run/evaluations.jsonl").read_text())
+    assert row["sets"]["train"]["total"] == 60 + told["labels"]
+    if classes:
+        Path("people.csv").write_text("sample,label\n0,blue\n1,red\n")
+        code, _, err = run("probe", "run", "--more", "pool", "people.csv", *words[3:], *CPU)
+        assert code == 3 and "the label 'red' is none of 3 classes" in err
 
 
 def test_the_pools_own_labels_decide_nothing(pseudolabel, own):
@@ -293,7 +325,7 @@ def test_noisy_student_is_two_commands(colored, run, own):
     logits = embed(network.eval(), data, "head", preprocessing).double().numpy()
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = {}
-    for label, name in enumerate(("blue", "green", "red")):
+    for label, name in enumerate(COLORS):
         members = [i for i in range(90) if p[i].argmax() == label and p[i].max() >= 0.6]
         surest = sorted(members, key=lambda i: (-p[i].max(), i))[:20]
         expected |= {i: (name, f"{p[i].max():.6f}") for i in surest}
