@@ -104,7 +104,7 @@ def draw_label_file(
     for place, classifier in enumerate(about["classifiers"] if one.pseudo else []):
         if classifier.get("bins"):
             file = f"reliability_{number}_{place}.png"
-            draw_reliability(folder / file, classifier["bins"])
+            draw_reliability(folder / file, classifier["bins"], classifier["run"])
             drawn["reliability"].append((file, classifier))
     if one.pseudo and about["truth"]:
         try:

@@ -171,26 +171,30 @@ def draw_precision(
     figure.savefig(path, dpi=_DPI)
 
 
-def draw_reliability(path: Path, bins: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def draw_reliability(
+    path: Path, bins: Mapping[str, Sequence[Mapping[str, float]]], name: str
+) -> None:
     """Draw accuracy against confidence, by bins, before and after calibration.
 
     Args:
         path: of the PNG.
         bins: for "before" and "after" those that hold samples, each with its `samples`, mean
             `confidence` and `accuracy`, shares.
+        name: of the classifier.
     """
     figure = make_figure(*_PANEL)
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":", label="as sure as right")
-    for name, color in (("before", MARK), ("after", LINE)):
-        x, y = ([100 * row[key] for row in bins[name]] for key in ("confidence", "accuracy"))
-        most = max(row["samples"] for row in bins[name])
-        sizes = [12 + 90 * row["samples"] / most for row in bins[name]]
+    for when, color in (("before", MARK), ("after", LINE)):
+        x, y = ([100 * row[key] for row in bins[when]] for key in ("confidence", "accuracy"))
+        most = max(row["samples"] for row in bins[when])
+        sizes = [12 + 90 * row["samples"] / most for row in bins[when]]
         axes.plot(x, y, color=color, linewidth=1.2)
         axes.scatter(
-            x, y, s=sizes, color=color, alpha=0.7, linewidths=0, label=f"{name} calibration"
+            x, y, s=sizes, color=color, alpha=0.7, linewidths=0, label=f"{when} calibration"
         )
-    style_axes(axes, "Right, % (out of fold)")
+    style_axes(axes, "Right out of fold, %")
+    axes.set_title(_shortened(name), loc="right", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("confidence, %", color=INK)
     axes.set_xlim(0, 102)
     axes.set_ylim(0, 104)

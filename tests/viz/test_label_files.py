@@ -109,6 +109,25 @@ def test_the_same_bytes_and_a_pool_that_is_gone(station: Path, sets: dict[str, P
     assert "name a CSV of the commands query or pseudolabel" in bare.text["labels"]
 
 
+def test_what_a_run_learns_from_another(
+    station: Path, run: RunCommand, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, legend = [], Axes.legend
+
+    def note(self, **style):  # type: ignore[no-untyped-def]
+        named.append((self.get_title("right"), self.get_legend_handles_labels()[1]))
+        return legend(self, **style)
+
+    monkeypatch.setattr(Axes, "legend", note)
+    words = ("--train", sets["train"], "--device", "cpu", "--with", "run", "--per-round", 8)
+    code, _, err = run("pseudolabel", "run", sets["test"], *words, "--out", "co.csv")
+    assert code == 0, err
+    page = Parsed(report(Path("run"), device="cpu", label_files=[Path("co.1.csv")]))
+    text = " ".join(page.text["labels"].split())
+    assert ", from which run learns what another run is sure of. In truth" in text
+    assert named == [("run", ["as sure as right", "before calibration", "after calibration"])] * 2
+
+
 def test_what_is_no_such_file_is_refused_at_once(station: Path) -> None:
     shutil.copy("pseudolabels.csv", "alone.csv")
     shutil.copy("pseudolabels.csv", "odd.csv")
