@@ -220,9 +220,12 @@ class Trial:
             if len(some.ids) > _TESTED:
                 order = Permutation(len(some.ids), self.protocol.seed, Stream.STUDY)
                 some = some.take(np.sort(order(np.arange(_TESTED))))
-            found = self.test(network, some)
+            try:
+                top1: float | None = self.test(network, some).top(1)
+            except DivergedError:  # the weights may be finite still; the next look tells
+                top1 = None
             network.train()
-            curve.append(row | {"test_top1": found.top(1), "test_images": len(some.ids)})
+            curve.append(row | {"test_top1": top1, "test_images": len(some.ids)})
 
         tested = _train(network, crops, more, protocol, on_step, on_row)
         return Trained(tested, network, more)

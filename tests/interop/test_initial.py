@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def first_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     take = Engine.step
 
-    def step(self: Engine, query_view: torch.Tensor, key_view: torch.Tensor, number: int) -> object:
+    def step(
+        self: Engine, query_view: torch.Tensor, key_view: torch.Tensor, number: int, *ids: Any
+    ) -> object:
         if number == 0:
             self.encoder_q.eval()
             with torch.no_grad():
@@ -53,7 +56,7 @@ def first_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
             for name, tensor in self.encoder_q.state_dict().items():
                 assert torch.equal(tensor, keys[name]), name
             seen["images"] = query_view
-        return take(self, query_view, key_view, number)
+        return take(self, query_view, key_view, number, *ids)
 
     monkeypatch.setattr(Engine, "step", step)
     return seen
