@@ -73,6 +73,10 @@ More = Annotated[
 PerClass = Annotated[
     int | None, typer.Option(min=1, help="Labels of each class, drawn by --seed. [default: all]")
 ]
+Chosen = Annotated[
+    Literal["holdout", "test"],
+    typer.Option(help="By what the best of several rates is chosen: labels held out, or the test."),
+]
 Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
 Feature = Annotated[Literal["head", "backbone"], typer.Option(help="Which of the two outputs.")]

@@ -61,6 +61,8 @@ def knn(
     sets = Sets(train, test, labels, more)
     with _evaluation(run, sets, device, precision) as opened:
         found = opened.knn(feature, k, t)
+        if opened.world.is_main and opened.train.relative_weights() is not None:
+            echo("warning: weights of labels do not count in kNN", err=True)
         _tell(opened, found, f"kNN, {feature} features, k {k}, t {t:g}")
 
 
@@ -84,6 +86,7 @@ def probe(
     cached: Annotated[
         bool, typer.Option("--cached", help="Embed once, without crops and flips: seconds.")
     ] = False,
+    choose: options.Chosen = "holdout",
     seed: Annotated[int, options.of_seed("Of the order.")] = 0,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -99,6 +102,7 @@ def probe(
         features="cached" if cached else "augmented",
         schedule=schedule,
         warmup=warmup,
+        choose=choose,
     )
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:
@@ -123,12 +127,14 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
     lr: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
             callback=options.positive,
-            help="Of the backbone. [default: 0.02, from scratch 0.1, times batch / 256]",
+            help="Of the backbone; several to choose among. [default: 0.02, from scratch 0.1, "
+            "times batch / 256]",
         ),
     ] = None,
+    choose: options.Chosen = "holdout",
     head_lr: Annotated[
         float | None,
         typer.Option(
@@ -143,6 +149,12 @@ def finetune(
     size: Annotated[
         int | None, typer.Option(min=8, help="Of the images, pixels. [default: the run's]")
     ] = None,
+    even: Annotated[
+        bool,
+        typer.Option(  # torchrun takes --even for the beginning of an option of its own
+            "--even", "--evenly", help="Show every class equally often, in as many steps."
+        ),
+    ] = False,
     seed: Annotated[int, options.of_seed("Of labels, order and random weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="A new folder for the weights.")] = None,
     precision: options.Precision = None,
@@ -161,13 +173,16 @@ def finetune(
         from_scratch=from_scratch,
         epochs=epochs,
         steps=steps,
-        lr=lr,
+        lr=lr[0] if lr else None,
+        lrs=tuple(lr or ()),
+        choose=choose,
         head_lr=head_lr,
         batch=batch,
         weight_decay=weight_decay,
         seed=seed,
         normalize=normalize,
         size=size,
+        even=even,
     )
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:
@@ -243,12 +258,20 @@ def _tell(opened: "Evaluation", found: dict[str, Any], title: str) -> None:
     if not opened.world.is_main:
         return
     echo(f"{title}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+    chosen = found.get("chosen")
     for score in found.get("learning_rates", []):
         mark = " <- best by test accuracy" if score == found["best"] else ""
+        if chosen and score["lr"] == chosen["lr"]:
+            mark = f" <- chosen by {chosen['images']} labels held out ({chosen['by']}){mark}"
         accuracies = "diverged"
         if "diverged" not in score:
             accuracies = f"top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %"
         echo(f"  lr {score['lr']:<5g} {accuracies}{mark}")
+    if chosen and "learning_rates" not in found:
+        echo(f"  rate {chosen['lr']:g} chosen by {chosen['images']} images ({chosen['by']}):")
+        for one in chosen["candidates"]:
+            top1 = "diverged" if one["top1"] is None else f"top-1 {one['top1']:6.2f} %"
+            echo(f"  lr {one['lr']:<5g} {top1}")
     shares = zip(found["per_class"], opened.test.classes, strict=True)
     lowest = sorted((share, name) for share, name in shares if share is not None)[:3]
     echo("  lowest classes: " + ", ".join(f"{name} {share:.1f} %" for share, name in lowest))

@@ -151,6 +151,16 @@ def assign_folds(labels: npt.NDArray[np.integer[Any]], seed: int, folds: int = 5
     return found
 
 
+def repeat_evenly(labels: npt.NDArray[np.integer[Any]], seed: int) -> Ids:
+    """Return as many ids of every class as the largest has: a smaller one's again and again.
+
+    Where that does not come out even, the seed decides which stand once more than others.
+    """
+    orders = list(_by_class(labels, seed))
+    largest = max(map(len, orders))
+    return np.concatenate([np.resize(order, largest) for order in orders])
+
+
 def _by_class(labels: npt.NDArray[np.integer[Any]], seed: int) -> Iterator[Ids]:
     """Yield the ids of each class, permuted."""
     for label in np.unique(labels).tolist():

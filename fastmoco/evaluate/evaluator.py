@@ -1,5 +1,6 @@
 """From a run folder to a number: opens what an evaluation needs, and writes down what it found."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -11,8 +12,9 @@ import torch
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, get_device
-from fastmoco.dataset.labels import Labelled, labelled_pair
+from fastmoco.dataset.labels import Labelled, Weights, labelled_pair
 from fastmoco.errors import UsageError
+from fastmoco.evaluate.choosing import HeldOut, choose_rate
 from fastmoco.evaluate.features import (
     Feature,
     Pair,
@@ -27,10 +29,12 @@ from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.probe import (
     Heads,
     ProbeConfig,
+    cached_epochs,
+    count_right,
+    held_out_top1,
     judge,
     record,
     scores,
-    train_cached,
     train_heads,
 )
 from fastmoco.evaluate.results import append
@@ -134,7 +138,10 @@ class Evaluation:
         return embed_labelled(self.encoder, one, feature, self.preprocessing, self.world)
 
     def knn(self, feature: Feature, k: int, t: float) -> dict[str, Any]:
-        """Classify the test set by its nearest neighbors in the training set, and record it."""
+        """Classify the test set by its nearest neighbors in the training set, and record it.
+
+        Each has one vote by its similarity: weights of labels do not count.
+        """
         bank = KNNClassifier(*self.features(self.train, feature), self.classes, k, t, self.world)
         found = bank.predict(*self.features(self.test, feature))
         protocol = {"feature": feature, "k": k, "t": t, "precision": self.preprocessing.precision}
@@ -153,42 +160,80 @@ class Evaluation:
             UsageError: the ranks cannot share a batch evenly.
             DivergedError: of no learning rate the logits are finite numbers.
         """
+        held, rates = None, len(protocol.lrs)
+        if protocol.choose == "holdout" and rates > 1:
+            held = HeldOut.of(self.train, protocol.seed)
+        weights = held.weights(self.train) if held else self.train.relative_weights()
+        lrs = protocol.lrs * (1 + held.count if held else 1)
+        heads = Heads(self.encoder.features, self.classes, lrs)
+        heads.to(self.preprocessing.settings.device)
+        right = []
         with unchanged(self.encoder):
             test = self.features(self.test, "backbone")
-            if protocol.features == "cached":
-                heads = self._train_cached(protocol, on_epoch)
-            else:
-                heads = self._train_augmented(protocol, on_epoch)
-        found = [one.gathered(self.world) for one in judge(heads, *test)]
-        result = record(scores(heads, found), protocol)
-        result["protocol"]["precision"] = self.preprocessing.precision
-        sound = (one for one in found if one.finite())
-        return self.record(result, max(sound, key=lambda one: one.top(1)))
+            needed = held or protocol.features == "cached"
+            train = self.features(self.train, "backbone") if needed else None
 
-    def _train_cached(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
+            def test_epoch(done: int) -> None:
+                right.append(count_right(heads.group(0, rates), *test))
+                on_epoch(done)
+
+            epochs, per_epoch, world = self._epochs(protocol, weights, train)
+            trained = train_heads(heads, epochs, per_epoch, protocol, test_epoch, world)
+        curve = self._curve(trained[:, :, :rates], torch.stack(right))
+        final = heads.group(0, rates)
+        found = [one.gathered(self.world) for one in judge(final, *test)]
+        result = record(scores(final, found), protocol)
+        lr = result["best"]["lr"]
+        if held and train:
+            folds = torch.from_numpy(held.folds[self.world.share(len(held.folds))])
+            top1 = held_out_top1(heads, rates, train, folds.to(train[1].device), self.world)
+            sound = [t if one.finite() else math.nan for t, one in zip(top1, found, strict=True)]
+            result["chosen"] = choose_rate(protocol.lrs, sound, held.how, held.images)
+            lr = result["chosen"]["lr"]
+        result["protocol"]["precision"] = self.preprocessing.precision
+        return self.record(result, found[protocol.lrs.index(lr)], curve)
+
+    def _curve(self, trained: torch.Tensor, right: torch.Tensor) -> list[dict[str, Any]]:
+        """Return a row an epoch, with a number for each rate; None where it is not finite.
+
+        Args:
+            trained: (epochs, 2, rates) loss and share of right guesses in training.
+            right: (epochs, rates) right guesses of this rank's share of the test set.
+        """
+        total = torch.stack(self.world.gather_object(right.cpu())).sum(dim=0)
+        test = 100 * total.double() / len(self.test.ids)
+        trained = trained.double().cpu() * torch.tensor([1.0, 100.0])[:, None]
+        columns = {"loss": trained[:, 0], "train_top1": trained[:, 1], "test_top1": test}
+        return [
+            {"epoch": epoch + 1}
+            | {
+                name: [x if math.isfinite(x) else None for x in of[epoch].tolist()]
+                for name, of in columns.items()
+            }
+            for epoch in range(len(test))
+        ]
+
+    def _epochs(
+        self, protocol: ProbeConfig, weights: Weights | None, train: Pair | None
+    ) -> tuple[Iterator[Iterator[Samples]], int, World]:
+        """Return the epochs, the batches of each, and who shares a batch."""
+        if protocol.features == "augmented":
+            crops = self._crops(protocol, weights)
+            epochs = self._augmented_epochs(crops, protocol.epochs)
+            return epochs, crops.plan.steps_per_epoch, self.world
         # Every rank trains the same heads on all features (10.5 GB for ImageNet and ResNet-50).
         # Shared out, each step would have to average gradients 40 times as large as its batch.
-        samples = [
-            self.world.gather_shares(rows, len(self.train.ids))
-            for rows in self.features(self.train, "backbone")
-        ]
-        if (weights := self.train.relative_weights()) is not None:
+        assert train
+        samples = [self.world.gather_shares(rows, len(self.train.ids)) for rows in train]
+        if weights is not None:
             samples.append(torch.from_numpy(weights).to(samples[0].device))
-        return train_cached(tuple(samples), self.classes, protocol, on_epoch)
+        per_epoch = -(-len(samples[0]) // protocol.batch)
+        return cached_epochs(tuple(samples), protocol), per_epoch, World()
 
-    def _train_augmented(self, protocol: ProbeConfig, on_epoch: Callable[[int], None]) -> Heads:
-        heads = Heads(self.encoder.features, self.classes, protocol.lrs)
-        heads.to(self.preprocessing.settings.device)
-        crops = self._crops(protocol)
-        epochs = self._augmented_epochs(crops, protocol.epochs)
-        per_epoch = crops.plan.steps_per_epoch
-        train_heads(heads, epochs, per_epoch, protocol, on_epoch, self.world)
-        return heads
-
-    def _crops(self, protocol: ProbeConfig) -> Crops:
+    def _crops(self, protocol: ProbeConfig, weights: Weights | None = None) -> Crops:
         return Crops(
             self.train,
-            self.train.relative_weights(),
+            weights,
             protocol.batch,
             protocol.seed,
             self.preprocessing,
@@ -207,7 +252,9 @@ class Evaluation:
             features: torch.Tensor = self.encoder.backbone(images)
         return features.float()
 
-    def record(self, result: dict[str, Any], found: Predictions) -> dict[str, Any]:
+    def record(
+        self, result: dict[str, Any], found: Predictions, curve: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
         """Add what the numbers were measured on, and append them to the run's evaluations.
 
         Where these cannot be written, the number is returned all the same, and under `unrecorded`
@@ -220,7 +267,7 @@ class Evaluation:
         if not self.world.is_main:
             return result
         try:
-            return append(self.run, result, found, self.test)
+            return append(self.run, result, found, self.test, curve)
         except (OSError, MemoryError, UsageError) as error:
             reason = getattr(error, "strerror", None) or str(error) or "out of memory"
             return result | {"unrecorded": f"{self.run.root} cannot be written ({reason})"}

@@ -9,6 +9,7 @@ import torch
 
 from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
+from fastmoco.core.rng import repeat_evenly
 from fastmoco.dataset.labels import Labelled, Weights
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.features import Preprocessing, Samples
@@ -31,6 +32,7 @@ class Crops:
         seed: of order and crops.
         preprocessing: size and normalization.
         world: each draws its contiguous slice of every batch.
+        even: every class equally often: an epoch shows the samples of the smaller classes again.
 
     Raises:
         UsageError: the ranks cannot share a batch evenly.
@@ -42,6 +44,7 @@ class Crops:
     seed: int
     preprocessing: Preprocessing
     world: World = field(default_factory=World)
+    even: bool = False
 
     def __post_init__(self) -> None:
         if self.plan.batch % self.world.size:
@@ -54,6 +57,8 @@ class Crops:
     def plan(self) -> Plan:
         """Order and batch size."""
         ids = self.labelled.ids
+        if self.even:
+            ids = ids[repeat_evenly(self.labelled.labels, self.seed)]
         order = SubsetOrder(ids, Shuffled(len(ids), self.seed))
         return Plan(len(order), min(self.batch, len(order)), self.seed, order)
 

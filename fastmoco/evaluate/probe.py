@@ -15,6 +15,7 @@ from torch import nn
 from fastmoco.core.distributed import World
 from fastmoco.core.schedules import cosine
 from fastmoco.errors import DivergedError
+from fastmoco.evaluate.choosing import Choose
 from fastmoco.evaluate.features import Pair, Samples
 from fastmoco.evaluate.predictions import Predictions
 
@@ -34,6 +35,8 @@ class ProbeConfig:
             each epoch, as in the paper).
         schedule: "step" (the paper's) or "cosine", which falls each step.
         warmup: epochs of a linear rise before either.
+        choose: the rate whose number counts, by labels held out of training or, as before, by
+            the test set; of one rate there is nothing to choose.
     """
 
     epochs: int = 100
@@ -43,6 +46,7 @@ class ProbeConfig:
     features: str = "augmented"
     schedule: Literal["step", "cosine"] = "step"
     warmup: float = 0.0
+    choose: Choose = "holdout"
 
     def rate(self, step: int, per_epoch: int) -> float:
         """Return what the learning rates are multiplied by in a step, counted from 0."""
@@ -87,24 +91,33 @@ class Heads(nn.Module):
         heads = len(self.rates)  # view(-1) could not tell the classes of no features
         return logits.view(len(features), heads, len(self.bias) // heads)
 
-    def loss(
-        self, features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    def losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the cross-entropies of the heads, each times its learning rate, summed.
-
-        SGD without weight decay at rate 1 on this sum moves each head as its own rate would.
+        """Return the (heads,) cross-entropies.
 
         Args:
-            features: (n, features) fp32.
+            logits: (n, heads, classes).
             labels: (n,) int64.
-            weights: (n,) fp32, that the losses of the samples are multiplied by; None: 1.
+            weights: (n,) fp32, that the losses of the samples are multiplied by, or (n, m) for m
+                groups of heads, one after the other; None: 1.
         """
-        logits = self(features)
         wanted = labels[:, None].expand(-1, len(self.lrs))
         each = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         if weights is not None:
-            each = each * weights[:, None]
-        return (each.mean(dim=0) * self.lrs).sum()
+            each = (each.view(*weights.shape, -1) * weights[..., None]).flatten(1)
+        return each.mean(dim=0)
+
+    def group(self, number: int, size: int) -> "Heads":
+        """Return `size` of the heads, copied: those from `number * size` on."""
+        part = slice(number * size, (number + 1) * size)
+        classes = len(self.bias) // len(self.rates)
+        found = Heads(self.weight.shape[1], classes, self.rates[part]).to(self.weight)
+        rows = slice(part.start * classes, part.stop * classes)
+        with torch.no_grad():
+            found.weight.copy_(self.weight[rows])
+            found.bias.copy_(self.bias[rows])
+        return found
 
 
 def train_heads(
@@ -114,8 +127,11 @@ def train_heads(
     protocol: ProbeConfig,
     on_epoch: Callable[[int], None] = lambda done: None,
     world: World = World(),
-) -> None:
+) -> torch.Tensor:
     """Train the heads in place.
+
+    SGD without weight decay at rate 1, on the sum of the losses each times its learning rate, moves
+    each head as its own rate would.
 
     Args:
         heads: to train.
@@ -124,18 +140,28 @@ def train_heads(
         protocol: see `ProbeConfig`.
         on_epoch: called with the epochs done.
         world: each has an equal share of every batch.
+
+    Returns:
+        (epochs, 2, heads) mean loss and share of right guesses of the training batches.
     """
+    curve = torch.zeros(protocol.epochs, 2, len(heads.rates)).to(heads.lrs)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, fused=True)
     for epoch, batches in enumerate(epochs):
         for step, batch in enumerate(batches, epoch * per_epoch):
             optimizer.param_groups[0]["lr"] = protocol.rate(step, per_epoch)
             optimizer.zero_grad()
-            heads.loss(*batch).backward()  # type: ignore[no-untyped-call]
+            features, labels, *weights = batch
+            logits = heads(features)
+            losses = heads.losses(logits, labels, *weights)
+            (losses * heads.lrs).sum().backward()  # type: ignore[no-untyped-call]
+            right = (logits.detach().argmax(dim=2) == labels[:, None]).to(losses.dtype)
+            curve[epoch] += torch.stack([losses.detach(), right.mean(dim=0)]) / per_epoch
             for parameter in heads.parameters():
                 if parameter.grad is not None:
                     world.mean_(parameter.grad)
             optimizer.step()
         on_epoch(epoch + 1)
+    return world.mean_(curve)
 
 
 def cached_epochs(samples: Samples, protocol: ProbeConfig) -> Iterator[Iterator[Samples]]:
@@ -158,6 +184,17 @@ def judge(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> list[Pr
         for logits, own in zip(heads(some).unbind(dim=1), parts, strict=True):
             own.append(Predictions.of_logits(logits, wanted))
     return [Predictions.cat(own) for own in parts]
+
+
+@torch.no_grad()
+def count_right(heads: Heads, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the (heads,) right guesses among (N, features) features with (N,) int64 labels."""
+    found = torch.zeros(len(heads.rates), dtype=torch.int64, device=labels.device)
+    for some, wanted in zip(
+        torch.split(features, _CHUNK), torch.split(labels, _CHUNK), strict=True
+    ):
+        found += (heads(some).argmax(dim=2) == wanted[:, None]).sum(dim=0)
+    return found
 
 
 def scores(heads: Heads, found: Sequence[Predictions]) -> list[Score]:
@@ -193,6 +230,34 @@ def probe_cached(train: Samples, test: Pair, classes: int, protocol: ProbeConfig
     """Train the heads on cached features and score them on those of a test set."""
     heads = train_cached(train, classes, protocol)
     return scores(heads, judge(heads, *test))
+
+
+def held_out_top1(
+    heads: Heads, rates: int, samples: Pair, folds: torch.Tensor, world: World = World()
+) -> list[float]:
+    """Return for each rate the top-1 of the samples by the heads that did not see them, percent.
+
+    Args:
+        heads: groups of `rates` heads; group 1 + f was trained without the samples of fold f.
+        rates: their number.
+        samples: (n, features) fp32 features and (n,) int64 labels, this rank's share.
+        folds: (n,) int64; -1: seen by all.
+        world: that shares the samples.
+
+    Returns:
+        NaN for a rate at which a head diverged.
+    """
+    right, total = torch.zeros(rates, dtype=torch.float64), 0
+    for fold in range(len(heads.rates) // rates - 1):
+        out = folds == fold
+        total += int(out.sum())
+        if out.any():
+            found = judge(heads.group(1 + fold, rates), *(part[out] for part in samples))
+            counts = [float((one.place == 0).sum()) if one.finite() else math.nan for one in found]
+            right += torch.tensor(counts)
+    parts = world.gather_object((right, total))
+    share = sum(part for part, _ in parts) / sum(count for _, count in parts)
+    return (100 * torch.as_tensor(share)).tolist()
 
 
 def get_best(found: Sequence[Score]) -> Score:

@@ -10,16 +10,20 @@ evaluations/0003-probe.npz   that of row 3:
     confusion   (c, c) int64     counts; true class down, predicted class across; of 1,000 classes
                                  and more (m, 3): true class, predicted class, count above 0
     classes     (c,) str         names of the labels 0, 1, ...
+evaluations/0003-probe.curve.jsonl   how its training went, a row an epoch (finetune: 20 in all):
+    loss, train_top1             of the training images, as they were shown
+    test_top1                    of the test images, by the weights of that time; it chooses nothing
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from fastmoco.core.files import new_file
+from fastmoco.core.files import new_file, write_bytes
 from fastmoco.dataset.labels import Labelled
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.runs.run_folder import RunFolder
@@ -28,15 +32,20 @@ SPARSE = 1000  # classes from which on the pairs of classes are many more than t
 
 
 def append(
-    run: RunFolder, result: dict[str, Any], found: Predictions, test: Labelled
+    run: RunFolder,
+    result: dict[str, Any],
+    found: Predictions,
+    test: Labelled,
+    curve: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write down a result, and return it with the name of its predictions' file.
+    """Write down a result, and return it with the names of its files.
 
     Args:
         run: of the encoder.
         result: its "kind", the numbers, and all that they depend on.
         found: of the test samples, in the order of their ids.
         test: the test set.
+        curve: rows of the training; none: no file of them.
 
     Raises:
         OSError: the run folder cannot be written.
@@ -48,6 +57,10 @@ def append(
         name = f"evaluations/{number:04d}-{result['kind']}.npz"
         _save(run.root / name, found, test)
         row = result | {"predictions": name}
+        if curve:
+            row["curve"] = name.replace(".npz", ".curve.jsonl")
+            lines = "".join(json.dumps(one, allow_nan=False) + "\n" for one in curve)
+            write_bytes(run.root / row["curve"], lines.encode())
         _add(rows, json.dumps(row, allow_nan=False))
     return row
 

@@ -48,7 +48,7 @@ def draw_centers(
         drawn.append(min(int(place), size - 1))  # the last where all rows are centers already
         gaps = get_distances(sample, squares, sample[drawn[-1]])
         nearest = gaps if len(drawn) == 1 else torch.minimum(nearest, gaps)
-        nearest[drawn] = 0  # rounding leaves a little
+        nearest[drawn[-1]] = 0  # rounding leaves a little
     return sample[drawn]
 
 

@@ -147,12 +147,19 @@ def cross_fit(
 
 
 def fit_bootstrap(
-    head: Head, rows: torch.Tensor, labels: torch.Tensor, seed: int, member: int
+    head: Head,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+    member: int,
+    weights: torch.Tensor | None = None,
 ) -> Head:
     """Fit a head anew, with its C and temperature, on as many labels drawn with replacement."""
     words = raw_words(seed, Stream.QUERY, _BOOTSTRAPS + member, len(labels))
     drawn = torch.from_numpy((words % np.uint64(len(labels))).astype(np.int64)).to(rows.device)
-    weight, bias = fit_linear(rows[drawn], labels[drawn], len(head.bias), head.strength)
+    counted = None if weights is None else weights[drawn]
+    rows, labels, classes = rows[drawn], labels[drawn], len(head.bias)
+    weight, bias = fit_linear(rows, labels, classes, head.strength, weights=counted)
     return replace(head, weight=weight, bias=bias)
 
 

@@ -104,9 +104,13 @@ def query(
             embed_pool(run, shard_set, candidates, train, feature, device, warnings, file)
             for run, file in ((root, options.features), *((run, None) for run in options.committee))
         ]
-        labels = torch.from_numpy(train.labels).to(features[0].rows.device) if train else None
+        labels = weights = None
+        if train:
+            labels = torch.from_numpy(train.labels).to(features[0].known.device)
+            if (relative := train.relative_weights()) is not None:
+                weights = torch.from_numpy(relative).to(features[0].known)
         _tell_if_long(features, len(classes), decided)
-        places, head, beliefs = choose(features, labels, len(classes), decided, warnings)
+        places, head, beliefs = choose(features, labels, len(classes), decided, warnings, weights)
     if train and (missing := sorted(set(range(len(classes))) - set(train.labels.tolist()))):
         warnings.append(f"no label of the class {classes[missing[0]]!r} yet ({len(missing)} such)")
     runs = (root, *options.committee)
@@ -215,7 +219,7 @@ def _tell_if_long(features: Sequence[PoolFeatures], classes: int, options: Optio
         shorter = "; --feature head takes less" if options.feature == "backbone" else ""
         echo(
             f"{options.strategy}: {options.budget:,} of {len(rows):,} samples by {rows.shape[1]} "
-            f"numbers each take about {minutes:.0f} minutes on this CPU{shorter}"
+            f"numbers each take up to about {minutes:.0f} minutes on this CPU{shorter}"
         )
 
 
@@ -225,6 +229,7 @@ def choose(
     classes: int,
     options: Options,
     warnings: list[str],
+    weights: torch.Tensor | None = None,
 ) -> tuple[Ids, Head | None, Beliefs | None]:
     """Choose among samples by their features.
 
@@ -234,6 +239,7 @@ def choose(
         classes: their number.
         options: the budget and the rest; a strategy that looks at features.
         warnings: what the reader should know is added.
+        weights: (m,) fp64, what each label counts; None: all the same.
 
     Returns:
         (budget,) places, the head and what it says of them, if the strategy has one.
@@ -256,16 +262,16 @@ def choose(
         _check_clusters(len(known) + budget, classes, warnings)
         return typiclust(rows, known.to(rows), budget, seed), None, None
     assert labels is not None
-    head = fit_head(known, labels, classes, seed)
+    head = fit_head(known, labels, classes, seed, weights)
     beliefs = judge(head, rows)
     if strategy == "hybrid":
         unsure = rank_scores(-beliefs.margin)[: _UNSURE * budget]
-        weights = torch.from_numpy(beliefs.margin[unsure].max() - beliefs.margin[unsure] + 1e-3)
+        urgency = torch.from_numpy(beliefs.margin[unsure].max() - beliefs.margin[unsure] + 1e-3)
         some = rows[torch.from_numpy(unsure)]
-        places = unsure[spread(some, budget, seed, weights.to(rows.device))]
+        places = unsure[spread(some, budget, seed, urgency.to(rows.device))]
     else:
         if strategy == "disagreement":
-            scores = disagree(_get_committee(head, features, labels, options))
+            scores = disagree(_get_committee(head, features, labels, weights, options))
         else:
             scores = beliefs.scores(strategy)
         places = rank_scores(scores)
@@ -288,16 +294,20 @@ def _check_clusters(wanted: int, classes: int, warnings: list[str]) -> None:
 
 
 def _get_committee(
-    head: Head, features: Sequence[PoolFeatures], labels: torch.Tensor, options: Options
+    head: Head,
+    features: Sequence[PoolFeatures],
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    options: Options,
 ) -> list[Member]:
     """Return the heads of the run, its own or on bootstraps, and one of each other run."""
     (rows, known, _), *others = features
     own = [
-        fit_bootstrap(head, known, labels, options.seed, member)
+        fit_bootstrap(head, known, labels, options.seed, member, weights)
         for member in range(options.members)
     ]
     more = [
-        (fit_head(other.known, labels, len(head.bias), options.seed), other.rows)
+        (fit_head(other.known, labels, len(head.bias), options.seed, weights), other.rows)
         for other in others
     ]
     return [(one, rows) for one in own or [head]] + more

@@ -74,9 +74,12 @@ def disagree(members: Sequence[Member]) -> Scores:
     """
     parts = []
     for start in range(0, len(members[0][1]), CHUNK):
-        found = [_get_probabilities(member, start) for member in members]
-        mean = torch.stack(found).mean(dim=0)
-        own = torch.stack([_get_entropy(p) for p in found]).mean(dim=0)
+        mean = _get_probabilities(members[0], start)
+        own = _get_entropy(mean)
+        for number, member in enumerate(members[1:], 2):  # means so far: two chunks are held
+            p = _get_probabilities(member, start)
+            own += (_get_entropy(p) - own) / number
+            mean += (p - mean) / number
         parts.append(_get_entropy(mean) - own)
     scores: Scores = torch.cat(parts).cpu().numpy()
     return scores

@@ -39,7 +39,7 @@ class Number:
     @classmethod
     def of(cls, row: Row) -> "Number":
         """Return a row in words, whatever keys it has."""
-        best = row.get("best") or {}
+        best = row.get("chosen") or row.get("best") or {}
         protocol = ({"lr": best["lr"]} if "lr" in best else {}) | (row.get("protocol") or {})
         return cls(
             str(row.get("kind", "")),

@@ -19,7 +19,7 @@ from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate import knn as neighbors
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import never
-from fastmoco.evaluate.probe import ProbeConfig
+from fastmoco.evaluate.probe import Heads, ProbeConfig
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.pretrain import _monitor
@@ -36,6 +36,11 @@ def evaluation(make_run: Make, small_set: ShardSet, unseen_set: ShardSet) -> Eva
 
 def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     lines = (evaluation.run.root / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def curve(evaluation: Evaluation, row: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = (evaluation.run.root / row["curve"]).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -103,7 +108,8 @@ def test_a_probe_learns_its_own_training_set(make_run: Make, small_set: ShardSet
 def test_a_probe_is_repeatable(evaluation: Evaluation) -> None:
     protocol = ProbeConfig(epochs=2, lrs=(0.05,), batch=10, features="augmented")
     first, second = (evaluation.probe(protocol, lambda done: None) for _ in range(2))
-    assert first.pop("predictions") != second.pop("predictions")
+    for name in ("predictions", "curve"):
+        assert first.pop(name) != second.pop(name)
     assert first == second
 
 
@@ -121,9 +127,31 @@ def test_several_ranks_find_what_one_does(
 
     (one,), several = on_ranks(1, work), on_ranks(7, work)
     assert len(rows(whole)) == 4  # the first rank alone writes
+    one_curve, their_curve = (curve(whole, rows(whole)[place]) for place in (0, 2))
+    assert one_curve == their_curve and len(one_curve) == 5
     for found in several:
         for ours, theirs in zip(found, one, strict=True):
-            assert all(ours[name] == theirs[name] for name in theirs if name != "predictions")
+            files = ("predictions", "curve")
+            assert all(ours[name] == theirs[name] for name in theirs if name not in files)
+
+
+@pytest.mark.parametrize("features", ["cached", "augmented"])
+def test_a_probe_leaves_its_curve(evaluation: Evaluation, features: str) -> None:
+    """It begins where untrained heads are, and ends at the numbers of the row."""
+    protocol = ProbeConfig(epochs=6, lrs=(0.01, 0.1), batch=24, features=features)
+    row = evaluation.probe(protocol)
+    found = curve(evaluation, row)
+    assert [one["epoch"] for one in found] == [1, 2, 3, 4, 5, 6]
+    assert found[-1]["test_top1"] == pytest.approx([one["top1"] for one in row["learning_rates"]])
+    assert found[-1]["loss"][1] < found[0]["loss"][1]
+    if features == "cached":  # all of them in one batch
+        samples, labels = evaluation.features(evaluation.train, "backbone")
+        untrained = Heads(samples.shape[1], 3, (0.1,))(samples)[:, 0]
+        assert found[0]["loss"] == pytest.approx(
+            2 * [torch.nn.functional.cross_entropy(untrained, labels).item()], rel=1e-5
+        )
+        top1 = 100 * (untrained.argmax(dim=1) == labels).double().mean().item()
+        assert found[0]["train_top1"] == pytest.approx(2 * [top1])
 
 
 def test_the_augmented_probe_sees_new_crops_each_epoch(evaluation: Evaluation) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.finetune import FinetuneConfig, finetune
+from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
 from fastmoco.runs.run_folder import RunFolder
@@ -155,6 +156,73 @@ def test_normalization_and_size_are_written_down(evaluation: Evaluation, normali
     assert evaluation.preprocessing.size == 16
 
 
+def test_it_leaves_its_curve(evaluation: Evaluation) -> None:
+    """20 rows, the last of them of the tested network."""
+    row = finetune(evaluation, FinetuneConfig(steps=50, batch=24, from_scratch=True, lr=0.05))
+    lines = (evaluation.run.root / row["curve"]).read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["step"] for one in found] == [(5 * n + 1) // 2 for n in range(1, 21)]
+    assert found[-1]["test_top1"] == row["top1"] and found[-1]["test_images"] == 60
+    assert 0.5 * found[0]["loss"] > found[-1]["loss"]
+    assert found[-1]["train_top1"] > 80 > found[0]["train_top1"]
+    row = finetune(evaluation, FinetuneConfig(steps=2, batch=24, from_scratch=True, lr=1e-9))
+    lines = (evaluation.run.root / row["curve"]).read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses == pytest.approx(2 * [np.log(3)], abs=0.1)  # of untrained weights: no sum of both
+
+
+def test_a_rate_is_chosen_by_labels_held_out(evaluation: Evaluation) -> None:
+    """There need be no test set for it."""
+    from fastmoco.evaluate.finetune import _choose
+
+    tuning = FinetuneConfig(steps=40, batch=24, from_scratch=True, lrs=(1e-9, 0.05))
+    untested = replace(evaluation, test=None)  # type: ignore[arg-type]
+    chosen = _choose(untested, evaluation.train, tuning, lambda done, steps: None)
+    assert (chosen["lr"], chosen["by"], chosen["images"]) == (0.05, "holdout", 12)
+    low, high = (one["top1"] for one in chosen["candidates"])
+    assert low < 64 and high > 80
+
+
+def test_the_chosen_rate_is_trained_again_on_all_labels(evaluation: Evaluation) -> None:
+    """As if it alone were given."""
+    row = finetune(evaluation, replace(QUICK, steps=3, lrs=(0.01, 0.02)))
+    lr = row["chosen"]["lr"]
+    alone = finetune(evaluation, replace(QUICK, steps=3, lr=lr, lrs=(lr,)))
+    found = []
+    for one in (row, alone):
+        with np.load(evaluation.run.root / one["predictions"]) as stored:
+            found.append(stored["confidence"].tolist())
+    assert found[0] == found[1]
+    assert row["labels"]["images"] == 120 and "chosen" not in alone
+
+
+def test_by_folds_where_labels_are_few_and_by_the_test_set_if_asked(evaluation: Evaluation) -> None:
+    tuning = FinetuneConfig(steps=2, batch=6, fraction=0.075, lrs=(0.01, 0.02))
+    row = finetune(evaluation, tuning)
+    assert (row["chosen"]["by"], row["chosen"]["images"]) == ("folds", 9)
+    row = finetune(evaluation, replace(tuning, choose="test"))
+    assert (row["chosen"]["by"], row["chosen"]["images"]) == ("test", 60)
+    chosen = max(row["chosen"]["candidates"], key=lambda one: (one["top1"], -one["lr"]))
+    assert (row["protocol"]["lr"], row["top1"]) == (chosen["lr"], chosen["top1"])
+
+
+def test_every_class_equally_often(evaluation: Evaluation) -> None:
+    """In an epoch of its own, each image of a class as often as others but for one time."""
+    counts = (40, 12, 5)
+    train = evaluation.train
+    places = [np.flatnonzero(train.labels == label)[:n] for label, n in enumerate(counts)]
+    uneven = train.take(np.sort(np.concatenate(places)))
+    for even, each in ((True, [40, 40, 40]), (False, list(counts))):
+        crops = Crops(uneven, None, 1, 3, evaluation.preprocessing, even=even)
+        ids = crops.plan.order(np.arange(crops.plan.samples))
+        labels = uneven.labels[np.searchsorted(uneven.ids, ids)]
+        assert np.bincount(labels).tolist() == each
+        times = np.unique(ids, return_counts=True)[1]
+        assert len(times) == 57 and set(times.tolist()) <= ({1, 3, 4, 8} if even else {1})
+    row = finetune(replace(evaluation, train=uneven), replace(QUICK, even=True))
+    assert row["protocol"]["even"] and row["budget"]["steps"] == 12
+
+
 def test_a_weight_of_2_is_the_sample_twice() -> None:
     from fastmoco.evaluate.finetune import _loss
 
@@ -175,9 +243,22 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
     """Gradients are averaged, bank and queries divided; rank 0 alone writes and talks."""
     run = make_run(executor="fused").root
     which = ["--train", str(sets[0]), "--test", str(sets[1])]
-    probe = ["probe", str(run), *which, "--epochs", "2", "--batch", "12", "--lr", "0.1"]
+    probe = [
+        "probe",
+        str(run),
+        *which,
+        "--epochs",
+        "2",
+        "--batch",
+        "12",
+        "--lr",
+        "0.1",
+        "--lr",
+        "1",
+    ]
     knn = ["knn", str(run), *which, "--k", "7"]
-    tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8"]
+    rates = ["--lr", "0.01", "--lr", "0.02", "--evenly"]
+    tune = ["finetune", str(run), *which, "--steps", "3", "--batch", "8", *rates]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     main = "import sys; from fastmoco.cli import main; sys.argv[0] = 'fastmoco'; main()"
     (tmp_path / "main.py").write_text(main)
@@ -198,4 +279,6 @@ def test_two_processes_give_the_probes_and_knns_numbers_of_one(
         np.testing.assert_allclose(second["confidence"], first["confidence"], atol=1e-4)
         assert np.array_equal(second["predicted"], first["predicted"])
         assert two["top1"] == one["top1"]
+    assert rows[0]["chosen"] == rows[1]["chosen"] and rows[0]["chosen"]["by"] == "holdout"
+    assert [row["chosen"]["images"] for row in rows[4:]] == [12, 12]
     assert [row["protocol"]["bn_batch"] for row in rows[4:]] == [8, 4]

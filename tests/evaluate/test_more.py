@@ -32,8 +32,8 @@ def evaluate(
         code, _, err = run(command, root, *sets, *QUICK[command], *words)
         assert code == 0, err
         row = json.loads((root / "evaluations.jsonl").read_text().splitlines()[-1])
-        stored = np.load(root / row.pop("predictions"))
-        return row | {"confidence": stored["confidence"].tolist()}
+        with np.load(root / row.pop("predictions")) as stored:
+            return row | {"confidence": stored["confidence"].tolist()}
 
     return call
 

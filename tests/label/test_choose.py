@@ -98,20 +98,22 @@ def test_a_committee_is_of_bootstraps_and_of_other_runs(data):
     rows, known, labels = data
     other = PoolFeatures(rows.flip(1)[:, :4].contiguous(), known.flip(1)[:, :4].contiguous(), 1)
     features = [PoolFeatures(rows, known, 1), other]
-    head = fit_head(known, labels, CLASSES, 3)
-    theirs = (fit_head(other.known, labels, CLASSES, 3), other.rows)
+    weights = 1 + torch.arange(30).double() % 4
+    head = fit_head(known, labels, CLASSES, 3, weights)
+    theirs = (fit_head(other.known, labels, CLASSES, 3, weights), other.rows)
     words = [raw_words(3, Stream.QUERY, 16 + member, 30) for member in range(2)]
     drawn = [[int(word) % 30 for word in row] for row in words]
     assert all(len(set(draw)) < 30 for draw in drawn), "with replacement"
     bootstraps = [
         (replace(head, weight=weight, bias=bias), rows)
         for weight, bias in (
-            fit_linear(known[draw], labels[draw], CLASSES, head.strength) for draw in drawn
+            fit_linear(known[draw], labels[draw], CLASSES, head.strength, weights=weights[draw])
+            for draw in drawn
         )
     ]
     for members, expected in ((2, [*bootstraps, theirs]), (0, [(head, rows), theirs])):
         options = Options(9, "disagreement", balanced=False, seed=3, members=members)
-        places, found, of_chosen = choose(features, labels, CLASSES, options, [])
+        places, found, of_chosen = choose(features, labels, CLASSES, options, [], weights)
         scores = disagree(expected)
         assert places.tolist() == sorted(range(300), key=lambda i: (-scores[i], i))[:9]
         assert found is not None and torch.equal(found.weight, head.weight)

@@ -151,7 +151,7 @@ def test_features_of_a_file_are_those_of_the_run(place, capsys):
 
 def test_what_takes_long_is_told_before_it_begins(place, capsys, monkeypatch):
     words = ("query", "run", "pool", "--budget", 7, "--strategy", "kmeans", "--device", "cpu")
-    told = "kmeans: 7 of 36 samples by 512 numbers each take about 0 minutes"
+    told = "kmeans: 7 of 36 samples by 512 numbers each take up to about 0 minutes"
     code, out, _ = command(capsys, *words)
     assert code == 0 and told not in out
     monkeypatch.setattr("fastmoco.label.query.LONG", 0)

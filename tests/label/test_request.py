@@ -168,10 +168,10 @@ def test_what_is_taken_is_refused_before_the_work(small_set, tmp_path):
 
 
 def test_what_is_said_of_it(small_set, tmp_path):
-    request = make_request(small_set.root, [3, 1, 4])
-    assert describe(request, tmp_path / "request.csv") == [
-        f"{tmp_path}/request.csv: 3 of 24 candidates by margin, 3 to 3 of a predicted class",
+    request, out = make_request(small_set.root, [3, 1, 4]), tmp_path / "request.csv"
+    assert describe(request, out) == [
+        f"{out}: 3 of 24 candidates by margin, 3 to 3 of a predicted class",
         "  of those asked for: confidence up to 0.90, margin up to 0.900, entropy from 0.10",
         f"  look first: {tmp_path}/request.png, the 3 most wanted",
-        f"fill in `label`, then: fastmoco label {small_set.root} {tmp_path}/request.csv --name asked",
+        f"fill in `label`, then: fastmoco label {small_set.root} {out} --name asked",
     ]
