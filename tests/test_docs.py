@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from fastmoco.cli import app
 from fastmoco.config.loading import load_recipe
@@ -114,3 +116,30 @@ def test_the_commands_run_one_after_the_other(page, made, make_images, tmp_path)
         )
         assert done.returncode == 0, (command, done.stdout[-500:], done.stderr[-2000:])
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_walk_through_runs(tmp_path: Path) -> None:
+    """On fewer patches, of two colors; the commands but for their sizes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 8)):
+        for label, color in (("red", (200, 60, 40)), ("blue", (40, 60, 200))):
+            folder = tmp_path / "demo" / "patches" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                levels = color + random.normal(0, 20, (40, 40, 3))
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+                image.save(folder / f"{number}.png")
+    _, section = (ROOT / "docs" / "few-labels.md").read_text().split("## A walk-through")
+    lines = re.findall(r"^    (.+)$", section, re.MULTILINE)
+    assert len(lines) == 13
+    for line in lines:
+        if line == "fastmoco demo":  # minutes; tests/demo runs its parts
+            continue
+        smaller = line.replace("--budget 152", "--budget 64").replace(
+            "100 --batch 64", "3 --batch 16"
+        )
+        words = ["bash", "-c", line] if line.startswith("sed") else runnable(smaller)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, (line, done.stdout[-500:], done.stderr[-2000:])
+    assert (tmp_path / "runs" / "mine" / "report" / "report.html").stat().st_size > 0
