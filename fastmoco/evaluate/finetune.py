@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from fastmoco.evaluate.labelled_loader import VIEW, Crops
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.semi import (
     WEAK,
+    AveragedWeights,
     Network,
     Step,
     Unlabelled,
-    averaged,
     falling,
 )
 from fastmoco.load.loader import Triple
@@ -286,7 +286,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: factor(step, protocol.steps or 1)
     )
-    mean = averaged(network.train(), semi.ema) if semi else None
+    mean = AveragedWeights(network.train(), semi.ema) if semi else None
     module = crops.world.wrap(network.train())
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -304,7 +304,7 @@ def _train(
         optimizer.step()
         schedule.step()
         if mean:
-            mean.update_parameters(network)
+            mean.update(network)
         on_step(done, protocol.steps)
         right = (logits.detach().argmax(dim=1) == labels).float().mean()
         sums += torch.stack([loss.detach(), 100 * right])
@@ -317,7 +317,7 @@ def _train(
             on_row({"step": done, "loss": finite[0], "train_top1": finite[1]})
             begun = done
             sums.zero_()
-    tested = cast(Encoder, mean.module) if mean else network
+    tested = mean.network if mean else network
     for one in {network, tested}:
         for statistic in one.buffers():
             if statistic.is_floating_point():

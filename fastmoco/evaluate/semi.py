@@ -1,5 +1,6 @@
 """Fine-tuning on few labels and many images without: FixMatch, MixMatch and pseudo-labels."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
@@ -20,6 +20,7 @@ from fastmoco.evaluate.features import Preprocessing
 from fastmoco.evaluate.labelled_loader import Crops
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
+from fastmoco.models.encoder import Encoder
 
 Method = Literal["fixmatch", "mixmatch", "pseudo"]
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -290,14 +291,31 @@ class Unlabelled:
         self._counts = torch.zeros(4, dtype=torch.float64)
 
 
-def averaged(network: torch.nn.Module, ema: float) -> AveragedModel:
-    """Return a running mean of weights and statistics, of a shorter memory while it is young."""
+class AveragedWeights:
+    """A running mean of a network's weights and statistics, of a shorter memory while it is young.
 
-    def mean(mine: torch.Tensor, theirs: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
-        keep = min(ema, (1 + int(updates)) / (10 + int(updates)))
-        return mine + (1 - keep) * (theirs - mine)
+    (`torch.optim.swa_utils.AveragedModel` counts its updates on the device and waits for it.)
 
-    return AveragedModel(network, avg_fn=mean, use_buffers=True)
+    Args:
+        network: at the beginning of the training.
+        ema: what the mean keeps of itself at an update, at the most.
+
+    Attributes:
+        network: with the mean.
+    """
+
+    def __init__(self, network: Encoder, ema: float) -> None:
+        self.network = copy.deepcopy(network)
+        self._ema, self._updates = ema, 0
+
+    def update(self, network: Encoder) -> None:
+        """Take the weights of a step in: all of them at the first one."""
+        k = self._updates
+        keep = min(self._ema, (1 + k) / (10 + k)) if k else 0.0
+        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
+        mean, now = zip(*((m, n) for m, n in pairs if m.is_floating_point()), strict=True)
+        torch._foreach_lerp_(mean, now, 1 - keep)
+        self._updates += 1
 
 
 def falling(step: int, steps: int) -> float:

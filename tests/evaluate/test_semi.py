@@ -17,9 +17,9 @@ from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.finetune import finetune
 from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.semi import (
+    AveragedWeights,
     SemiBatch,
     SemiConfig,
-    averaged,
     cut_out,
     fixmatch,
     mixmatch,
@@ -154,15 +154,15 @@ def test_a_cut_out_is_a_square_of_half_the_side_around_a_place(side: int) -> Non
 
 def test_the_average_forgets_its_youth() -> None:
     network = nn.BatchNorm1d(2)
-    mean, expected = averaged(network, 0.9), 1.0
+    mean, expected = AveragedWeights(network, 0.9), 1.0  # type: ignore[arg-type]
     for step in range(1, 30):
         nn.init.constant_(network.weight, step)
         network.running_mean.fill_(step)
-        mean.update_parameters(network)
+        mean.update(network)  # type: ignore[arg-type]
         keep = min(0.9, step / (9 + step)) if step > 1 else 0.0  # the first is copied
         expected = keep * expected + (1 - keep) * step
-        assert mean.module.weight[0].item() == pytest.approx(expected)
-        assert mean.module.running_mean[0].item() == pytest.approx(expected)
+        assert mean.network.weight[0].item() == pytest.approx(expected)
+        assert mean.network.running_mean[0].item() == pytest.approx(expected)
 
 
 def moons(count: int, seed: int, spread: float = 0.08) -> tuple[torch.Tensor, torch.Tensor]:
