@@ -170,18 +170,15 @@ def _check(content: bytes, rules: Rules, measure: bool) -> Checked:
         if rules.short_side and min(image.size) > rules.short_side:
             return _resized(image, content, rules.short_side, rules, measure)
         size = image.size
-        if not measure and _may_scale(image):
+        # PIL's scaled decoder would also give way to a mode that is re-encoded: leave those alone.
+        large = size[0] * size[1] > SMALL
+        if not measure and large and image.format in ("JPEG", "MPO"):
             image.draft(None, (size[0] // 8, size[1] // 8))
         image.load()
         if not _is_kept(image, content):
             plain, span = _reencoded(content, rules)
             return replace(_check(plain, rules, measure), span=span)
         return _described(image, content, size, measure)
-
-
-def _may_scale(image: Image.Image) -> bool:
-    # PIL's scaled decoder would also give way to a mode that is re-encoded: leave those alone.
-    return image.format in ("JPEG", "MPO") and image.size[0] * image.size[1] > SMALL
 
 
 def _too_many_pixels(rules: Rules) -> str:
