@@ -26,9 +26,9 @@ def find_collapse(row: Mapping[str, Any]) -> list[str]:
     if head < _FEW_DIRECTIONS or uniformity > _ONE_POINT:
         return [
             f"The head has collapsed: its features fill {head:.2f} directions (RankMe), at a "
-            f"uniformity of {uniformity:.3f} (0: one point). Likely a key encoder that follows too "
-            "fast or a learning rate that is too high: raise objective.momentum towards 0.999, or "
-            "lower optimizer.lr."
+            f"uniformity of {uniformity:.3f} (0: one point). Likely a learning rate that is too "
+            "high: lower optimizer.lr; or, of moco, a key encoder that follows too fast: raise "
+            "objective.momentum towards 0.999."
         ]
     if alignment < _SAME_VIEWS:
         return [
