@@ -29,6 +29,13 @@ Strategy = Literal[
     "scores",
 ]
 
+TrainLabels = Annotated[
+    str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
+]
+PoolFeatures = Annotated[
+    Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
+]
+
 
 def query(
     run: options.Run,
@@ -41,9 +48,7 @@ def query(
         Path | None,
         typer.Option(help="What is labelled. [default: the monitor's bank; none: a first request]"),
     ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
-    ] = None,
+    labels: TrainLabels = None,
     more: options.More = None,
     test: options.Test = None,
     feature: options.Feature = "backbone",
@@ -57,9 +62,7 @@ def query(
         list[Path] | None,
         typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
     ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
-    ] = None,
+    features: PoolFeatures = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .csv or .npy.")
     ] = None,
@@ -98,9 +101,7 @@ def pseudolabel(
     train: Annotated[
         Path | None, typer.Option(help="What is labelled. [default: the monitor's bank]")
     ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Of --train, from `fastmoco label`. [default: packed]")
-    ] = None,
+    labels: TrainLabels = None,
     more: options.More = None,
     test: options.Test = None,
     precision: Annotated[
@@ -132,9 +133,7 @@ def pseudolabel(
         Literal["one", "confidence"], typer.Option(help="What a label counts in training.")
     ] = "one",
     feature: options.Feature = "backbone",
-    features: Annotated[
-        Path | None, typer.Option(help="Of the pool, from `fastmoco embed`. [default: computed]")
-    ] = None,
+    features: PoolFeatures = None,
     out: Annotated[Path, typer.Option(help="The CSV of labels.")] = Path("pseudolabels.csv"),
     replace: Annotated[bool, typer.Option("--replace", help="Labels of this name.")] = False,
     seed: Annotated[int, options.of_seed("Of the folds.")] = 0,

@@ -302,14 +302,7 @@ def _row(name: str, evaluation: Evaluation, train: Pair, test: Pair) -> Row:
 def _colors(evaluation: Evaluation, one: Labelled) -> Pair:
     preprocessing = evaluation.preprocessing
     batches = evaluation_batches(
-        one.data,
-        ids=one.ids,
-        size=preprocessing.size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        share=preprocessing.share,
-        batch=128,
-        settings=preprocessing.settings,
+        one.data, ids=one.ids, share=preprocessing.share, batch=128, **preprocessing.drawn
     )
     features = torch.cat([color_statistics(batch.views[0].float()) for batch in batches])
     return features, torch.from_numpy(one.labels).to(features.device)

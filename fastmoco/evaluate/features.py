@@ -54,6 +54,11 @@ class Preprocessing:
     settings: Settings
 
     @property
+    def drawn(self) -> dict[str, Any]:
+        """The arguments by which a loader draws such images."""
+        return {"size": self.size, "mean": self.mean, "std": self.std, "settings": self.settings}
+
+    @property
     def share(self) -> float:
         """The central share of the short side: 224 / 256 from 160 px on, all of a small image."""
         return 224 / 256 if self.size >= 160 else 1.0
@@ -131,10 +136,7 @@ def _embed(
     own = world.share(count)
     views = len(draws[0]) if draws else 1
     batch = max(1, _BATCH // views)
-    shown: dict[str, Any] = {
-        **{name: getattr(preprocessing, name) for name in ("size", "mean", "std", "settings")},
-        **{"ids": own if ids is None else ids[own], "batch": batch},
-    }
+    shown = {**preprocessing.drawn, "ids": own if ids is None else ids[own], "batch": batch}
     if draws:
         batches = drawn_batches(data, views=draws[0], seed=draws[1], first=own.start, **shown)
     else:

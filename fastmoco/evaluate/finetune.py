@@ -304,7 +304,7 @@ def _train(
         optimizer.step()
         schedule.step()
         if mean:
-            mean.update(network)
+            mean.update()
         on_step(done, protocol.steps)
         right = (logits.detach().argmax(dim=1) == labels).float().mean()
         sums += torch.stack([loss.detach(), 100 * right])

@@ -67,17 +67,9 @@ class Crops:
     def batches(self) -> Iterator[Samples]:
         """Yield this rank's (n, 3, size, size) images, labels and weights, on the device."""
         preprocessing = self.preprocessing
-        loader = Loader(
-            self.labelled.data,
-            self.plan,
-            [self.view],
-            size=preprocessing.size,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            settings=preprocessing.settings,
-            rank=self.world.rank,
-            ranks=self.world.size,
-        )
+        given = self.labelled.data, self.plan, [self.view]
+        rank, ranks = self.world.rank, self.world.size
+        loader = Loader(*given, rank=rank, ranks=ranks, **preprocessing.drawn)
         for batch in loader.batches():
             places = np.searchsorted(self.labelled.ids, batch.ids)
             columns = (self.labelled.labels, self.weights)

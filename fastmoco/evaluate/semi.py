@@ -231,22 +231,17 @@ class Unlabelled:
         packed = self.set.labels()
         known = np.append(np.asarray(codes, np.int64), -1)  # the last: for those without a label
         self._truth = known[packed]
-        self._counts = torch.zeros(4, dtype=torch.float64)  # seen, taken, of known truth, right
+        # Seen, taken, of known truth, right.
+        device = self.preprocessing.settings.device
+        self._counts = torch.zeros(4, dtype=torch.float64, device=device)
 
     def batches(self) -> Iterator[tuple[tuple[torch.Tensor, ...], Ids]]:
         """Yield this rank's views, each (n, 3, S, S) on the device, and ids, without end."""
-        preprocessing = self.preprocessing
-        loader = Loader(
-            ConcatShardSets([self.set]),
-            Plan(len(self.set), self.batch, self.seed ^ _APART),
-            self.config.views(preprocessing.size),
-            size=preprocessing.size,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            settings=preprocessing.settings,
-            rank=self.world.rank,
-            ranks=self.world.size,
-        )
+        preprocessing, data = self.preprocessing, ConcatShardSets([self.set])
+        plan = Plan(len(self.set), self.batch, self.seed ^ _APART)
+        views = self.config.views(preprocessing.size)
+        rank, ranks = self.world.rank, self.world.size
+        loader = Loader(data, plan, views, rank=rank, ranks=ranks, **preprocessing.drawn)
         for batch in loader.batches():
             yield tuple(preprocessing.cast(view) for view in batch.views), batch.ids
 
@@ -277,10 +272,10 @@ class Unlabelled:
 
     def _count(self, done: SemiLoss, ids: Ids, step: int, steps: int) -> None:
         """Count a step's guesses; all ranks together, at each tenth of the steps, keep a row."""
-        truth = torch.from_numpy(self._truth[ids]).to(done.guesses.device)
+        truth = torch.from_numpy(self._truth[ids]).to(self._counts.device)
         told = done.taken & (truth >= 0)
         counts = [torch.ones_like(told), done.taken, told, told & (done.guesses == truth)]
-        self._counts = self._counts.to(truth.device) + torch.stack([c.sum() for c in counts])
+        self._counts += torch.stack([c.sum() for c in counts])
         if step * _LOOKS // steps == (step - 1) * _LOOKS // steps:
             return
         seen, taken, known, right = self.world.mean_(self._counts).tolist()
@@ -288,7 +283,7 @@ class Unlabelled:
         if known:
             row["precision"] = right / known
         self.looks.append(row)
-        self._counts = torch.zeros(4, dtype=torch.float64)
+        self._counts.zero_()
 
 
 class AveragedWeights:
@@ -297,7 +292,7 @@ class AveragedWeights:
     (`torch.optim.swa_utils.AveragedModel` counts its updates on the device and waits for it.)
 
     Args:
-        network: at the beginning of the training.
+        network: before its training, which moves its tensors in place.
         ema: what the mean keeps of itself at an update, at the most.
 
     Attributes:
@@ -307,13 +302,14 @@ class AveragedWeights:
     def __init__(self, network: Encoder, ema: float) -> None:
         self.network = copy.deepcopy(network)
         self._ema, self._updates = ema, 0
+        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
+        self._pairs = list(zip(*((m, n) for m, n in pairs if m.is_floating_point()), strict=True))
 
-    def update(self, network: Encoder) -> None:
+    def update(self) -> None:
         """Take the weights of a step in: all of them at the first one."""
         k = self._updates
         keep = min(self._ema, (1 + k) / (10 + k)) if k else 0.0
-        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
-        mean, now = zip(*((m, n) for m, n in pairs if m.is_floating_point()), strict=True)
+        mean, now = self._pairs
         torch._foreach_lerp_(mean, now, 1 - keep)
         self._updates += 1
 

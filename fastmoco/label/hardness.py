@@ -92,15 +92,21 @@ def measure_hardness(
     preprocessing = frozen_preprocessing(spec, recipe.runtime, settings)
     own = world.share(len(data))
     halves = torch.zeros(own.stop - own.start, 2, dtype=torch.float64, device=device)
-    shown: dict[str, Any] = {
-        **{name: getattr(preprocessing, name) for name in ("size", "mean", "std", "settings")},
-        **{"views": recipe.views, "seed": seed, "stream": Stream.HARDNESS, "batch": _BATCH},
-        "ids": np.arange(own.start, own.stop),
-    }
+    ids = np.arange(own.start, own.stop)
     done, whole = 0, rounds * -(-len(halves) // _BATCH)
     for turn in range(rounds):
         # What is drawn is a function of round and sample: of no batch size and number of ranks.
-        for batch in drawn_batches(data, first=turn * len(data) + own.start, **shown):
+        batches = drawn_batches(
+            data,
+            ids=ids,
+            views=recipe.views,
+            seed=seed,
+            first=turn * len(data) + own.start,
+            stream=Stream.HARDNESS,
+            batch=_BATCH,
+            **preprocessing.drawn,
+        )
+        for batch in batches:
             query_view, key_view = (preprocessing.cast(view) for view in batch.views)
             with torch.inference_mode():
                 with preprocessing.autocast():

@@ -115,14 +115,7 @@ def _views(
 ) -> torch.Tensor:
     """Return (n, 3, size, size) normalized views."""
     batches = evaluation_batches(
-        data,
-        ids=ids,
-        size=preprocessing.size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        share=share,
-        batch=min(len(ids), 128),
-        settings=preprocessing.settings,
+        data, ids=ids, share=share, batch=min(len(ids), 128), **preprocessing.drawn
     )
     return torch.cat([batch.views[0].float() for batch in batches])
 
