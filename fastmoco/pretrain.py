@@ -13,6 +13,7 @@ import torch
 from fastmoco.config.loading import load_recipe
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import AsyncAnyFlag, World, init_distributed
+from fastmoco.core.precision import Precision
 from fastmoco.core.streams import Spared, lasting_output
 from fastmoco.core.terminal import echo, speaks, told
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
@@ -257,11 +258,14 @@ def _read_initial(recipe: Recipe, start: int, world: World) -> Initial | None:
 
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
-    """Return the recipe with the channel statistics of its first set where it names none."""
+    """Return the recipe with what it leaves open: its first set's statistics, and a precision."""
     mean = recipe.encoder.mean or tuple(first.manifest.mean)
     std = recipe.encoder.std or tuple(first.manifest.std)
     encoder = recipe.encoder.model_copy(update={"mean": mean, "std": std})
-    return recipe.model_copy(update={"encoder": encoder})
+    on_gpu = recipe.runtime.device != "cpu" and torch.cuda.is_available()
+    precision = Precision.of(recipe.runtime.precision, "cuda" if on_gpu else "cpu").name
+    runtime = recipe.runtime.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"encoder": encoder, "runtime": runtime})
 
 
 def versions(world: World, device: torch.device) -> dict[str, Any]:

@@ -83,5 +83,7 @@ Feature = Annotated[Literal["head", "backbone"], typer.Option(help="Which of the
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Precision = Annotated[
     Literal["bf16", "fp32"] | None,
-    typer.Option(help="Of the network. [default: bf16 if the run's, else fp32]"),
+    typer.Option(
+        help="Of the network. [default: bf16 if the run's and the device has it, else fp32]"
+    ),
 ]

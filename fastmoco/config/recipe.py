@@ -162,7 +162,9 @@ class Runtime(Strict):
     """How the same run is computed; nothing here changes what it computes, but for rounding.
 
     Attributes:
-        precision: that the network computes in; weights and loss are fp32 (fp64: all of it).
+        precision: that the network computes in; weights and loss are fp32 (fp64: all of it);
+            "auto": bf16 where the device has instructions for it, else fp16 on a GPU and fp32 on
+            a CPU. A run notes which.
         compile: compile the encoders by torch.compile; "auto": on a GPU, where Triton finds a C
             compiler, unless the run is deterministic or BatchNorm spans ranks.
         deterministic: let torch choose deterministic kernels alone; slower on a GPU.
@@ -190,7 +192,7 @@ class Runtime(Strict):
         max_skipped: steps in a row with a non-finite gradient before the run stops.
     """
 
-    precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     deterministic: bool = False
     accumulate: Count = 1

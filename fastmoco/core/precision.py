@@ -10,6 +10,18 @@ from torch import nn
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def native_precision(device_type: str) -> str:
+    """Return "bf16" where the device computes in it, else "fp16" on a GPU, "fp32" on a CPU.
+
+    A CPU without instructions for bf16 emulates it: a training step took 10 times that of fp32.
+    """
+    if device_type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, test, bool)() for test in tests) else "fp32"
+
+
 @dataclass(frozen=True)
 class Precision:
     """The dtypes of a run.
@@ -21,6 +33,11 @@ class Precision:
 
     name: str
     device_type: str
+
+    @classmethod
+    def of(cls, name: str, device_type: str) -> "Precision":
+        """Return that of a recipe, where "auto" is `native_precision`."""
+        return cls(native_precision(device_type) if name == "auto" else name, device_type)
 
     @property
     def weights(self) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.config.recipe import Runtime, View
 from fastmoco.core.distributed import World
+from fastmoco.core.precision import native_precision
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
@@ -208,5 +209,7 @@ def make_preprocessing(spec: EncoderSpec, precision: str, settings: Settings) ->
 
 
 def frozen_preprocessing(spec: EncoderSpec, runtime: Runtime, settings: Settings) -> Preprocessing:
-    """Return the same for frozen fp32 weights: bf16 stays, all else is fp32."""
-    return make_preprocessing(spec, "bf16" if runtime.precision == "bf16" else "fp32", settings)
+    """Return the same for frozen fp32 weights: bf16 stays where it is native, all else is fp32."""
+    native = native_precision(settings.device.type)
+    precision = "bf16" if runtime.precision in ("auto", "bf16") and native == "bf16" else "fp32"
+    return make_preprocessing(spec, precision, settings)

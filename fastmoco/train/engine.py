@@ -73,7 +73,7 @@ class Engine:
         check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
         self.recipe, self.world, self.device = recipe, world, device
-        self._precision = Precision(recipe.runtime.precision, device.type)
+        self._precision = Precision.of(recipe.runtime.precision, device.type)
         encoder = build_encoder(recipe, world)
         if initial:
             encoder.load_state_dict(encoder.state_dict() | dict(initial))

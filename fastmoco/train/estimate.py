@@ -93,7 +93,7 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
         exchange: "all_gather": the images of all other ranks; "all_to_all": those of its own
             places that they hold.
     """
-    value = Precision(recipe.runtime.precision, "cpu").comm_dtype.itemsize
+    value = Precision.of(recipe.runtime.precision, "cpu").comm_dtype.itemsize
     image = 3 * recipe.encoder.image_size**2 * value * recipe.objective.shuffled_views
     elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
     return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
@@ -104,7 +104,7 @@ def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
 
     The network is run on tensors without content: nothing is computed or allocated.
     """
-    precision = Precision(recipe.runtime.precision, "cpu")
+    precision = Precision.of(recipe.runtime.precision, "cpu")
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,15 @@ import pytest
 import torch
 from recipes import recipe_from
 
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.loading import load_recipe
+from fastmoco.config.recipe import Runtime
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
+from fastmoco.evaluate.features import frozen_preprocessing
+from fastmoco.load.executor import Settings
+from fastmoco.pretrain import resolve
 from fastmoco.train.engine import Engine, should_compile
 
 CPU = torch.device("cpu")
@@ -17,6 +23,33 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 def engine(worker, **options: object) -> Engine:
     return Engine(recipe_from(worker.DEFAULTS | options), World(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "on_gpu", "asked", "expected"),
+    [
+        (set(), False, "auto", "fp32"),
+        ({"_is_avx512_bf16_supported"}, False, "auto", "bf16"),
+        ({"_is_amx_tile_supported"}, False, "auto", "bf16"),
+        (set(), False, "bf16", "bf16"),  # a user's word counts
+        ({"is_bf16_supported"}, True, "auto", "bf16"),
+        (set(), True, "auto", "fp16"),  # a V100, a T4
+    ],
+)
+def test_a_run_notes_a_precision_that_its_device_has(
+    instructions, on_gpu, asked, expected, small_set, monkeypatch
+):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: bool(instructions)
+    )
+    recipe = load_recipe("demo", [f"runtime.precision={asked}"])
+    assert resolve(recipe, small_set).runtime.precision == expected
+    settings = Settings(device=torch.device("cuda" if on_gpu else "cpu"))
+    shown = frozen_preprocessing(EncoderSpec(), Runtime(precision="bf16"), settings)
+    assert shown.precision == ("bf16" if instructions else "fp32")
 
 
 def test_the_scale_halves_grows_back_and_has_a_floor():
