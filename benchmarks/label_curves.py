@@ -4,7 +4,7 @@
 
 RUN has a monitor: its bank is pool and truth at once, its queries are the test set. Each seed
 begins with the same few labels a class for all strategies, asks as often as told, learns the truth,
-and fits a linear head (C 10, no temperature) on what is labelled. PoolFeatures are computed once.
+and fits a linear head (C 3, no temperature) on what is labelled. PoolFeatures are computed once.
 """
 
 import json
@@ -29,7 +29,7 @@ STRATEGIES = (
     *("hybrid", "margin", "least", "entropy", "intersection", "disagreement"),
 )
 MEMBERS = 5
-STRENGTH = 10.0
+STRENGTH = 3.0
 
 
 def ask_for(
