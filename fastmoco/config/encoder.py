@@ -34,19 +34,21 @@ class EncoderSpec(Strict):
     head: Head = "linear"
     dim: Count = 128
     image_size: Side = 224
-    channels: Literal[1, 3] = 3
+    channels: Count = 3
     mean: PerChannel | None = (0.485, 0.456, 0.406)
     std: tuple[Positive, ...] | None = (0.229, 0.224, 0.225)
 
     @model_validator(mode="before")
     @classmethod
-    def _gray_is_not_imagenets(cls, values: Any) -> Any:
-        if isinstance(values, dict) and str(values.get("channels")) == "1":
+    def _defaults_are_of_colors(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("channels", 3) not in (3, "3"):
             return {"mean": None, "std": None, **values}
         return values
 
     @model_validator(mode="after")
     def _one_for_each(self) -> "EncoderSpec":
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels {self.channels}: choose 3, or 1 for gray")
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             if numbers and len(numbers) != self.channels:

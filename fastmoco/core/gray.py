@@ -1,5 +1,7 @@
 """Images of one channel: their levels, and what a screen shows of them."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -20,7 +22,7 @@ def gray_levels(image: Image.Image) -> npt.NDArray[np.uint16]:
     return np.asarray(image.convert("L")).astype(np.uint16) * np.uint16(257)
 
 
-def as_shown(levels: npt.NDArray[np.floating], mean: float, std: float) -> npt.NDArray[np.uint8]:
+def as_shown(levels: npt.NDArray[Any], mean: float, std: float) -> npt.NDArray[np.uint8]:
     """Return levels in 0..1 units as those of a screen.
 
     Black and white are three deviations from the mean, or 0 and 1 if those are nearer: of 16 bits a
@@ -29,4 +31,7 @@ def as_shown(levels: npt.NDArray[np.floating], mean: float, std: float) -> npt.N
     low, high = max(0.0, mean - 3 * std), min(1.0, mean + 3 * std)
     if low >= high:  # a mean that is not one of such levels
         low, high = 0.0, 1.0
-    return np.rint(255 * ((levels - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+    shown: npt.NDArray[np.uint8] = np.rint(255 * ((levels - low) / (high - low)).clip(0, 1)).astype(
+        np.uint8
+    )
+    return shown

@@ -141,8 +141,8 @@ def _in_memory(encoded: list[npt.NDArray[np.uint8]], channels: int) -> ResidentI
     """Decode images; one that cannot be has no pixels."""
     images = [decode(image, channels) for image in encoded]
     sizes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], np.int64)
-    none = np.zeros(0, np.uint8 if channels == 3 else np.uint16)
-    flat = [none if image is None else image.reshape(-1) for image in images]
+    none = np.zeros((0, 0, channels), np.uint8 if channels == 3 else np.uint16)
+    flat = [(none if image is None else image).reshape(-1) for image in images]
     starts = np.cumsum([0, *map(len, flat)], dtype=np.int64)[:-1]
     pixels = flat[0] if len(flat) == 1 else np.concatenate(flat)
     return ResidentImages([pixels], np.zeros(len(images), np.int64), starts, sizes)

@@ -133,7 +133,7 @@ class _Tables:
             class_counts=self.counts.tolist(),
             mean=mean,
             std=std,
-            channels=len(mean),
+            channels=1 if options.gray else 3,
             bits=16 if self.totals.deep else 8,
             options=options.recorded(),
             shards=self.shards,
