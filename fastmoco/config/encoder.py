@@ -53,7 +53,7 @@ class EncoderSpec(Strict):
             numbers = getattr(self, name)
             if numbers and len(numbers) != self.channels:
                 raise ValueError(
-                    f"{name} {list(numbers)} is not of {self.channels} channels: set "
+                    f"{name} is of {len(numbers)} channels, and channels {self.channels}: set "
                     "encoder.mean=null encoder.std=null, which takes those of the set"
                 )
         return self

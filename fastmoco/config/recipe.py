@@ -271,8 +271,8 @@ class Recipe(Strict):
             colors |= {f"{key} grayscale": f"{key}.grayscale=0"} if view.grayscale else {}
         if colors:
             raise ValueError(
-                f"encoder.channels: 1 has no color, of which {', '.join(colors)} would change "
-                f"something: set {' '.join(dict.fromkeys(colors.values()))}"
+                f"encoder.channels: 1 has no color for {', '.join(colors)} to change: set "
+                f"{' '.join(dict.fromkeys(colors.values()))}"
             )
         return self
 
