@@ -131,8 +131,5 @@ def test_few_levels_are_shown_from_black_to_white(tmp_path: Path) -> None:
     contact_sheet(tmp_path / "set", tmp_path / "sheet.png")
     cell = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))[8:136, 8:136]
     assert np.ptp(cell) == 85  # two of six deviations
-    assert np.array_equal(
-        np.unique(cell), np.unique(as_shown(stripes / 65535, *manifest.mean, *manifest.std))
-    )
     # Where they are many, a level is shown as itself.
     assert as_shown(np.array([0, 0.5, 1]), 0.5, 0.3).tolist() == [0, 128, 255]
