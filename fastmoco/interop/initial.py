@@ -55,8 +55,8 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
         )
     if found.channels != spec.channels:
         raise UsageError(
-            f"init {source} has encoder.channels {found.channels}, the recipe {spec.channels}: name "
-            "other weights, or set the recipe's and pack its sets so."
+            f"init {source} has encoder.channels {found.channels}, the recipe {spec.channels}: "
+            "name other weights, or set the recipe's and pack its sets so."
         )
     same_head = found.head == spec.head and (spec.head == "none" or found.dim == spec.dim)
     if not same_head:

@@ -77,7 +77,7 @@ def _has_deep_color(image: Image.Image, content: bytes) -> bool:
 def _deep_color(image: Image.Image, content: bytes) -> npt.NDArray[Any]:
     """Return (H, W, 3) values 0..65535; of these, PIL gives the high byte alone."""
     if image.format != "PNG":
-        raise Unfit(f"is 16-bit color in a {image.format}: for --levels, save it as PNG")
+        raise Unfit(f"is 16-bit color in a {image.format}: for --levels or --gray, save it as PNG")
     import torch  # takes seconds, and few images need it
     from torchvision.io import ImageReadMode, decode_png
 
