@@ -22,7 +22,7 @@ from fastmoco.evaluate.features import make_preprocessing
 from fastmoco.evaluate.monitor import RunMonitor
 from fastmoco.interop.initial import Initial, read_initial
 from fastmoco.load.executor import get_settings
-from fastmoco.load.loader import Loader
+from fastmoco.load.loader import Loader, check_channels
 from fastmoco.load.sampler import Plan
 from fastmoco.loggers.console import LiveDisplay
 from fastmoco.loggers.trackers import trackers
@@ -258,7 +258,12 @@ def _read_initial(recipe: Recipe, start: int, world: World) -> Initial | None:
 
 
 def resolve(recipe: Recipe, first: ShardSet) -> Recipe:
-    """Return the recipe with what it leaves open: its first set's statistics, and a precision."""
+    """Return the recipe with what it leaves open: its first set's statistics, and a precision.
+
+    Raises:
+        UsageError: the set has other channels than the encoder.
+    """
+    check_channels([first], recipe.encoder.channels)
     mean = recipe.encoder.mean or tuple(first.manifest.mean)
     std = recipe.encoder.std or tuple(first.manifest.std)
     encoder = recipe.encoder.model_copy(update={"mean": mean, "std": std})

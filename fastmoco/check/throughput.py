@@ -168,7 +168,8 @@ class _Run:
         def made(view: torch.Tensor) -> torch.Tensor:
             return view.to(self.device, dtype, memory_format=torch.channels_last)
 
-        drawn = synthetic(self.recipe.batch, self.recipe.encoder.image_size, BATCHES)
+        spec = self.recipe.encoder
+        drawn = synthetic(self.recipe.batch, spec.image_size, BATCHES, channels=spec.channels)
         return [(made(q), made(k)) for q, k in drawn]
 
     def measured(
@@ -189,10 +190,12 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
 
-def synthetic(batch: int, size: int, count: int, seed: int = 0) -> Iterator[Views]:
-    """Yield `count` batches of two (batch, 3, size, size) fp32 views that look alike."""
+def synthetic(
+    batch: int, size: int, count: int, seed: int = 0, channels: int = 3
+) -> Iterator[Views]:
+    """Yield `count` batches of two (batch, channels, size, size) fp32 views that look alike."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        image = torch.randn(batch, 3, size, size, generator=generator)
+        image = torch.randn(batch, channels, size, size, generator=generator)
         noise = torch.randn(2, *image.shape, generator=generator)
         yield image + 0.3 * noise[0], image + 0.3 * noise[1]

@@ -67,6 +67,10 @@ def shard(
             help="Black and white of more than 8 bits. [default: all of 16]", metavar="LOW:HIGH"
         ),
     ] = None,
+    gray: Annotated[
+        bool,
+        typer.Option("--gray", help="One channel, of 16 bits where there are more than 8."),
+    ] = False,
     shard_mb: Annotated[
         int | None, typer.Option(min=1, help="Bound of a shard's size, in MB. [default: 128]")
     ] = None,
@@ -101,6 +105,7 @@ def shard(
         "square": square,
         "quality": quality,
         "levels": parse_levels(levels),
+        "gray": gray,
         "shard_mb": shard_mb,
         "min_side": min_side,
         "max_mpixels": max_mpixels,
@@ -259,13 +264,14 @@ def _processes(workers: int | None) -> int:
 def _summarize(out: Path, manifest: "Manifest") -> None:
     size = sum(entry.bytes for entry in manifest.shards) / 1e6
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    echo(
-        f"{out}: {manifest.samples} images, {labels}, {len(manifest.shards)} shards, {size:.1f} MB"
-    )
+    gray = "" if manifest.channels == 3 else f" of one channel of {manifest.bits} bits"
+    shards = f"{len(manifest.shards)} shards, {size:.1f} MB"
+    echo(f"{out}: {manifest.samples} images{gray}, {labels}, {shards}")
     for name, values in (("mean", manifest.mean), ("std", manifest.std)):
         echo(f"  {name:<5}" + " ".join(f"{value:.4f}" for value in values))
     echo(f"  set  {manifest.set_id[:16]}")
-    colors = zip(("red", "green", "blue"), manifest.std, strict=True)
+    names = ("red", "green", "blue") if manifest.channels == 3 else ("gray",)
+    colors = zip(names, manifest.std, strict=True)
     if constant := [color for color, value in colors if value == 1]:  # else it is 0.5 at most
         echo(
             f"warning: all pixels of all images have one value of {' and '.join(constant)}: the "

@@ -1,9 +1,12 @@
 """What an encoder is: all that is needed to build it and to show it images."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from fastmoco.core.strict_yaml import Count, Positive, Side, Strict, Triple
+from pydantic import model_validator
 
+from fastmoco.core.strict_yaml import Count, Positive, Side, Strict
+
+PerChannel = tuple[float, ...]
 Stem = Literal["imagenet", "small", "small-stride2"]
 Head = Literal["linear", "mlp", "none"]
 
@@ -21,7 +24,9 @@ class EncoderSpec(Strict):
         head: "linear" (MoCo v1), "mlp" (v2), or "none", of imported backbones.
         dim: of the head's output.
         image_size: side of the images, pixels.
-        mean, std: of the channels, in 0..1 units; None: those of the first set's manifest.
+        channels: of the images: 3, or 1 of sets that were packed by `--gray`.
+        mean, std: of the channels, in 0..1 units; None: those of the first set's manifest, as
+            without them for one channel.
     """
 
     arch: str = "resnet50"
@@ -29,15 +34,36 @@ class EncoderSpec(Strict):
     head: Head = "linear"
     dim: Count = 128
     image_size: Side = 224
-    mean: Triple | None = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] | None = (0.229, 0.224, 0.225)
+    channels: Count = 3
+    mean: PerChannel | None = (0.485, 0.456, 0.406)
+    std: tuple[Positive, ...] | None = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_are_of_colors(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("channels", 3) not in (3, "3"):
+            return {"mean": None, "std": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> "EncoderSpec":
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels {self.channels}: choose 3, or 1 for gray")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            if numbers and len(numbers) != self.channels:
+                raise ValueError(
+                    f"{name} is of {len(numbers)} channels, and channels {self.channels}: set "
+                    "encoder.mean=null encoder.std=null, which takes those of the set"
+                )
+        return self
 
     @property
     def crop_fraction(self) -> float:
         """The part of the short side that an evaluation shows: all of a small image."""
         return 224 / 256 if self.image_size >= 160 else 1.0
 
-    def normalization(self) -> tuple[Triple, Triple]:
+    def normalization(self) -> tuple[PerChannel, PerChannel]:
         """Return mean and standard deviation of the channels, once they are known."""
         assert self.mean and self.std, "the recipe is not resolved"
         return self.mean, self.std

@@ -255,6 +255,30 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _gray_has_no_colors(self) -> "Recipe":
+        if self.encoder.channels == 3:
+            return self
+        if self.runtime.executor == "dali" or self.runtime.decode == "mixed":
+            raise ValueError(
+                "encoder.channels: 1 is not for DALI, which draws three: set "
+                "runtime.executor=fused runtime.decode=auto"
+            )
+        colors = dict[str, str]()  # what is to be set, by what means nothing
+        for number, view in enumerate(self.views):
+            brightness, contrast, saturation, hue = view.jitter
+            key = f"views.{number}"
+            neutral = f"'{key}.jitter=[{brightness:g},{contrast:g},0,0]'"
+            colors |= {f"{key} saturation": neutral} if saturation else {}
+            colors |= {f"{key} hue": neutral} if hue else {}
+            colors |= {f"{key} grayscale": f"{key}.grayscale=0"} if view.grayscale else {}
+        if colors:
+            raise ValueError(
+                f"encoder.channels: 1 has no color for {', '.join(colors)} to change: set "
+                f"{' '.join(dict.fromkeys(colors.values()))}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         name, wanted = self.objective.name, self.objective.drawn_views
         if len(self.views) != wanted:

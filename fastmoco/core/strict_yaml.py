@@ -22,7 +22,6 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Triple = tuple[float, float, float]
 Side = Annotated[int, Field(ge=8)]  # of an image, pixels
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,14 @@ from pydantic import (
     PlainValidator,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from fastmoco.core.files import hash_file, write_json
 from fastmoco.errors import DataError
 
 FORMAT_VERSION = 1
+GRAY_VERSION = 2  # of sets of one channel, which a fastmoco that knows none shall not read
 CHUNK = 2**16  # rows of a table that are looked at together: no table need fit into memory
 
 
@@ -33,7 +35,7 @@ def _text(value: Any) -> str:
 
 # Names are bytes: what is not UTF-8 stands as surrogates, which pydantic takes for no text.
 ClassName = Annotated[str, PlainValidator(_text)]
-Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[FiniteFloat], Field(min_length=1, max_length=3)]
 
 
 class Shard(BaseModel):
@@ -48,7 +50,13 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: what a set holds. No time, host, path or worker count enters it."""
+    """`manifest.json`: what a set holds. No time, host, path or worker count enters it.
+
+    Attributes:
+        mean, std: of the channels, in 0..1 units.
+        channels: 3, or 1, gray.
+        bits: 16 if any image has so many, which only gray ones have.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,6 +69,8 @@ class Manifest(BaseModel):
     class_counts: list[int]
     mean: Channels
     std: Channels
+    channels: Literal[1, 3] = 3
+    bits: Literal[8, 16] = 8
     options: dict[str, Any]
     shards: list[Shard]
     sha256: dict[str, str] = {}  # not part of the set's identity; older sets have none
@@ -71,6 +81,16 @@ class Manifest(BaseModel):
         """Let a channel that is the same everywhere be divided by 1."""
         return [value or 1.0 for value in std]
 
+    @model_validator(mode="after")
+    def _one_for_each(self) -> "Manifest":
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("a mean and a deviation for each channel")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """Return what is written: of three channels, what it was before there were others."""
+        return self.model_dump(exclude_defaults=True)
+
 
 MANIFEST = "manifest.json"
 HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
@@ -79,9 +99,9 @@ HASHED = ("samples.npy", "names.txt", "names.idx.npy", "rejects.jsonl")
 def write_manifest(root: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a set whose other files are there, and return it with their hashes."""
     hashes = {name: hash_file(root / name) for name in HASHED}
-    hashes[MANIFEST] = manifest_sha256(manifest.model_dump())
+    hashes[MANIFEST] = manifest_sha256(manifest.content())
     manifest = manifest.model_copy(update={"sha256": hashes})
-    write_json(root / MANIFEST, manifest.model_dump())
+    write_json(root / MANIFEST, manifest.content())
     return manifest
 
 
@@ -91,9 +111,11 @@ def manifest_sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def hash_set(shards: Sequence[Shard], samples: npt.NDArray[np.void]) -> str:
+def hash_set(
+    shards: Sequence[Shard], samples: npt.NDArray[np.void], version: int = FORMAT_VERSION
+) -> str:
     """Return the identity of a set: SHA-256 over format version, shard hashes and sample table."""
-    digest = hashlib.sha256(f"fastmoco {FORMAT_VERSION}\n".encode())
+    digest = hashlib.sha256(f"fastmoco {version}\n".encode())
     for shard in shards:
         digest.update(f"{shard.sha256}\n".encode())
     for start in range(0, len(samples), CHUNK):
@@ -120,9 +142,9 @@ def read_manifest(root: Path) -> Manifest:
         version = manifest.format_version
     except ValidationError:
         manifest, version = _with_surrogates(text), _get_version(text)
-    if version > FORMAT_VERSION:
+    if version > GRAY_VERSION:
         raise DataError(
-            f"{root} has format version {version}, this fastmoco reads up to {FORMAT_VERSION}: "
+            f"{root} has format version {version}, this fastmoco reads up to {GRAY_VERSION}: "
             "upgrade fastmoco."
         )
     if manifest is None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.encoder import EncoderSpec, PerChannel
 from fastmoco.config.recipe import Runtime, View
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import native_precision
@@ -16,7 +16,7 @@ from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DivergedError
 from fastmoco.load.executor import Settings
-from fastmoco.load.loader import Triple, drawn_batches, evaluation_batches
+from fastmoco.load.loader import drawn_batches, evaluation_batches
 from fastmoco.models.encoder import Encoder
 
 Feature = Literal["head", "backbone"]
@@ -49,8 +49,8 @@ class Preprocessing:
     """
 
     size: int
-    mean: Triple
-    std: Triple
+    mean: PerChannel
+    std: PerChannel
     precision: str
     settings: Settings
 

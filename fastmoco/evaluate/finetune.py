@@ -6,7 +6,7 @@ supervised baseline where the weights are random.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastmoco.config.encoder import PerChannel
 from fastmoco.core.files import make_parent, new_folder, write_json
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.core.rng import Permutation, Stream, stratified
@@ -38,13 +39,13 @@ from fastmoco.evaluate.semi import (
     Unlabelled,
     falling,
 )
-from fastmoco.load.loader import Triple
+from fastmoco.load.loader import check_channels
 from fastmoco.models.encoder import Encoder, saved
 from fastmoco.runs.load_encoder import check_finite
 
 _CHECKED = 100  # steps between looks at whether the weights are finite, which wait for the device
 _ROWS, _TESTED = 20, 2000  # of the curve, and images that each is tested on at the most
-_IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET: tuple[PerChannel, PerChannel] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def finetune(
@@ -243,14 +244,12 @@ def _sight(evaluation: Evaluation, protocol: FinetuneConfig) -> Preprocessing:
     mean, std = {
         "run": (preprocessing.mean, preprocessing.std),
         "imagenet": _IMAGENET,
-        "set": (_triple(about.mean), _triple(about.std)),
+        "set": (tuple(about.mean), tuple(about.std)),
     }[protocol.normalize]
+    if len(mean) != evaluation.spec.channels:
+        check_channels([evaluation.train.set], evaluation.spec.channels)
+        raise UsageError("ImageNet's normalization is of three channels: choose --normalize run.")
     return replace(preprocessing, size=protocol.size, mean=mean, std=std)
-
-
-def _triple(values: Sequence[float]) -> Triple:
-    red, green, blue = values
-    return red, green, blue
 
 
 def _network(evaluation: Evaluation, protocol: FinetuneConfig) -> Encoder:

@@ -36,7 +36,7 @@ from fastmoco.evaluate.label_free import (
     uniformity,
 )
 from fastmoco.evaluate.sanity import cautions
-from fastmoco.load.loader import Loader
+from fastmoco.load.loader import Loader, check_channels
 from fastmoco.models.encoder import Encoder
 
 RANKED = 25_600  # images whose features' rank is measured, as in RankMe's paper
@@ -81,6 +81,7 @@ class RunMonitor:
 
         Raises:
             DataError: a set is missing, or they do not fit together.
+            UsageError: a set has other channels than the encoder.
         """
         config, bank, queries = recipe.monitor, None, None
         if config is None:
@@ -95,6 +96,8 @@ class RunMonitor:
         else:
             data, chosen = loader.data, loader.plan.chosen
             ids = np.arange(len(data)) if chosen is None else chosen
+        held = [*data.sets, *([queries.set] if queries else [])]
+        check_channels(held, recipe.encoder.channels)
         if bank and queries and world.is_main:
             for caution in cautions(bank, queries):
                 echo(f"warning: {caution}", err=True)

@@ -62,7 +62,7 @@ class Match:
     Attributes:
         prefix: before the names of its backbone.
         naming: of them.
-        arch, stem, head, dim: what `Encoder` is built from.
+        arch, stem, channels, head, dim: what `Encoder` is built from.
         weights: state dict of that encoder, fp32, finite.
         notes: what else there was, in words.
     """
@@ -71,6 +71,7 @@ class Match:
     naming: Naming
     arch: str
     stem: Stem
+    channels: int
     head: Head
     dim: int
     weights: Tensors
@@ -181,23 +182,23 @@ def _listed(prefixes: Iterable[str]) -> str:
 
 
 @cache
-def _blank(arch: str, stem: Stem, head: Head = "linear", dim: int = 1) -> Encoder:
+def _blank(spec: EncoderSpec) -> Encoder:
     """Return a network without values."""
     with torch.device("meta"):
-        return Encoder(EncoderSpec(arch=arch, stem=stem, head=head, dim=dim))
+        return Encoder(spec)
 
 
 @cache
-def _state(arch: str, stem: Stem) -> Tensors:
+def _state(spec: EncoderSpec) -> Tensors:
     """Return the state dict of a network's backbone, without values."""
-    state: Tensors = _blank(arch, stem).backbone.state_dict()
+    state: Tensors = _blank(spec).backbone.state_dict()
     return state
 
 
 @cache
-def _names(arch: str, stem: Stem, naming: Naming) -> dict[str, str]:
+def _names(spec: EncoderSpec, naming: Naming) -> dict[str, str]:
     """Return the names of a network's backbone: theirs by ours."""
-    return {name: renamed(name, naming.table) for name in _state(arch, stem)}
+    return {name: renamed(name, naming.table) for name in _state(spec)}
 
 
 def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
@@ -215,27 +216,25 @@ class Candidate:
     asked_stem: Stem | None
 
     @cached_property
-    def stem(self) -> Stem:
-        """The one that was asked for, or that the first convolution has the shape of."""
+    def spec(self) -> EncoderSpec:
+        """The network, its stem and channels by the first convolution unless the stem is asked."""
         first = self.tensors.get(self.prefix + renamed("conv1.weight", self.naming.table))
-        by_shape: Stem = "small" if first is not None and first.shape[-1:] == (3,) else "imagenet"
-        return self.asked_stem or by_shape
-
-    @property
-    def wanted(self) -> Tensors:
-        """State dict of the network's backbone, without values."""
-        return _state(self.arch, self.stem)
+        shape = () if first is None else tuple(first.shape)
+        stem = self.asked_stem or ("small" if shape[-1:] == (3,) else "imagenet")
+        channels = 1 if shape[1:2] == (1,) else 3
+        return EncoderSpec(arch=self.arch, stem=stem, channels=channels)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Names in the file by those of our backbone."""
-        names = _names(self.arch, self.stem, self.naming)
+        names = _names(self.spec, self.naming)
         return {ours: self.prefix + theirs for ours, theirs in names.items()}
 
     @cached_property
     def faults(self) -> dict[str, str]:
         """Say of each of the network's tensors that the file does not fill why, by their names."""
-        told = {key: self._fault(key, self.wanted[ours]) for ours, key in self.keys.items()}
+        wanted = _state(self.spec)
+        told = {key: self._fault(key, wanted[ours]) for ours, key in self.keys.items()}
         return {key: fault for key, fault in told.items() if fault}
 
     def _fault(self, key: str, like: torch.Tensor) -> str | None:
@@ -277,7 +276,7 @@ class Candidate:
 
     def equals(self, other: "Candidate") -> bool:
         """Return whether both, which fit, have the same weights."""
-        if self.arch != other.arch or self.stem != other.stem:
+        if self.spec != other.spec:
             return False
         names = (name for name in self.keys if not name.endswith(_OPTIONAL))
         pairs = ((self.tensors[self.keys[n]], other.tensors[other.keys[n]]) for n in names)
@@ -291,7 +290,7 @@ class Candidate:
         """
         kind, dim, head, note = self._head()
         weights = {f"head.{name}": _copy(key, self.tensors[key]) for name, key in head.items()}
-        for name, like in self.wanted.items():
+        for name, like in _state(self.spec).items():
             key = self.keys[name]
             weights[f"backbone.{name}"] = _copy(
                 key, self.tensors.get(key, torch.tensor(0)), like.dtype
@@ -301,7 +300,8 @@ class Candidate:
             "(--prefix takes them)."
         )
         notes = (*([taken] if others else []), *([note] if note else []))
-        return Match(self.prefix, self.naming, self.arch, self.stem, kind, dim, weights, notes)
+        built = self.arch, self.spec.stem, self.spec.channels, kind, dim
+        return Match(self.prefix, self.naming, *built, weights, notes)
 
     def _head(self) -> tuple[Head, int, dict[str, str], str]:
         """Return the kind of our heads that the file fills, `dim`, its names by ours, and a note.
@@ -320,7 +320,7 @@ class Candidate:
             what = "a classifier" if classifier else "neither one linear layer nor MoCo v2's two"
             left.append(f"{len(names)} tensors under {prefix} are {what}")
         note = f"The head was left out: {', '.join(left)}." if left else "No head was taken."
-        features = _blank(self.arch, self.stem).features
+        features = _blank(self.spec).features
         return "none", features, {}, f"{note} Head features are the backbone's."
 
     def _dim(self, kind: Head, names: dict[str, str]) -> int:
@@ -331,7 +331,8 @@ class Candidate:
             return 0
         if any(_unfit(tensor, floating=True) for tensor in found.values()):
             return 0
-        ours = _blank(self.arch, self.stem, kind, last.numel()).head.state_dict()
+        sized = self.spec.model_copy(update={"head": kind, "dim": last.numel()})
+        ours = _blank(sized).head.state_dict()
         return last.numel() if _shapes(found) == _shapes(ours) else 0
 
     def _head_places(self) -> list[str]:

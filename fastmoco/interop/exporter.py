@@ -64,7 +64,7 @@ def _compare(target: Target, encoder: Encoder, spec: EncoderSpec, written: Path)
     if not find_spec(target.library):
         return f"not loaded for a check: {target.library} is not installed"
     side, generator = spec.image_size, torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, side, side, generator=generator)
+    images = torch.randn(2, spec.channels, side, side, generator=generator)
     ours = encoder.backbone(images)
     theirs = target.features(spec, written, images)
     difference = float((ours - theirs).abs().max())

@@ -44,7 +44,7 @@ class Target:
         raise NotImplementedError
 
     def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
-        """Load the result in its library; return the (n, features) of (n, 3, H, W) images."""
+        """Load the result in its library; return the (n, features) of (n, C, H, W) images."""
         raise NotImplementedError
 
     def note(self, spec: EncoderSpec, out: Path) -> str:
@@ -100,8 +100,9 @@ class Torchvision(Target):
             net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
         else:
             net = models.get_model(spec.arch, weights=None)
+        if own := self._first_convolution(spec):
+            net.conv1 = nn.Conv2d(*own, bias=False)
         if spec.stem != "imagenet":
-            net.conv1 = nn.Conv2d(3, 64, 3, self._stride(spec), 1, bias=False)
             net.maxpool = nn.Identity()
         net.fc = nn.Identity()
         net.load_state_dict(read_weights(out).tensors)
@@ -115,17 +116,19 @@ class Torchvision(Target):
             blocks = "torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]"
             build = f"torchvision.models.ResNet({blocks})"
         lines = [f"model = {build}"]
+        if own := self._first_convolution(spec):
+            given = ", ".join(map(str, own))
+            lines.append(f"model.conv1 = torch.nn.Conv2d({given}, bias=False)")
         if spec.stem != "imagenet":
-            stride = self._stride(spec)
-            lines += [
-                f"model.conv1 = torch.nn.Conv2d(3, 64, 3, {stride}, 1, bias=False)",
-                "model.maxpool = torch.nn.Identity()",
-            ]
+            lines.append("model.maxpool = torch.nn.Identity()")
         lines.append(f"model.load_state_dict({_loaded(out)}, strict=False)  # only fc is missing")
         return "\n".join(lines)
 
-    def _stride(self, spec: EncoderSpec) -> int:
-        return 2 if spec.stem == "small-stride2" else 1
+    def _first_convolution(self, spec: EncoderSpec) -> tuple[int, int, int, int, int] | None:
+        """Return channels, filters, size, stride and padding; None: those of torchvision."""
+        if spec.stem == "imagenet":
+            return None if spec.channels == 3 else (spec.channels, 64, 7, 2, 3)
+        return spec.channels, 64, 3, 2 if spec.stem == "small-stride2" else 1, 1
 
 
 def _loaded(out: Path) -> str:
@@ -153,15 +156,16 @@ class Timm(Target):
         """Load it strictly."""
         import timm
 
-        net = timm.create_model(spec.arch, pretrained=False, num_classes=0)
+        net = timm.create_model(spec.arch, num_classes=0, in_chans=spec.channels)
         net.load_state_dict(read_weights(out).tensors)
         found: torch.Tensor = net.eval()(images)
         return found
 
     def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return code."""
+        gray = "" if spec.channels == 3 else f", in_chans={spec.channels}"
         return (
-            f"model = timm.create_model({spec.arch!r}, num_classes=0)\n"
+            f"model = timm.create_model({spec.arch!r}, num_classes=0{gray})\n"
             f"model.load_state_dict({_loaded(out)})"
         )
 
@@ -182,7 +186,13 @@ class Safetensors(Target):
         weights = read_weights(out)
         found = match(weights.tensors, "backbone", weights.spec.stem if weights.spec else None)
         encoder = Encoder(
-            EncoderSpec(arch=found.arch, stem=found.stem, head=found.head, dim=found.dim)
+            EncoderSpec(
+                arch=found.arch,
+                stem=found.stem,
+                channels=found.channels,
+                head=found.head,
+                dim=found.dim,
+            )
         )
         encoder.load_state_dict(found.weights)
         features: torch.Tensor = encoder.eval().backbone(images)
@@ -203,6 +213,8 @@ class HuggingFace(Target):
         """Refuse small stems, and the wide and grouped blocks that its ResNet cannot express."""
         if not spec.arch.startswith("resnet"):
             return f"transformers' ResNet has no {spec.arch}"
+        if spec.channels != 3:
+            return "transformers' image processors make three channels of every image"
         return _only_imagenet_stem(spec, "transformers")
 
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
@@ -283,6 +295,8 @@ class Detectron2(Target):
         """Refuse small stems and our resnet10."""
         if spec.arch not in _DETECTRON2_NETS:
             return f"Detectron2 has no {spec.arch}"
+        if spec.channels != 3:
+            return "Detectron2 reads images of three channels"
         return _only_imagenet_stem(spec, "Detectron2")
 
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
@@ -309,7 +323,7 @@ class Detectron2(Target):
 
 
 class Onnx(Target):
-    """An ONNX graph: `images` (n, 3, H, W) to `features` and, if there is a head, `projection`."""
+    """An ONNX graph: `images` (n, C, H, W) to `features` and, if there is a head, `projection`."""
 
     library = "onnxruntime"
     needs = ("onnx", "onnxscript")
@@ -319,7 +333,7 @@ class Onnx(Target):
         outputs = ["features"] if spec.head == "none" else ["features", "projection"]
         torch.onnx.export(
             _Outputs(encoder, len(outputs)).eval(),
-            (torch.zeros(2, 3, spec.image_size, spec.image_size),),
+            (torch.zeros(2, spec.channels, spec.image_size, spec.image_size),),
             out,
             input_names=["images"],
             output_names=outputs,
@@ -340,7 +354,8 @@ class Onnx(Target):
     def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return inputs and outputs."""
         outputs = "features" if spec.head == "none" else "features, projection (not normalized)"
-        return f"opset {OPSET}: images (n, 3, {spec.image_size}, {spec.image_size}) -> {outputs}"
+        shape = f"(n, {spec.channels}, {spec.image_size}, {spec.image_size})"
+        return f"opset {OPSET}: images {shape} -> {outputs}"
 
 
 class _Outputs(nn.Module):

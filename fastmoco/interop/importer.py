@@ -79,7 +79,10 @@ def import_weights(
 def _spec(found: Match, said: EncoderSpec | None, image_size: int | None) -> EncoderSpec:
     """Return what was found, with the images that our own export or else its stem tells."""
     values = said.model_dump() if said else {"image_size": 224 if found.stem == "imagenet" else 32}
-    values |= {"arch": found.arch, "stem": found.stem, "head": found.head, "dim": found.dim}
+    if found.channels == 1 and not said:
+        values |= {"mean": (0.449,), "std": (0.226,)}  # ImageNet's, the mean over its channels
+    values |= {"arch": found.arch, "stem": found.stem, "channels": found.channels}
+    values |= {"head": found.head, "dim": found.dim}
     return EncoderSpec(**values | ({"image_size": image_size} if image_size else {}))
 
 

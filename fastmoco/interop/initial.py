@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.config.encoder import EncoderSpec
-from fastmoco.core.strict_yaml import Triple
+from fastmoco.config.encoder import EncoderSpec, PerChannel
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import match
 from fastmoco.interop.read_checkpoint import read_weights
@@ -54,6 +53,11 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
             f"{spec.arch} with the stem {spec.stem}: set encoder.arch={found.arch} "
             f"encoder.stem={found.stem}, or name other weights."
         )
+    if found.channels != spec.channels:
+        raise UsageError(
+            f"init {source} has encoder.channels {found.channels}, the recipe {spec.channels}: "
+            "name other weights, or set the recipe's and pack its sets so."
+        )
     same_head = found.head == spec.head and (spec.head == "none" or found.dim == spec.dim)
     if not same_head:
         weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
@@ -73,7 +77,7 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
 
 def _read(
     source: Path, spec: EncoderSpec
-) -> tuple[dict[str, torch.Tensor], EncoderSpec, str, tuple[Triple, Triple] | None]:
+) -> tuple[dict[str, torch.Tensor], EncoderSpec, str, tuple[PerChannel, PerChannel] | None]:
     """Return weights, their network, what to call them, and their images' mean and deviation."""
     if source.is_dir() and not (source / "state.pt").is_file():
         encoder, found, step = load_encoder(RunFolder(source), _CPU)
@@ -93,7 +97,9 @@ def _read(
         raise CheckpointError(
             f"init {file}: {error} A run folder that `fastmoco import` makes of a file will do too."
         ) from error
-    found = EncoderSpec(arch=one.arch, stem=one.stem, head=one.head, dim=one.dim)
+    found = EncoderSpec(
+        arch=one.arch, stem=one.stem, channels=one.channels, head=one.head, dim=one.dim
+    )
     behind = f", behind {one.prefix}" if one.prefix else ""
     return one.weights, found, f"{source}{behind}", said.normalization() if said else None
 

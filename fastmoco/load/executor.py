@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.config.encoder import PerChannel
 from fastmoco.config.recipe import Runtime
 from fastmoco.core.cores import count_cores
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
+from fastmoco.load.decode import Pixels
 from fastmoco.load.view_params import ViewParams
 
 _MOST_THREADS = 16  # more wait for each other: MLPerf feeds an H100 by 6
@@ -33,14 +35,19 @@ class PipelineSpec:
 
     Attributes:
         size: side of the square views, pixels.
-        mean, std: of the channels, in 0..1 units.
+        mean, std: of the channels, three or one, in 0..1 units.
         views: the operators that each view needs.
     """
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: PerChannel
+    std: PerChannel
     views: tuple[EnabledOps, ...]
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return len(self.mean)
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,13 @@ class ResidentImages:
     """Decoded images of a batch, in files that are mapped into memory.
 
     Attributes:
-        files: flat pixels of each set.
+        files: flat pixels of each set, as `decode` gives them.
         which: (n,) the file of each image.
         starts: (n,) int64, where it begins there.
         sizes: (n, 2) int64 height and width.
     """
 
-    files: list[npt.NDArray[np.uint8]]
+    files: list[Pixels]
     which: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
@@ -130,7 +137,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """A batch that has been drawn: for each view an (n, 3, size, size) channels-last tensor."""
+    """A batch that has been drawn: for each view an (n, C, size, size) channels-last tensor."""
 
     work: EncodedBatch
     views: tuple[torch.Tensor, ...]

@@ -11,7 +11,7 @@ import torch
 
 from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.dataset.reader import CorruptSamples
-from fastmoco.load.decode import Pixels, decode
+from fastmoco.load.decode import decode
 from fastmoco.load.executor import (
     DecodedBatch,
     EncodedBatch,
@@ -21,7 +21,7 @@ from fastmoco.load.executor import (
     Settings,
     Source,
 )
-from fastmoco.load.fused_views import Table, render_views, table
+from fastmoco.load.fused_views import Table, render_gray_views, render_views, table
 
 _CHUNK_IMAGES, _CHUNK_BYTES = 64, 128 * 1024  # one small image a task loses half in hand-overs
 
@@ -65,7 +65,7 @@ class _Drawing:
         self, work: EncodedBatch, look: PipelineSpec, pool: ThreadPoolExecutor, settings: Settings
     ) -> None:
         self._work, self._device = work, settings.device
-        shape = len(work.ids), look.size, look.size, 3
+        shape = len(work.ids), look.size, look.size, look.channels
         self._views = [_empty(shape, settings.device) for _ in work.numbers]
         arrays = [view.numpy() for view in self._views]
         scale = (1 / (255 * np.array(look.std))).astype(np.float32)
@@ -123,7 +123,9 @@ def _draw(
     scale: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32],
 ) -> None:
-    resident = images if isinstance(images, ResidentImages) else _in_memory(images)
+    channels = views[0].shape[3]
+    resident = images if isinstance(images, ResidentImages) else _in_memory(images, channels)
+    render = render_views if channels == 3 else render_gray_views
     # A crop beyond the edge, of an image that is not the one of the table, would read elsewhere.
     inside = [(p[:, :2] + p[:, 2:4] <= resident.sizes).all(axis=1) for p in tables]
     if not np.all(inside):
@@ -132,14 +134,15 @@ def _draw(
         places = np.flatnonzero(resident.which == number)
         lies = resident.files[number], resident.starts, resident.sizes
         for params, view in zip(tables, views, strict=True):
-            render_views(*lies, params, places, scale, shift, view)
+            render(*lies, params, places, scale, shift, view)
 
 
-def _in_memory(encoded: list[Pixels]) -> ResidentImages:
+def _in_memory(encoded: list[npt.NDArray[np.uint8]], channels: int) -> ResidentImages:
     """Decode images; one that cannot be has no pixels."""
-    images = [decode(image) for image in encoded]
+    images = [decode(image, channels) for image in encoded]
     sizes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], np.int64)
-    flat = [np.zeros(0, np.uint8) if image is None else image.reshape(-1) for image in images]
+    none = np.zeros((0, 0, channels), np.uint8 if channels == 3 else np.uint16)
+    flat = [(none if image is None else image).reshape(-1) for image in images]
     starts = np.cumsum([0, *map(len, flat)], dtype=np.int64)[:-1]
     pixels = flat[0] if len(flat) == 1 else np.concatenate(flat)
     return ResidentImages([pixels], np.zeros(len(images), np.int64), starts, sizes)

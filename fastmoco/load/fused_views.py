@@ -29,6 +29,7 @@ _ZERO, _ONE, _FULL = np.float32(0), np.float32(1), np.float32(255)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's luma
 _SEXTANTS, _TINY = np.float32(6), np.float32(1e-12)
 _SOLARIZED_FROM = np.float32(128)
+_STEP = np.float32(255 / 65535)  # of 16 bits, in levels of 255
 
 
 def table(params: ViewParams) -> Table:
@@ -81,6 +82,44 @@ def render_views(
                     place = side - 1 - x if p[_FLIP] else x
                     level = planes[y, channel, place]
                     out[i, y, x, channel] = level * scale[channel] + shift[channel]
+
+
+@jit
+def render_gray_views(
+    pixels: npt.NDArray[np.uint16],
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    params: Table,
+    places: npt.NDArray[np.int64],
+    scale: npt.NDArray[np.float32],
+    shift: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+) -> None:
+    """Draw one view of some of n images of one channel, which saturation and hue leave as it is.
+
+    Args:
+        pixels: flat images of 0..65535, (H, W) each.
+        starts, sizes, params, places: see `render_views`.
+        scale, shift: (1,) normalization: levels of 255 * scale + shift.
+        out: (n, S, S, 1), written.
+    """
+    side = out.shape[1]
+    planes = np.empty((side, 1, side), np.float32)
+    for i in places:
+        p = params[i]
+        height, width = sizes[i]
+        rows = pixels[starts[i] : starts[i] + height * width].reshape(height, width)
+        _resize_gray(rows, p, planes)
+        if p[_JITTER]:
+            _jitter_gray(planes, p[_BRIGHTNESS], p[_CONTRAST])
+        if p[_BLUR]:
+            _blur(planes, p[_SIGMA])
+        if p[_SOLARIZE]:
+            _solarize(planes)
+        for y in range(side):
+            for x in range(side):
+                place = side - 1 - x if p[_FLIP] else x
+                out[i, y, x, 0] = planes[y, 0, place] * scale[0] + shift[0]
 
 
 @jit
@@ -137,6 +176,29 @@ def _resize(rows: Any, p: Any, planes: Any) -> None:
 
 
 @jit
+def _resize_gray(rows: Any, p: Any, planes: Any) -> None:
+    """Cut out the crop and resize it to (side, 1, side) `planes`, in levels of 255."""
+    side = len(planes)
+    top, left = int(p[_TOP]), int(p[_LEFT])
+    height, width = int(p[_HEIGHT]), int(p[_WIDTH])
+    down, down_weights = _taps(height, side)
+    across, across_weights = _taps(width, side)
+    row = np.empty(width, np.float32)
+    for y in range(side):
+        row[:] = _ZERO
+        for k in range(down_weights.shape[1]):
+            weight = down_weights[y, k] * _STEP
+            pixels = rows[top + down[y] + k, left : left + width]
+            for x in range(width):
+                row[x] += weight * np.float32(pixels[x])
+        for x in range(side):
+            level = _ZERO
+            for k in range(across_weights.shape[1]):
+                level += across_weights[x, k] * row[across[x] + k]
+            planes[y, 0, x] = level
+
+
+@jit
 def _clamp(level: Any) -> Any:
     level = level if level > _ZERO else _ZERO  # min and max of numba are not vectorized
     return level if level < _FULL else _FULL
@@ -158,6 +220,18 @@ def _jitter(planes: Any, brightness: Any, contrast: Any, saturation: Any, hue: A
     turn = _SEXTANTS * (hue % _ONE)
     for y in range(side):
         _recolor(planes[y, 0], planes[y, 1], planes[y, 2], contrast, gray, saturation, turn)
+
+
+@jit
+def _jitter_gray(planes: Any, brightness: Any, contrast: Any) -> None:
+    flat = planes.reshape(-1)
+    total = 0.0
+    for i in range(len(flat)):
+        flat[i] = _clamp(brightness * flat[i])
+        total += flat[i]
+    gray = (_ONE - contrast) * np.float32(total / len(flat))
+    for i in range(len(flat)):
+        flat[i] = _clamp(contrast * flat[i] + gray)
 
 
 @jit
@@ -226,7 +300,7 @@ def _grayscale(planes: Any) -> None:
 @jit
 def _blur(planes: Any, sigma: Any) -> None:
     """Convolve with a Gaussian of 3 sigma to either side; edges are mirrored as in torchvision."""
-    side = len(planes)
+    side, channels = len(planes), planes.shape[1]
     radius = math.ceil(np.float32(3) * sigma)
     kernel = np.empty(2 * radius + 1, np.float32)
     total = 0.0
@@ -235,16 +309,16 @@ def _blur(planes: Any, sigma: Any) -> None:
         total += kernel[k]
     for k in range(2 * radius + 1):
         kernel[k] /= total
-    source = planes.copy().reshape(side, 3 * side)
-    column = np.empty(3 * side, np.float32)
+    source = planes.copy().reshape(side, channels * side)
+    column = np.empty(channels * side, np.float32)
     padded = np.empty(side + 2 * radius, np.float32)
     for y in range(side):
         column[:] = _ZERO
         for k in range(2 * radius + 1):
             weight, row = kernel[k], source[_mirrored(y + k - radius, side)]
-            for z in range(3 * side):
+            for z in range(channels * side):
                 column[z] += weight * row[z]
-        for channel in range(3):
+        for channel in range(channels):
             line, soft = column[channel * side : (channel + 1) * side], planes[y, channel]
             for x in range(side):
                 padded[radius + x] = line[x]

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastmoco.config.encoder import PerChannel
 from fastmoco.config.recipe import Recipe, View
 from fastmoco.core.distributed import World
 from fastmoco.core.rng import Ids, Stream, uniforms
 from fastmoco.dataset.reader import READERS, CorruptSamples, Reader
-from fastmoco.dataset.shard_set import ConcatShardSets
+from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
 from fastmoco.load.executor import (
     DecodedBatch,
@@ -29,8 +30,6 @@ from fastmoco.load.pixel_cache import PixelCache, open_cache
 from fastmoco.load.sampler import Plan, make_plan
 from fastmoco.load.view_params import ViewParams, central, draw
 
-Triple = tuple[float, float, float]
-
 _AHEAD = 3  # batches that are read before they are asked for
 
 
@@ -40,7 +39,7 @@ class Batch:
 
     Attributes:
         ids: (n,) int64 sample ids.
-        views: for each view an (n, 3, size, size) normalized channels-last tensor on the device,
+        views: for each view an (n, C, size, size) normalized channels-last tensor on the device,
             fp32 on CPU and fp16 on GPU.
         step: the step that it belongs to.
     """
@@ -75,18 +74,19 @@ class Loader:
         views: Sequence[View],
         *,
         size: int,
-        mean: Triple,
-        std: Triple,
+        mean: PerChannel,
+        std: PerChannel,
         settings: Settings,
         rank: int = 0,
         ranks: int = 1,
         max_bad: int = 0,
     ) -> None:
+        check_channels(data.sets, len(mean))
         self.data, self.plan, self.views = data, plan, tuple(views)
         self._look = PipelineSpec(size, mean, std, tuple(get_enabled_ops(view) for view in views))
         self._rank, self._ranks = rank, ranks
         self._reader = Reader(data)
-        self.settings = _decided(settings, self._reader)
+        self.settings = _decided(settings, self._reader, self._look)
         self._max_bad = max_bad
         self.bad: set[int] = set()
 
@@ -190,8 +190,8 @@ def evaluation_batches(
     *,
     ids: slice | Ids,
     size: int,
-    mean: Triple,
-    std: Triple,
+    mean: PerChannel,
+    std: PerChannel,
     share: float,
     batch: int,
     settings: Settings,
@@ -227,8 +227,8 @@ def drawn_batches(
     first: int,
     stream: Stream = Stream.VIEWS,
     size: int,
-    mean: Triple,
-    std: Triple,
+    mean: PerChannel,
+    std: PerChannel,
     batch: int,
     settings: Settings,
 ) -> Iterator[Batch]:
@@ -260,8 +260,9 @@ def _once(
     settings: Settings,
 ) -> Iterator[Batch]:
     """Yield samples once; `numbers` draws the views of those from a place in `ids` on."""
+    check_channels(data.sets, look.channels)
     reader = Reader(data)
-    settings = _decided(settings, reader)
+    settings = _decided(settings, reader, look)
     whole = len(ids) if not isinstance(ids, slice) else ids.stop - ids.start
     images = open_cache(data, settings, build=whole == len(data)) or reader
 
@@ -299,8 +300,26 @@ def _sizes(data: ConcatShardSets, ids: Ids) -> npt.NDArray[np.int64]:
     return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
 
 
-def _decided(settings: Settings, reader: Reader) -> Settings:
-    """Return the settings with `decode: auto` decided, the same for all batches of a set."""
+def check_channels(sets: Iterable[ShardSet], channels: int) -> None:
+    """Refuse sets of other images than an encoder takes.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for one in sets:
+        if (found := one.manifest.channels) != channels:
+            gray = "pack it anew with --gray" if channels == 1 else "pack it anew without --gray"
+            keys = f"encoder.channels={found} encoder.mean=null encoder.std=null"
+            raise UsageError(
+                f"{one.root} is a set of images of {found} channel{'s' * (found > 1)}, the encoder "
+                f"takes {channels}: {gray}, or train with {keys}."
+            )
+
+
+def _decided(settings: Settings, reader: Reader, look: PipelineSpec) -> Settings:
+    """Return the settings with all that is `auto` decided, the same for all batches of a set."""
+    if look.channels == 1:
+        settings = replace(settings, executor="fused")  # DALI draws three
     if settings.decode != "auto" or settings.device.type == "cpu":
         return settings
     return replace(settings, decode="mixed" if reader.holds_large_jpegs() else "cpu")

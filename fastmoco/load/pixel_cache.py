@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -34,19 +35,21 @@ class PixelCache:
 
     Args:
         data: the sets.
-        pixels: (N, H, W, 3) pixels of each.
+        pixels: (N, H, W, C) pixels of each, as `decode` gives them.
     """
 
     def __init__(self, data: ConcatShardSets, pixels: list[Pixels]) -> None:
         self._data = data
         self._files = [one.reshape(-1) for one in pixels]
         self._sizes = np.array([one.shape[1:3] for one in pixels], np.int64)
+        self._channels = pixels[0].shape[3]
 
     def fetch(self, ids: Ids, pool: ThreadPoolExecutor | None = None) -> ResidentImages:
         """Return where the images lie; nothing is read yet."""
         which, rows = self._data.locate(ids)
         sizes = self._sizes[which]
-        return ResidentImages(self._files, which, rows * sizes.prod(axis=1) * 3, sizes)
+        starts = rows * sizes.prod(axis=1) * self._channels
+        return ResidentImages(self._files, which, starts, sizes)
 
 
 def open_cache(data: ConcatShardSets, settings: Settings, build: bool = True) -> PixelCache | None:
@@ -83,7 +86,7 @@ def _of_set(shard_set: ShardSet, settings: Settings, build: bool) -> Pixels:
         raise _Declined(f"those of {shard_set.root} differ in size (shard --square N)", False)
     if settings.pixels == "auto" and height * width > _LARGEST:
         raise _Declined(f"those of {shard_set.root} are large", False)
-    shape = len(shard_set), height, width, 3
+    shape = len(shard_set), height, width, shard_set.manifest.channels
     name = f"pixels-{shard_set.manifest.set_id[:16]}.npy"
     folders = [shard_set.root, *([settings.cache] if settings.cache else [])]
     for folder in folders:
@@ -111,19 +114,25 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Pixels | None:
         pixels: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
+    return pixels if pixels.shape == shape and pixels.dtype == _dtype(shape) else None
+
+
+def _dtype(shape: tuple[int, ...]) -> np.dtype[Any]:
+    """Return what `decode` gives images of such a shape in."""
+    return np.dtype(np.uint8 if shape[-1] == 3 else np.uint16)
 
 
 def _decoded(path: Path, shard_set: ShardSet, shape: tuple[int, ...], settings: Settings) -> Pixels:
     """Decode a set into a file, which is whole or not there."""
-    needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(path.parent).free
+    dtype, free = _dtype(shape), shutil.disk_usage(path.parent).free
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if needed > (_SHARE if settings.pixels == "auto" else 1) * free:
         room = f"{free / 1e9:.1f} GB are free, they take {needed / 1e9:.1f}"
         raise OSError(errno.ENOSPC, room)
     if speaks():
         echo(f"decoding {shape[0]:,} images once, into {path} ({needed / 1e9:.2f} GB)", err=True)
     with new_file(path) as aside:
-        pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
+        pixels = np.lib.format.open_memmap(aside, "w+", dtype, shape)
         _reserve(aside, pixels.offset + needed)
         for rows, images in _images(shard_set, shape[1:], settings.threads):
             pixels[rows] = images
@@ -153,7 +162,7 @@ def _images(
     def read(start: int) -> tuple[slice, list[Pixels]]:
         rows = slice(start, min(start + _CHUNK, count))
         ids = np.arange(rows.start, rows.stop)
-        images = [decode(encoded) for encoded in reader.fetch(ids)]
+        images = [decode(encoded, shape[-1]) for encoded in reader.fetch(ids)]
         whole = [image for image in images if image is not None and image.shape == shape]
         if len(whole) < len(images):
             corrupt = [image is None or image.shape != shape for image in images]

@@ -138,7 +138,7 @@ class Encoder(nn.Module):
     """A backbone and its head.
 
     Attributes:
-        backbone: a torchvision ResNet without its classifier; (n, 3, H, W) to (n, features).
+        backbone: a torchvision ResNet without its classifier; (n, C, H, W) to (n, features).
         head: (n, features) to (n, dim), not normalized; "none" hands the features on, and `dim`
             is their number.
         features, dim: widths of the two outputs.
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
-        self.backbone = _backbone(spec.arch, spec.stem)
+        self.backbone = _backbone(spec.arch, spec.stem, spec.channels)
         self.features = int(self.backbone.fc.in_features)
         self.backbone.fc = nn.Identity()
         self.dim = spec.dim
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (n, dim) projections of (n, 3, H, W) images."""
+        """Return (n, dim) projections of (n, C, H, W) images."""
         projected: torch.Tensor = self.head(self.backbone(images))
         return projected
 
@@ -194,7 +194,7 @@ def batch_norms(module: nn.Module) -> list[GroupBatchNorm2d]:
     return [m for m in module.modules() if isinstance(m, GroupBatchNorm2d)]
 
 
-def _backbone(arch: str, stem: str) -> Any:
+def _backbone(arch: str, stem: str, channels: int) -> Any:
     if arch in _SMALL:
         net = torchvision_resnet.ResNet(*_SMALL[arch], norm_layer=GroupBatchNorm2d)
     else:
@@ -208,8 +208,11 @@ def _backbone(arch: str, stem: str) -> Any:
     if stem != "imagenet":
         # 7x7 stride 2 and a pool would leave little of a small image (He et al. 2016, section 4.2).
         stride = 2 if stem == "small-stride2" else 1
-        net.conv1 = nn.Conv2d(3, 64, 3, stride, 1, bias=False)
+        net.conv1 = nn.Conv2d(channels, 64, 3, stride, 1, bias=False)
         net.maxpool = nn.Identity()
+    elif channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as theirs
     return net
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from fastmoco.core.files import SOFTWARE
+from fastmoco.core.gray import as_shown, gray_levels
 from fastmoco.core.terminal import printable
 from fastmoco.dataset.shard_set import ShardSet
 
@@ -57,6 +58,10 @@ def _thumbnail(shard_set: ShardSet, row: int) -> Image.Image:
             warnings.simplefilter("ignore")  # PIL warns of harmless oddities
             content = os.pread(stream.fileno(), int(entry["size"]), int(entry["offset"]))
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+                if shard_set.manifest.channels == 1:
+                    of = shard_set.manifest.mean[0], shard_set.manifest.std[0]
+                    levels = as_shown(gray_levels(image) / 65535, *of)
+                    return _fitted(Image.fromarray(levels))
                 image.draft("RGB", (_CELL, _CELL))
                 return _fitted(image.convert("RGB"))
     except MemoryError:

@@ -11,7 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.dataset.manifest import FORMAT_VERSION, Manifest, Shard, hash_set, write_manifest
+from fastmoco.dataset.manifest import (
+    FORMAT_VERSION,
+    GRAY_VERSION,
+    Manifest,
+    Shard,
+    hash_set,
+    write_manifest,
+)
 from fastmoco.dataset.shard_set import SAMPLE_DTYPE
 from fastmoco.errors import DataError
 from fastmoco.pack.options import PackOptions
@@ -37,7 +44,7 @@ def write_tables(
     if not samples:
         rejects = (r for record in _records(schedule, journal) for r in _rejects(schedule, record))
         raise DataError(f"None of the images is fit. The first:{first(list(islice(rejects, 3)))}")
-    tables = _Tables(folder, schedule)
+    tables = _Tables(folder, schedule, options.gray)
     with (
         growing_array(folder / "samples.npy", SAMPLE_DTYPE, samples) as rows,
         growing_array(folder / "names.idx.npy", OFFSET_DTYPE, samples + 1) as ends,
@@ -77,12 +84,12 @@ def _rejects(schedule: Schedule, record: ShardRecord) -> list[Reject]:
 class _Tables:
     """What goes into the manifest, summed while the shards' rows go into the tables."""
 
-    def __init__(self, folder: Path, schedule: Schedule) -> None:
+    def __init__(self, folder: Path, schedule: Schedule, gray: bool) -> None:
         self.folder, self.schedule = folder, schedule
         self.classes = schedule.source.classes
         self.shards: list[Shard] = []
         self.rejects = list(schedule.source.left_out)
-        self.totals = ChannelStats()
+        self.totals = ChannelStats.of(gray)
         self.counts = np.zeros(len(self.classes), dtype=np.int64)
         self._end = np.uint64(0)  # of names.txt
 
@@ -115,9 +122,10 @@ class _Tables:
         (self.folder / "rejects.jsonl").write_text("".join(lines))
         rows = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         mean, std = self.totals.mean_and_deviation()
+        version = GRAY_VERSION if options.gray else FORMAT_VERSION
         manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            set_id=hash_set(self.shards, rows),
+            format_version=version,
+            set_id=hash_set(self.shards, rows, version),
             samples=len(rows),
             rejected=len(lines),
             progressive=self.totals.progressive,
@@ -125,6 +133,8 @@ class _Tables:
             class_counts=self.counts.tolist(),
             mean=mean,
             std=std,
+            channels=1 if options.gray else 3,
+            bits=16 if self.totals.deep else 8,
             options=options.recorded(),
             shards=self.shards,
         )

@@ -6,24 +6,24 @@ decoder is sure to read them as PIL does: 8-bit Huffman-coded JPEG, sequential o
 other JPEG becomes JPEG of quality 95 without chroma subsampling, all other formats and raw pixels
 become PNG, upright and 8-bit: more bits are mapped by levels or, of 16, rounded, alpha is dropped,
 of an animation the first frame stays. With a short side to shrink to, larger images become JPEG.
+Of a set of one channel, colors become gray, and 16-bit gray stays so, in PNG.
 
 A large JPEG may be decoded at an eighth of its size: the entropy-coded data is read to its end all
 the same, so the same files are refused (held by a test), at a third of the time.
 """
 
 import io
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastmoco.core.gray import gray_levels, is_deep
+from fastmoco.pack.deep import SIXTEEN_BITS, Unfit, as_mode, get_span, to_depth
 from fastmoco.pack.inputs import Input, Pixels, Unreadable
 from fastmoco.pack.kinds import START, by_content, heif_is_read
 from fastmoco.pack.levels import Levels, Span
@@ -40,16 +40,12 @@ if heif_is_read():
     pillow_heif.register_heif_opener()
     FORMATS += ("HEIF",)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
+ORIENTATION = 0x0112
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SCAN = 0xDA
 LONE_MARKERS = frozenset([0x00, 0x01, *range(0xD0, 0xDA)])  # not followed by a length
-PPM_HEADER = re.compile(rb"P6(?:\s+#.*\n)*\s+\d+\s+\d+\s+(\d{1,5})\s")  # ends in the maximum
-SIXTEEN_BIT_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")
-DEEP_GRAY = (*SIXTEEN_BIT_GRAY, "I", "F")
-_SIXTEEN_BITS: Levels = (0, 65535)
 POWERS = np.arange(256, dtype=np.int64)[:, None] ** [1, 2]
 SMALL = 2**16  # pixels up to which a scaled decode saves nothing
 
@@ -65,7 +61,8 @@ class Rules:
         short_side: images with a longer short side are shrunk to it; None: none is.
         square: all are cut to their central square and resized to this side; None: none is.
         quality: of the JPEGs that resizing gives.
-        levels: what becomes 0 and 255 of values of more than 8 bits; None: all of 16 bits.
+        levels: what becomes black and white of values of more than 8 bits; None: all of 16 bits.
+        gray: all become one channel, in which 16 bits stay.
     """
 
     min_side: int = 1
@@ -75,6 +72,7 @@ class Rules:
     square: int | None = None
     quality: int = 90
     levels: Levels | None = None
+    gray: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ class Statistics:
 
     Attributes:
         pixels: their number.
-        sums: of the 0..255 values of R, G and B.
+        sums: of the 0..255 values of R, G and B; of one channel, of the 0..65535 of gray.
         squares: of the squared values.
     """
 
@@ -104,6 +102,7 @@ class Checked:
         progressive: whether it is a progressive JPEG.
         statistics: of its pixels, if they were asked for.
         span: of its values, if they had more than 8 bits.
+        bits: of a channel, 8 or 16.
     """
 
     content: bytes
@@ -113,10 +112,7 @@ class Checked:
     progressive: bool
     statistics: Statistics | None
     span: Span | None = None
-
-
-class _Unfit(Exception):
-    """An image that is refused by rule; the message is the reason."""
+    bits: int = 8
 
 
 def check_input(source: Input, rules: Rules, measure: bool) -> Checked | str:
@@ -144,7 +140,7 @@ def check_image(content: bytes, rules: Rules = Rules(), measure: bool = True) ->
         return (kind and kind.about) or "is not an image of a known format"
     except Image.DecompressionBombError:
         return _too_many_pixels(rules)
-    except _Unfit as reason:
+    except Unfit as reason:
         return str(reason)
     except MemoryError:  # says something about this machine, not about the image
         raise
@@ -175,10 +171,11 @@ def _check(content: bytes, rules: Rules, measure: bool) -> Checked:
         if not measure and large and image.format in ("JPEG", "MPO"):
             image.draft(None, (size[0] // 8, size[1] // 8))
         image.load()
-        if not _is_kept(image, content):
+        if not _is_kept(image, content, rules):
             plain, span = _reencoded(content, rules)
-            return replace(_check(plain, rules, measure), span=span)
-        return _described(image, content, size, measure)
+            # What the levels were for is done.
+            return replace(_check(plain, replace(rules, levels=None), measure), span=span)
+        return _described(image, content, size, rules, measure)
 
 
 def _too_many_pixels(rules: Rules) -> str:
@@ -188,11 +185,11 @@ def _too_many_pixels(rules: Rules) -> str:
 def _refuse_by_header(image: Image.Image, rules: Rules) -> None:
     width, height = image.size
     if width * height > rules.max_pixels:
-        raise _Unfit(_too_many_pixels(rules))
+        raise Unfit(_too_many_pixels(rules))
     if max(width, height) > MAX_SIDE:
-        raise _Unfit(f"has a side of more than {MAX_SIDE} pixels")
+        raise Unfit(f"has a side of more than {MAX_SIDE} pixels")
     if min(width, height) < rules.min_side:
-        raise _Unfit(f"is {width} x {height}, smaller than {rules.min_side} pixels")
+        raise Unfit(f"is {width} x {height}, smaller than {rules.min_side} pixels")
 
 
 def _verify_checksums(content: bytes) -> None:
@@ -201,10 +198,14 @@ def _verify_checksums(content: bytes) -> None:
         image.verify()
 
 
-def _is_kept(image: Image.Image, content: bytes) -> bool:
+def _is_kept(image: Image.Image, content: bytes, rules: Rules) -> bool:
     # A camera's MPO is a JPEG with a preview behind it, which decoders do not look at.
     animated = image.format != "MPO" and getattr(image, "is_animated", False)
     if animated or _is_rotated(image):
+        return False
+    if rules.gray and is_deep(image):
+        return image.format == "PNG" and PNG_END in content and not rules.levels
+    if rules.gray and image.mode not in ("L", "LA"):
         return False
     if image.format in ("JPEG", "MPO"):
         usual = (BASELINE, EXTENDED, PROGRESSIVE)
@@ -282,23 +283,28 @@ def _resized(
         max(short_side, round(scale * plain.width)),
         max(short_side, round(scale * plain.height)),
     )
-    small = plain.resize(size, Image.Resampling.BILINEAR)  # as training resizes: antialiased
-    content = _jpeg(small, rules.quality, "4:2:0")
+    bilinear = Image.Resampling.BILINEAR  # as training resizes: antialiased
+    if is_deep(plain):  # on floats, since PIL resizes no 16 bits; and JPEG holds none
+        small = Image.fromarray(np.asarray(plain).astype(np.float32)).resize(size, bilinear)
+        small = Image.fromarray(np.rint(np.asarray(small)).astype(np.uint16))
+    else:
+        small = plain.resize(size, bilinear)
     return Checked(
-        content=content,
-        extension="jpg",
+        content=_png(small) if is_deep(small) else _jpeg(small, rules.quality, "4:2:0"),
+        extension="png" if is_deep(small) else "jpg",
         height=small.height,
         width=small.width,
         progressive=False,
-        statistics=_statistics(small) if measure else None,
+        statistics=_statistics(small, rules.gray) if measure else None,
         span=span,
+        bits=16 if is_deep(small) else 8,
     )
 
 
 def _upright(image: Image.Image, content: bytes, rules: Rules) -> tuple[Image.Image, Span | None]:
-    """Return the image as 8-bit gray or RGB, turned as its EXIF tag says, and its span."""
+    """Return the image as a set has it, turned as its EXIF tag says, and its span."""
     turned = _is_rotated(image)
-    plain, span = _eight_bit(image, content, rules.levels)
+    plain, span = to_depth(image, content, rules.levels, rules.gray)
     plain.load()
     if turned:
         plain.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
@@ -319,68 +325,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _eight_bit(
-    image: Image.Image, content: bytes, levels: Levels | None
-) -> tuple[Image.Image, Span | None]:
-    if _has_deep_color(image, content):
-        if levels:
-            return _leveled(_deep_color(image, content), levels), None
-        plain = _as(image, "RGB")  # of the 16 bits, PIL gives the high byte
-        return plain, _span(257 * np.asarray(plain, np.uint16), "16-bit color", _SIXTEEN_BITS)
-    if image.mode in SIXTEEN_BIT_GRAY or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        kind, full = "16-bit gray", _SIXTEEN_BITS  # PIL scales PPM by the maximum in its header
-    elif image.mode in ("I", "F"):
-        kind, full = "32-bit floating-point" if image.mode == "F" else "32-bit", None
-    else:
-        return _as(image, "L" if image.mode in ("1", "L") else "RGB"), None
-    span = _span(np.asarray(image), kind, full)
-    # Where nothing tells the range, the set is refused by the spans of its images.
-    levels = levels or full or (span.least, max(span.most, span.least + 1))
-    return _leveled(np.asarray(image), levels), span
-
-
-def _leveled(values: npt.NDArray[Any], levels: Levels) -> Image.Image:
-    low, high = levels
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
-    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
-
-
-def _has_deep_color(image: Image.Image, content: bytes) -> bool:
-    if image.format == "PNG":
-        return content[24] == 16 and image.mode not in DEEP_GRAY
-    if image.format == "TIFF":
-        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
-        return image.mode not in DEEP_GRAY and max(bits) > 8
-    header = PPM_HEADER.match(content)
-    return header is not None and int(header[1]) > 255
-
-
-def _deep_color(image: Image.Image, content: bytes) -> npt.NDArray[Any]:
-    """Return (H, W, 3) values 0..65535; of these, PIL gives the high byte alone."""
-    if image.format != "PNG":
-        raise _Unfit(f"is 16-bit color in a {image.format}: for --levels, save it as PNG")
-    import torch  # takes seconds, and few images need it
-    from torchvision.io import ImageReadMode, decode_png
-
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    decoded: npt.NDArray[Any] = decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    return decoded
-
-
-def _span(values: npt.NDArray[Any], kind: str, full: Levels | None) -> Span:
-    if not np.isfinite(values).all():
-        raise _Unfit("holds values that are not finite numbers")
-    low, high = np.quantile(values, (0.001, 0.999), method="nearest")
-    ends = (values.min(), values.max(), low, high)
-    return Span(kind, full, *(float(end) for end in ends))
-
-
-def _as(image: Image.Image, mode: str) -> Image.Image:
-    # `convert` copies an image that has the mode already: 4 % of the time of shrinking it.
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _described(image: Image.Image, content: bytes, size: tuple[int, int], measure: bool) -> Checked:
+def _described(
+    image: Image.Image, content: bytes, size: tuple[int, int], rules: Rules, measure: bool
+) -> Checked:
+    deep = is_deep(image)
     extension = EXTENSIONS[str(image.format)]
     return Checked(
         content=content,
@@ -388,11 +336,16 @@ def _described(image: Image.Image, content: bytes, size: tuple[int, int], measur
         height=size[1],
         width=size[0],
         progressive=extension == "jpg" and _frame_marker(content) == PROGRESSIVE,
-        statistics=_statistics(image) if measure else None,
+        statistics=_statistics(image, rules.gray) if measure else None,
+        span=get_span(np.asarray(image), "16-bit gray", SIXTEEN_BITS) if deep else None,
+        bits=16 if deep else 8,
     )
 
 
-def _statistics(image: Image.Image) -> Statistics:
-    counts = np.array(_as(image, "RGB").histogram(), dtype=np.int64).reshape(3, 256)
+def _statistics(image: Image.Image, gray: bool) -> Statistics:
+    if gray:
+        levels = gray_levels(image).astype(np.int64)
+        return Statistics(levels.size, (int(levels.sum()),), (int((levels * levels).sum()),))
+    counts = np.array(as_mode(image, "RGB").histogram(), dtype=np.int64).reshape(3, 256)
     sums, squares = (counts @ POWERS).T.tolist()
     return Statistics(image.width * image.height, tuple(sums), tuple(squares))

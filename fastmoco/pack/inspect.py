@@ -57,6 +57,7 @@ class Summary:
         formats: samples of each file format.
         short_sides: in pixels.
         sizes: bytes of the images.
+        channels, bits: of an image, and of each channel at the most.
         mean, std: of the channels, in 0..1 units.
         options: those that it was packed with.
         tables: names of the side tables of labels.
@@ -75,6 +76,8 @@ class Summary:
     formats: dict[str, int]
     short_sides: Spread
     sizes: Spread
+    channels: int
+    bits: int
     mean: list[float]
     std: list[float]
     options: dict[str, Any]
@@ -103,6 +106,8 @@ def inspect_set(root: Path) -> Summary:
         formats=_formats(shard_set),
         short_sides=_spread(shard_set, lambda rows: np.minimum(rows["height"], rows["width"])),
         sizes=_spread(shard_set, lambda rows: rows["size"]),
+        channels=manifest.channels,
+        bits=manifest.bits,
         mean=manifest.mean,
         std=manifest.std,
         options=manifest.options,
@@ -193,6 +198,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("images", f"{summary.image_bytes / 1e6:.1f} MB"),
         ("formats", ", ".join(f"{name} {count}" for name, count in summary.formats.items())),
         ("progressive", f"{summary.progressive} JPEGs (hardware decoders skip them)"),
+        ("channels", f"{summary.channels} of {summary.bits} bits"),
         ("mean", " ".join(f"{value:.4f}" for value in summary.mean)),
         ("std", " ".join(f"{value:.4f}" for value in summary.std)),
         ("options", ", ".join(options) or "none"),

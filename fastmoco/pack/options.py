@@ -31,6 +31,7 @@ class PackOptions:
         square: cut every image to its central square and resize it to this side, in pixels.
         quality: of the JPEGs that resizing gives.
         levels: of more than 8 bits, see `Rules`; None: judged by `levels.judge`.
+        gray: make a set of one channel, of 16 bits where an image has more than 8.
         workers: processes that decode; the bytes written do not depend on it.
         max_rejects: the number of images left out above which nothing is packed;
             by default 1 % of the images, and at least 10.
@@ -55,6 +56,7 @@ class PackOptions:
     square: int | None = None
     quality: int = 90
     levels: Levels | None = None
+    gray: bool = False
     workers: int = 1
     max_rejects: int | None = None
 
@@ -73,14 +75,15 @@ class PackOptions:
             square=self.square,
             quality=self.quality,
             levels=self.levels,
+            gray=self.gray,
         )
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide what is written."""
         left_out = ("format", "root", "classes_at", "like", "splits", "workers", "max_rejects")
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
-        for newer in ("levels", "square"):  # sets from before keep their options, and their bytes
-            if chosen[newer] is None:
+        for newer in ("levels", "square", "gray"):  # sets from before keep their options' bytes
+            if not chosen[newer]:
                 del chosen[newer]
         return {**chosen, "splits": dict(self.splits)}
 

@@ -202,7 +202,7 @@ def _write_set(
     for left in folder.glob(".run-*"):  # by an attempt that was killed
         left.unlink()
     schedule = Schedule(source, options.seed, options.shard_mb * 10**6, options.rules)
-    journal = Journal(folder)
+    journal = Journal(folder, options.gray)
     unfit = _Unfit(schedule, rejects)
     spans: list[Span] = []
     missing = []

@@ -49,8 +49,8 @@ class Journal:
     and the shard is made again.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, gray: bool) -> None:
+        self.folder, self.gray = folder, gray
 
     def finished(self, number: int) -> ShardRecord | None:
         """Return the record of a shard if its bytes are those of the record, else None."""
@@ -65,7 +65,7 @@ class Journal:
     def write(self, number: int, fragments: Iterable[Fragment]) -> None:
         """Write a shard from its fragments; the record comes last and makes it count."""
         path = self.folder / f"{_stem(number)}.tar"
-        parts, digest, at = _Parts(), hashlib.sha256(), 0
+        parts, digest, at = _Parts(self.gray), hashlib.sha256(), 0
         with path.open("wb") as tar:
             for fragment in fragments:
                 members = Path(fragment.tar).read_bytes()
@@ -124,10 +124,10 @@ def _stem(number: int) -> str:
 class _Parts:
     """What the fragments of a shard say: as bytes, for it may be of a hundred thousand images."""
 
-    def __init__(self) -> None:
+    def __init__(self, gray: bool) -> None:
         self.rows, self.positions, self.index = bytearray(), array("q"), bytearray()
         self.rejects: list[tuple[int, str]] = []
-        self.totals = ChannelStats()
+        self.totals = ChannelStats.of(gray)
         self.spans: list[Span] = []
 
     def add(self, fragment: Fragment, at: int) -> None:

@@ -332,6 +332,6 @@ class _Full:
             counts += np.bincount(labels[labels >= 0], minlength=len(counts))
         if counts.tolist() != manifest.class_counts:
             yield Finding("manifest.json", f"its class counts are not those of {TABLE}")
-        elif hash_set(self.shards, self.set.samples) != manifest.set_id:
+        elif hash_set(self.shards, self.set.samples, manifest.format_version) != manifest.set_id:
             what = f"its set_id does not fit its shards and {TABLE}: one of them was changed"
             yield Finding("manifest.json", what)

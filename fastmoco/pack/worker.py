@@ -44,16 +44,28 @@ class Run:
 
 @dataclass
 class ChannelStats:
-    """Sums over samples; exact."""
+    """Sums over samples; exact.
+
+    Attributes:
+        progressive, deep: samples that are progressive JPEGs, or have 16 bits.
+        pixels, sums, squares: see `image.Statistics`.
+    """
 
     progressive: int = 0
+    deep: int = 0
     pixels: int = 0
     sums: list[int] = field(default_factory=lambda: [0, 0, 0])
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
 
+    @classmethod
+    def of(cls, gray: bool) -> "ChannelStats":
+        """Return sums that are 0, of one channel or of three."""
+        return cls(sums=[0], squares=[0]) if gray else cls()
+
     def count(self, image: Checked) -> None:
         """Add a sample."""
         self.progressive += image.progressive
+        self.deep += image.bits == 16
         if image.statistics:
             self.pixels += image.statistics.pixels
             self.sums = [a + b for a, b in zip(self.sums, image.statistics.sums, strict=True)]
@@ -63,14 +75,16 @@ class ChannelStats:
     def mean_and_deviation(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of the channels, in 0..1 units."""
         pixels = max(self.pixels, 1)  # all measured images of a set may be unfit
+        white = (255 if len(self.sums) == 3 else 65535) * pixels
         pairs = zip(self.sums, self.squares, strict=True)
         # Whole numbers up to the root: nothing cancels.
-        std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs]
-        return [total / (255 * pixels) for total in self.sums], std
+        std = [math.sqrt(pixels * square - total**2) / white for total, square in pairs]
+        return [total / white for total in self.sums], std
 
     def add(self, other: "ChannelStats") -> None:
         """Add the sums of other samples."""
         self.progressive += other.progressive
+        self.deep += other.deep
         self.pixels += other.pixels
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
@@ -111,7 +125,7 @@ def make_fragment(run: Run) -> Fragment:
     positions: list[int] = []
     extensions: list[str] = []
     rejects: list[tuple[int, str]] = []
-    totals = ChannelStats()
+    totals = ChannelStats.of(run.rules.gray)
     spans: list[Span] = []
     inputs = zip(run.inputs, run.labels, run.measured, strict=True)
     with without_warnings():

@@ -18,6 +18,7 @@ CHECKPOINT_VERSION = 1
 
 # What a checkpoint older than these keys of the fingerprint was made with.
 _BEFORE = {
+    "channels": 3,
     "executor": "dali",
     "objective": "moco",
     "bn": "groups",
@@ -52,7 +53,7 @@ def get_fingerprint(
         "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
         **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
         **recipe.encoder.model_dump(
-            mode="json", include={"arch", "stem", "head", "dim", "image_size"}
+            mode="json", include={"arch", "stem", "head", "dim", "image_size", "channels"}
         ),
         "objective": recipe.objective.name,
         **recipe.objective.model_dump(

@@ -94,7 +94,8 @@ def shuffle_bytes(recipe: Recipe, ranks: int, exchange: str) -> int:
             places that they hold.
     """
     value = Precision.of(recipe.runtime.precision, "cpu").comm_dtype.itemsize
-    image = 3 * recipe.encoder.image_size**2 * value * recipe.objective.shuffled_views
+    pixels = recipe.encoder.channels * recipe.encoder.image_size**2
+    image = pixels * value * recipe.objective.shuffled_views
     elsewhere = recipe.batch * (ranks - 1) // ranks  # images that lie on other ranks
     return image * (elsewhere if exchange == "all_gather" else elsewhere // ranks)
 
@@ -117,9 +118,9 @@ def footprint(recipe: Recipe, rows: int) -> tuple[int, int]:
         state: dict[str, Any] = {
             n: fake.from_tensor(t) for n, t in encoder.state_dict(keep_vars=True).items()
         }
-        images = torch.empty(
-            rows, 3, recipe.encoder.image_size, recipe.encoder.image_size, dtype=precision.weights
-        )
+        spec = recipe.encoder
+        shape = rows, spec.channels, spec.image_size, spec.image_size
+        images = torch.empty(shape, dtype=precision.weights)
         hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, precision.autocast():
             torch.func.functional_call(encoder, state, (images,))

@@ -58,8 +58,8 @@ def save_tile(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 def draw_filters(path: Path, weight: torch.Tensor) -> None:
-    """Draw the (n, 3, k, k) filters of a first convolution in color, each over its own range."""
-    filters = weight.float().cpu().permute(0, 2, 3, 1).numpy()
+    """Draw the (n, C, k, k) filters of a first convolution in color, each over its own range."""
+    filters = weight.float().cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
     low, high = (bound(filters, axis=(1, 2, 3), keepdims=True) for bound in (np.min, np.max))
     levels = (255 * (filters - low) / np.maximum(high - low, 1e-12)).round().astype(np.uint8)
     columns = math.gcd(len(levels), 8)

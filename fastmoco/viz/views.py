@@ -9,12 +9,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
+from fastmoco.config.encoder import EncoderSpec, PerChannel
 from fastmoco.config.recipe import Recipe
 from fastmoco.core.distributed import World, get_device
+from fastmoco.core.gray import as_shown, gray_levels
 from fastmoco.dataset.reader import Reader
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.load.executor import get_settings
-from fastmoco.load.loader import Loader, Triple
+from fastmoco.load.loader import Loader
 from fastmoco.load.view_params import ViewParams
 from fastmoco.plots import draw_views
 from fastmoco.pretrain import resolve
@@ -48,7 +50,6 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     data = ConcatShardSets.open(recipe.data.sets)
     # Order and numbers depend on the position alone: a smaller batch begins as the real one does.
     recipe = resolve(recipe, data.sets[0]).model_copy(update={"batch": min(count, len(data))})
-    assert recipe.encoder.mean and recipe.encoder.std
     device = get_device(recipe.runtime.device, 0)
     # Of a few images: not the place to decode the set.
     runtime = recipe.runtime.model_copy(update={"pixels": "decoded"})
@@ -56,12 +57,11 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     # The batch first: it meets what is damaged, and says so in words.
     batch = next(loader.batches())
     encoded = Reader(data).fetch(batch.ids)
-    originals = [Image.open(BytesIO(image.tobytes())).convert("RGB") for image in encoded]
-    rows = {
-        "original": np.stack([_fitted(image, recipe.encoder.image_size) for image in originals])
-    }
+    spec = recipe.encoder
+    originals = [_opened(image, spec) for image in encoded]
+    rows = {"original": np.stack([_fitted(image, spec.image_size) for image in originals])}
     for number, view in enumerate(batch.views, 1):
-        rows[f"view {number}"] = to_pixels(view, recipe.encoder.mean, recipe.encoder.std)
+        rows[f"view {number}"] = to_pixels(view, *spec.normalization())
     draw_views(path, rows, title)
     drawn = loader.numbers(loader.plan.positions(0), batch.ids)
     return [
@@ -70,11 +70,13 @@ def preview(recipe: Recipe, path: Path, count: int, title: str) -> list[Shown]:
     ]
 
 
-def to_pixels(views: torch.Tensor, mean: Triple, std: Triple) -> npt.NDArray[np.uint8]:
-    """Return the (n, side, side, 3) pixels behind (n, 3, side, side) normalized views."""
-    scale, shift = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
-    levels = (views.float().cpu() * scale + shift).mul(255).round().clamp(0, 255).byte()
-    return levels.permute(0, 2, 3, 1).numpy()
+def to_pixels(views: torch.Tensor, mean: PerChannel, std: PerChannel) -> npt.NDArray[np.uint8]:
+    """Return the (n, side, side, 3) pixels behind (n, C, side, side) normalized views."""
+    scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+    levels = views.float().cpu() * scale + shift
+    if len(mean) == 1:
+        return as_shown(levels[:, 0, ..., None].numpy(), *mean, *std).repeat(3, axis=3)
+    return levels.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def in_words(numbers: ViewParams, row: int) -> str:
@@ -87,7 +89,9 @@ def in_words(numbers: ViewParams, row: int) -> str:
         factors = (numbers.brightness, numbers.contrast, numbers.saturation)
         brightness, contrast, saturation = (float(factor[row]) for factor in factors)
         parts.append(f"brightness {brightness:.2f} contrast {contrast:.2f}")
-        parts.append(f"saturation {saturation:.2f} hue {360 * float(numbers.hue[row]):+.0f} deg")
+        turn = 360 * float(numbers.hue[row])
+        if saturation != 1 or turn:
+            parts.append(f"saturation {saturation:.2f} hue {turn:+.0f} deg")
     if numbers.grayscale[row]:
         parts.append("grayscale")
     if numbers.blur[row]:
@@ -95,6 +99,15 @@ def in_words(numbers: ViewParams, row: int) -> str:
     if numbers.solarize[row]:
         parts.append("solarized")
     return ", ".join(parts)
+
+
+def _opened(encoded: npt.NDArray[np.uint8], spec: EncoderSpec) -> Image.Image:
+    """Return a stored image as RGB, gray as `to_pixels` shows it."""
+    image = Image.open(BytesIO(encoded.tobytes()))
+    if spec.channels == 3:
+        return image.convert("RGB")
+    (mean,), (std,) = spec.normalization()
+    return Image.fromarray(as_shown(gray_levels(image) / 65535, mean, std)).convert("RGB")
 
 
 def _fitted(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:

@@ -50,7 +50,7 @@ def test_a_truncated_shard_is_named(copied: ShardSet) -> None:
 
 def test_a_newer_format_is_refused_in_words(copied: ShardSet) -> None:
     change_manifest(copied.root, format_version=99, a_field_of_the_future=1)
-    with pytest.raises(DataError, match=r"format version 99, .* reads up to 1: upgrade fastmoco"):
+    with pytest.raises(DataError, match=r"format version 99, .* reads up to 2: upgrade fastmoco"):
         ShardSet(copied.root)
 
 

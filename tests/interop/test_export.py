@@ -20,6 +20,7 @@ from fastmoco.interop import exporter as exporting
 from fastmoco.interop.exporter import export
 from fastmoco.interop.formats import TARGETS
 from fastmoco.interop.importer import import_weights
+from fastmoco.interop.initial import read_initial
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
@@ -168,6 +169,36 @@ def test_safetensors_come_back_bit_by_bit(head: str, tmp_path: Path) -> None:
     for name in ("arch", "stem", "head", "dim", "image_size", "mean", "std"):
         assert getattr(found, name) == getattr(recipe, name), name
     same(RunFolder(tmp_path / "run").latest()[0]["encoder_q"], encoder.state_dict())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm", "safetensors", "onnx"])
+def test_one_channel_goes_out_and_comes_back(to: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason=NEEDS)
+    pytest.importorskip("onnxruntime", reason=NEEDS)
+    torch.manual_seed(0)
+    spec = EncoderSpec(arch="resnet18", channels=1, dim=16, image_size=32, mean=(0.4,), std=(0.1,))
+    encoder, out = Encoder(spec).eval(), tmp_path / ("out.onnx" if to == "onnx" else "out")
+    out = out if to != "safetensors" else out.with_suffix(".safetensors")
+    done = export(encoder, spec, out, to)
+    assert "features differ by" in done.checked
+    if to == "timm":
+        assert "in_chans=1" in done.note
+    if to == "onnx":
+        assert "(n, 1, 32, 32)" in done.note
+        return
+    found = import_weights(out, tmp_path / "run").spec
+    assert (found.channels, found.mean, found.std) == (1, (0.4,), (0.1,))
+    state = RunFolder(tmp_path / "run").latest()[0]["encoder_q"]  # type: ignore[index]
+    same(state, {name: t for name, t in encoder.state_dict().items() if name in state})
+    with pytest.raises(UsageError, match=r"encoder.channels 1, the recipe 3: name other"):
+        read_initial(out, EncoderSpec(arch="resnet18", dim=16))
+
+
+@pytest.mark.parametrize("to", ["huggingface", "detectron2"])
+def test_one_channel_is_refused_where_images_have_three(to: str, tmp_path: Path) -> None:
+    spec = EncoderSpec(arch="resnet18", channels=1, dim=16)
+    with pytest.raises(UsageError, match=r"three channels.*: export to torchvision"):
+        export(Encoder(spec), spec, tmp_path / "out", to)
 
 
 @pytest.mark.parametrize("to", ["torchvision", "huggingface"])

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.encoder import EncoderSpec, Stem
 from fastmoco.errors import UsageError
 from fastmoco.models.encoder import Encoder, GroupBatchNorm2d, batch_norms, set_bn_group
 
@@ -148,6 +148,23 @@ def test_the_backbone_is_torchvisions(training: bool) -> None:
     encoder.double().train(training)
     images = torch.rand(4, 3, 48, 48, dtype=torch.float64)
     torch.testing.assert_close(encoder.backbone(images), theirs(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small", "small-stride2"])
+def test_one_channel_is_the_mean_of_three_equal_ones(stem: Stem) -> None:
+    torch.manual_seed(0)
+    gray = Encoder(EncoderSpec(arch="resnet18", stem=stem, channels=1, dim=16)).eval()
+    colors = Encoder(EncoderSpec(arch="resnet18", stem=stem, dim=16)).eval()
+    state = gray.state_dict()
+    first = state["backbone.conv1.weight"]
+    assert first.shape[1] == 1 and colors.state_dict()["backbone.conv1.weight"].shape[1] == 3
+    if stem == "imagenet":  # He et al. 2015, by the outputs, as torchvision has it
+        assert float(first.std()) == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)
+    colors.load_state_dict({**state, "backbone.conv1.weight": first.expand(-1, 3, -1, -1) / 3})
+    images = torch.rand(4, 1, 48, 48)
+    torch.testing.assert_close(
+        gray(images), colors(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_every_convolution_is_channels_last() -> None:

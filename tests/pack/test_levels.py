@@ -149,7 +149,9 @@ def test_a_value_that_is_no_number_is_left_out(run: RunCommand, tmp_path: Path) 
     assert code == 0 and "'a/0.tif' holds values that are not finite" in out, err
     (source / "a" / "0.tif").write_bytes(ppm(4080 * values(1)))
     code, out, err = run("shard", source, tmp_path / "third", "--workers", 1, "--levels", "0:1")
-    assert code == 0 and "is 16-bit color in a PPM: for --levels, save it as PNG" in out, err
+    assert (
+        code == 0 and "is 16-bit color in a PPM: for --levels or --gray, save it as PNG" in out
+    ), err
     for wrong in ("1:0", "a:b", "0", "0:nan", "0:inf"):
         code, _, err = run("shard", source, tmp_path / "other", "--levels", wrong)
         assert code == 2 and f"--levels {wrong}: write LOW:HIGH" in err
