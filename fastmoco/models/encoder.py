@@ -1,4 +1,4 @@
-"""Backbones with grouped BatchNorm (torchvision's ResNets here), a choice of stem, and MoCo's heads."""
+"""Backbones with grouped BatchNorm and a choice of stem, here torchvision's; MoCo's heads."""
 
 import io
 from collections import OrderedDict

@@ -81,20 +81,18 @@ def small_stem(net: Any, spec: EncoderSpec) -> dict[str, nn.Module]:
     if spec.stem == "imagenet":
         return {}
     first = net.pretrained_cfg["first_conv"]
-    conv = net.get_submodule(first) if isinstance(first, str) else None
-    pools = {name: m for name, m in net.named_modules() if isinstance(m, nn.MaxPool2d)}
+    conv: Any = net.get_submodule(first) if isinstance(first, str) else None
+    pools = [name for name, module in net.named_modules() if isinstance(module, nn.MaxPool2d)]
     # A subclass computes otherwise; of several max-pools not all are the stem's.
-    strided = type(conv) is nn.Conv2d and conv.kernel_size in ((3, 3), (7, 7))
-    if not strided or conv.stride != (2, 2) or len(pools) > 1:
+    halves = type(conv) is nn.Conv2d and conv.stride == (2, 2)
+    if not halves or conv.kernel_size not in ((3, 3), (7, 7)) or len(pools) > 1:
         raise UsageError(
             f"encoder.stem {spec.stem}: {spec.arch} begins with {conv or first}, and has "
             f"{len(pools)} max-pools; only one 3x3 or 7x7 convolution of stride 2 and at most one "
             "max-pool can be made small: set encoder.stem=imagenet."
         )
-    stride = 2 if spec.stem == "small-stride2" else 1
-    small = nn.Conv2d(
-        conv.in_channels, conv.out_channels, 3, stride, 1, bias=conv.bias is not None
-    )
+    channels, stride = (conv.in_channels, conv.out_channels), 1 + (spec.stem == "small-stride2")
+    small = nn.Conv2d(*channels, 3, stride, 1, bias=conv.bias is not None)
     return {first: small, **{name: nn.Identity() for name in pools}}
 
 
@@ -115,7 +113,7 @@ def _group_batch_norms(net: nn.Module, arch: str) -> None:
 
     So tensors, names, momentum, activation and hooks stay as they are.
     """
-    from timm.layers import BatchNormAct2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     ours = {nn.BatchNorm2d: GroupBatchNorm2d, BatchNormAct2d: GroupBatchNormAct2d}
     for name, norm in net.named_modules():
@@ -132,7 +130,7 @@ def _group_batch_norms(net: nn.Module, arch: str) -> None:
 
 def _width(net: nn.Module, spec: EncoderSpec) -> int:
     """Return the number of features that a pass without values gives; check what it pools."""
-    from timm.layers import SelectAdaptivePool2d
+    from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 
     twin, pooled = copy.deepcopy(net).to("meta").eval(), []
     pools = [module for module in twin.modules() if isinstance(module, SelectAdaptivePool2d)]
@@ -140,7 +138,8 @@ def _width(net: nn.Module, spec: EncoderSpec) -> int:
         pool.register_forward_hook(lambda _, given, out: pooled.append((given[0].shape, out.shape)))
     refusal = UsageError(
         f"{spec.arch} is no network of convolutions that ends in global pooling over their map; "
-        f"transformers need another recipe (MoCo v3), which is not here: set encoder.arch={TRIED[1]}."
+        "transformers need another recipe (MoCo v3), which is not here: set encoder.arch="
+        f"{TRIED[1]}."
     )
     if not pools or any("qkv" in name for name in twin.state_dict()):
         raise refusal
