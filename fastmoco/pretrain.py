@@ -26,6 +26,8 @@ from fastmoco.load.loader import Loader, check_channels
 from fastmoco.load.sampler import Plan
 from fastmoco.loggers.console import LiveDisplay
 from fastmoco.loggers.trackers import trackers
+from fastmoco.models.encoder import Encoder
+from fastmoco.models.timm_backbone import remarks
 from fastmoco.plots import draw_curves
 from fastmoco.runs.checkpoints import Fingerprint, State, get_fingerprint
 from fastmoco.runs.run_folder import RunFolder
@@ -84,6 +86,8 @@ def dry_run(recipe: Recipe) -> None:
         if world.is_main:
             for name, value in (outlook(recipe, loader.plan, world, device) | words).items():
                 echo(f"{name:<28}{value}")
+            for sentence in remarks(recipe.encoder, Encoder(recipe.encoder)):
+                echo(sentence)
         _read_initial(recipe, 0, world)
 
 
@@ -185,8 +189,10 @@ def _train(
     initial = _read_initial(recipe, start, world)
     # Of the weights that step 0 began with, whatever the recipe says by now.
     fingerprint["init"] = initial.sha256 if initial else run.fingerprint.get("init")
+    engine = Engine(recipe, world, device, loader.ids, initial.weights if initial else None)
     if world.is_main:
-        for sentence in run.begin(recipe, versions(world, device), start):
+        said = run.begin(recipe, versions(world, device), start)
+        for sentence in (*said, *remarks(recipe.encoder, engine.encoder_q)):
             echo(sentence)
     monitor = _open_monitor(recipe, loader, world, device)
     with ExitStack() as stack:
@@ -197,7 +203,7 @@ def _train(
             displays += [stack.enter_context(t) for t in trackers(recipe, run.root, start)]
         trainer = loop.Trainer(
             recipe,
-            Engine(recipe, world, device, loader.ids, initial.weights if initial else None),
+            engine,
             loader,
             run,
             fingerprint,

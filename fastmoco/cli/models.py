@@ -23,11 +23,15 @@ def import_(
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Pixels. [default: 224, or 32 after a 3x3 stem]")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="timm:NAME, of timm's networks. [default: one of torchvision's, found]"),
+    ] = None,
 ) -> None:
-    """Make a run folder of another program's ResNet, to probe or to export it."""
+    """Make a run folder of another program's network, to probe or to export it."""
     from fastmoco.interop.importer import import_weights
 
-    found = import_weights(file, out, prefix, stem, image_size)
+    found = import_weights(file, out, prefix, stem, image_size, arch)
     spec = found.spec
     head = "no head" if spec.head == "none" else f"{spec.head} head of {spec.dim}"
     echo(f"{out}: {spec.arch}, {spec.stem} stem, {head}, {found.source}")

@@ -9,6 +9,7 @@ from fastmoco.core.strict_yaml import Count, Positive, Side, Strict
 PerChannel = tuple[float, ...]
 Stem = Literal["imagenet", "small", "small-stride2"]
 Head = Literal["linear", "mlp", "none"]
+TIMM = "timm:"  # before the name of a network of timm
 
 
 class EncoderSpec(Strict):
@@ -18,7 +19,8 @@ class EncoderSpec(Strict):
     features that we write.
 
     Attributes:
-        arch: a ResNet of torchvision, by its name there, or resnet10.
+        arch: a ResNet of torchvision, by its name there, or resnet10; or timm:NAME, a convolutional
+            network of timm.
         stem: "imagenet": 7x7, stride 2, max-pool; "small": 3x3, no pool; "small-stride2": 3x3,
             stride 2, no pool.
         head: "linear" (MoCo v1), "mlp" (v2), or "none", of imported backbones.

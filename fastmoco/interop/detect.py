@@ -14,11 +14,11 @@ from itertools import takewhile
 
 import torch
 
-from fastmoco.config.encoder import EncoderSpec, Head, Stem
+from fastmoco.config.encoder import TIMM, EncoderSpec, Head, Stem
 from fastmoco.core.strict_yaml import near
 from fastmoco.errors import CheckpointError
 from fastmoco.interop.key_maps import NAMINGS, Naming, renamed
-from fastmoco.interop.read_checkpoint import without_wrappers
+from fastmoco.interop.read_checkpoint import copied, unfit, without_wrappers
 from fastmoco.models.encoder import Encoder
 
 Tensors = dict[str, torch.Tensor]
@@ -40,9 +40,6 @@ ARCHS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
-# Every ResNet has these; where neither is, there is no ResNet.
-_LANDMARKS = ("layer1.0.conv1.weight", "layer4.0.conv1.weight")
-_ENDINGS = tuple(f".{renamed(mark, one.table)}" for one in NAMINGS for mark in _LANDMARKS)
 _HEADS: dict[frozenset[str], Head] = {
     frozenset({"weight", "bias"}): "linear",
     frozenset({"0.weight", "0.bias", "2.weight", "2.bias"}): "mlp",
@@ -52,7 +49,6 @@ _TRAINED = frozenset({"q", "query", "student", "online"})
 _AVERAGED = frozenset({"k", "key", "momentum", "ema", "teacher", "target", "averaged", "shadow"})
 _CONTRASTED = frozenset({"q", "query", "k", "key"})
 _PROJECTIONS = frozenset({"head", "projection", "projector", "proj", "mlp", "neck"})
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -78,19 +74,29 @@ class Match:
     notes: tuple[str, ...]
 
 
-def match(tensors: Tensors, prefix: str | None = None, stem: Stem | None = None) -> Match:
-    """Find the ResNet that the tensors fill.
+def match(
+    tensors: Tensors, prefix: str | None = None, stem: Stem | None = None, arch: str | None = None
+) -> Match:
+    """Find the network that the tensors fill.
 
     Args:
         tensors: of a file, by dotted names.
         prefix: before the names of its backbone; None: found.
-        stem: of the network; None: by the shape of its first convolution.
+        stem: of the network; None: by the shape of its first convolution, or timm's own.
+        arch: of the network; None: a ResNet of torchvision, found.
 
     Raises:
+        UsageError: there is no such network.
         CheckpointError: no network is filled in full (names what the nearest one lacks), several
             are and nothing tells which is meant, or a value is not finite.
     """
-    tries = [_nearest(tensors, *place, stem) for place in _places(tensors, prefix)]
+    namings: Sequence[Naming] = NAMINGS
+    archs = (arch,) if arch else ARCHS
+    if arch and arch.startswith(TIMM):
+        stem = stem or "imagenet"  # many of its networks begin with 3x3
+        namings = (_timm_naming(arch, stem),)
+    places = _places(tensors, prefix, namings, arch or "ResNet")
+    tries = [_nearest(tensors, *place, archs, stem) for place in places]
     fits = [one for one in tries if not one.cost]
     # A moving average is not taken for a network that was trained and does not fit.
     nearest = min(tries, key=lambda one: (_role(one.prefix), one.cost))
@@ -102,28 +108,41 @@ def match(tensors: Tensors, prefix: str | None = None, stem: Stem | None = None)
 
 
 def _nearest(
-    tensors: Tensors, prefix: str, namings: Sequence[Naming], stem: Stem | None
+    tensors: Tensors,
+    prefix: str,
+    namings: Sequence[Naming],
+    archs: Sequence[str],
+    stem: Stem | None,
 ) -> "Candidate":
-    tries = (Candidate(tensors, naming, prefix, arch, stem) for naming in namings for arch in ARCHS)
+    tries = (Candidate(tensors, naming, prefix, arch, stem) for naming in namings for arch in archs)
     return min(tries, key=lambda one: one.cost)
 
 
-def _places(tensors: Tensors, asked: str | None) -> list[tuple[str, list[Naming]]]:
+@cache
+def _timm_naming(arch: str, stem: Stem) -> Naming:
+    spec = EncoderSpec(arch=arch, stem=stem)
+    convolutions = [name for name, tensor in _state(spec).items() if tensor.dim() == 4]
+    classifier = _blank(spec).backbone.pretrained_cfg["classifier"]
+    return Naming("timm", head=f"{classifier}.", landmarks=(convolutions[0], convolutions[-1]))
+
+
+def _places(
+    tensors: Tensors, asked: str | None, namings: Sequence[Naming], what: str
+) -> list[tuple[str, list[Naming]]]:
     """Return the prefixes that networks may be behind, and by whose names."""
     found: dict[str, list[Naming]] = {}
-    for naming in NAMINGS:
-        for landmark in _LANDMARKS:
-            ending = renamed(landmark, naming.table)
+    for naming in namings:
+        for ending in naming.endings:
             for name in tensors:
                 if name == ending or name.endswith(f".{ending}"):
-                    namings = found.setdefault(name.removesuffix(ending), [])
-                    namings += [naming] if naming not in namings else []
+                    known = found.setdefault(name.removesuffix(ending), [])
+                    known += [naming] if naming not in known else []
     places = [(p, n) for p, n in found.items() if asked is None or _is_named(p, asked)]
     if not places:
         names = ", ".join(list(tensors)[:_SHOWN])
         behind = f" behind {asked!r}" if asked is not None else ""
         others = f"; there are some behind {_listed(found)}." if found else "."
-        raise CheckpointError(f"its tensors ({names}, ...) are those of no ResNet{behind}{others}")
+        raise CheckpointError(f"its tensors ({names}, ...) are those of no {what}{behind}{others}")
     if len(places) > _MOST_PLACES:
         raise CheckpointError(f"it holds parts of {len(places)} networks: name one by --prefix.")
     return places
@@ -185,7 +204,7 @@ def _listed(prefixes: Iterable[str]) -> str:
 def _blank(spec: EncoderSpec) -> Encoder:
     """Return a network without values."""
     with torch.device("meta"):
-        return Encoder(spec)
+        return Encoder(spec).to("meta")
 
 
 @cache
@@ -218,7 +237,8 @@ class Candidate:
     @cached_property
     def spec(self) -> EncoderSpec:
         """The network, its stem and channels by the first convolution unless the stem is asked."""
-        first = self.tensors.get(self.prefix + renamed("conv1.weight", self.naming.table))
+        name = self.naming.landmarks[0] if self.arch.startswith(TIMM) else "conv1.weight"
+        first = self.tensors.get(self.prefix + renamed(name, self.naming.table))
         shape = () if first is None else tuple(first.shape)
         stem = self.asked_stem or ("small" if shape[-1:] == (3,) else "imagenet")
         channels = 1 if shape[1:2] == (1,) else 3
@@ -243,7 +263,7 @@ class Candidate:
             return None if key.endswith(_OPTIONAL) else f"{key} is missing"
         if found.shape != like.shape:
             return f"{key} is {tuple(found.shape)}, wanted {tuple(like.shape)}"
-        return f"{key} {odd}" if (odd := _unfit(found, like.is_floating_point())) else None
+        return f"{key} {odd}" if (odd := unfit(found, like.is_floating_point())) else None
 
     @cached_property
     def foreign(self) -> list[str]:
@@ -253,9 +273,11 @@ class Candidate:
         beside (heads, prototypes, a queue) comes after it.
         """
         known, own = set(self.keys.values()), self._modules
-        names = [name for name in self._within(self.prefix) if name not in known]
-        parts = {name: _part(name, self.prefix) for name in names}
-        aside = {part for name, part in parts.items() if name.endswith(_ENDINGS)}  # other ResNets
+        classifier = tuple([self.prefix + self.naming.head] if self.naming.head else [])
+        names = [n for n in self._within(self.prefix) if n not in known]
+        parts = {n: _part(n, self.prefix) for n in names if not n.startswith(classifier)}
+        endings = tuple(f".{ending}" for one in (*NAMINGS, self.naming) for ending in one.endings)
+        aside = {part for name, part in parts.items() if name.endswith(endings)}  # other networks
         return sorted(
             name
             for name, part in parts.items()
@@ -289,10 +311,10 @@ class Candidate:
             others: prefixes of networks that were not taken.
         """
         kind, dim, head, note = self._head()
-        weights = {f"head.{name}": _copy(key, self.tensors[key]) for name, key in head.items()}
+        weights = {f"head.{name}": copied(key, self.tensors[key]) for name, key in head.items()}
         for name, like in _state(self.spec).items():
             key = self.keys[name]
-            weights[f"backbone.{name}"] = _copy(
+            weights[f"backbone.{name}"] = copied(
                 key, self.tensors.get(key, torch.tensor(0)), like.dtype
             )
         taken = (
@@ -329,7 +351,7 @@ class Candidate:
         last = found.get("2.bias" if kind == "mlp" else "bias")
         if kind == "none" or last is None or not last.numel():
             return 0
-        if any(_unfit(tensor, floating=True) for tensor in found.values()):
+        if any(unfit(tensor, floating=True) for tensor in found.values()):
             return 0
         sized = self.spec.model_copy(update={"head": kind, "dim": last.numel()})
         ours = _blank(sized).head.state_dict()
@@ -369,32 +391,3 @@ class Candidate:
             f"it is not {network}, which lacks {len(foreign)} of its tensors: "
             f"{', '.join(foreign[:_SHOWN])}{', ...' if len(foreign) > _SHOWN else '.'}"
         )
-
-
-def _unfit(tensor: torch.Tensor, floating: bool) -> str | None:
-    """Say why a tensor of a stranger is not to be copied; None: it may be."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return f"is no plain tensor ({tensor.layout}, {tensor.dtype}, {tensor.device})"
-    if floating and tensor.dtype not in _FLOATS:
-        return f"holds {tensor.dtype}, wanted floating-point numbers"
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        return "shows more values than the file stores"
-    return None
-
-
-def _copy(key: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return a copy of its own: a view would take all of its storage along into a checkpoint.
-
-    Raises:
-        CheckpointError: a value is not finite, or a variance negative.
-    """
-    copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    bad = int((~copy.isfinite()).sum())
-    if bad:
-        raise CheckpointError(
-            f"{key} holds {bad} values that are not finite numbers, of {copy.numel()}: the run had "
-            "diverged, or they overflowed. Take an earlier checkpoint."
-        )
-    if key.endswith("running_var") and (copy < 0).any():
-        raise CheckpointError(f"{key} holds a negative variance: it is damaged.")
-    return copy

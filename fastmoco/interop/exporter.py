@@ -44,7 +44,8 @@ def export(encoder: Encoder, spec: EncoderSpec, out: Path, to: str) -> Exported:
     """
     target = TARGETS[to]
     if reason := target.refusal(spec):
-        raise UsageError(f"{reason}: export to torchvision or to safetensors.")
+        others = [name for name, one in TARGETS.items() if not one.refusal(spec)]
+        raise UsageError(f"{reason}: export to one of {', '.join(others)}.")
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{out} must end in {target.suffix}.")
     if out.exists():

@@ -9,12 +9,13 @@ import torchvision
 from safetensors.torch import save
 from torch import nn
 
-from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.encoder import TIMM, EncoderSpec
 from fastmoco.core.files import write_json
 from fastmoco.interop.detect import match
 from fastmoco.interop.key_maps import DETECTRON2, HUGGINGFACE, Table, renamed
 from fastmoco.interop.read_checkpoint import read_weights
 from fastmoco.models.encoder import METADATA, Encoder, saved
+from fastmoco.models.timm_backbone import create, small_stem
 
 Tensors = dict[str, torch.Tensor]
 OPSET = 18
@@ -89,6 +90,10 @@ class Torchvision(Target):
 
     library = "torchvision"
 
+    def refusal(self, spec: EncoderSpec) -> str | None:
+        """Refuse timm's networks."""
+        return f"torchvision has no {spec.arch}" if spec.arch.startswith(TIMM) else None
+
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write the state dict."""
         _save(encoder, spec, out)
@@ -138,36 +143,40 @@ def _loaded(out: Path) -> str:
 
 
 class Timm(Target):
-    """A state dict of `timm.create_model(arch, num_classes=0)`."""
+    """A state dict of `timm.create_model(NAME, num_classes=0)`."""
 
     library = "timm"
 
     def refusal(self, spec: EncoderSpec) -> str | None:
-        """Refuse what timm has not: small stems and our resnet10."""
+        """Refuse, of torchvision's networks, what timm has not: small stems and our resnet10."""
+        if spec.arch.startswith(TIMM):
+            return None
         if spec.arch == "resnet10":
             return "timm has no resnet10 of this kind"
         return _only_imagenet_stem(spec, "timm")
 
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
-        """Write the state dict: timm's names are torchvision's."""
+        """Write the state dict: timm's names for a ResNet are torchvision's."""
         _save(encoder, spec, out)
 
     def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it strictly."""
-        import timm
-
-        net = timm.create_model(spec.arch, num_classes=0, in_chans=spec.channels)
+        net = create(spec)
         net.load_state_dict(read_weights(out).tensors)
         found: torch.Tensor = net.eval()(images)
         return found
 
     def note(self, spec: EncoderSpec, out: Path) -> str:
         """Return code."""
-        gray = "" if spec.channels == 3 else f", in_chans={spec.channels}"
-        return (
-            f"model = timm.create_model({spec.arch!r}, num_classes=0{gray})\n"
-            f"model.load_state_dict({_loaded(out)})"
-        )
+        name, gray = spec.arch.removeprefix(TIMM), ""
+        if spec.channels != 3:
+            gray = f", in_chans={spec.channels}"
+        lines = [f"model = timm.create_model({name!r}, num_classes=0{gray})"]
+        if spec.stem != "imagenet":
+            with_own_stem = create(spec.model_copy(update={"stem": "imagenet"}))
+            for place, module in small_stem(with_own_stem, spec).items():
+                lines.append(f"model.set_submodule({place!r}, torch.nn.{module!r})")
+        return "\n".join([*lines, f"model.load_state_dict({_loaded(out)})"])
 
 
 class Safetensors(Target):
@@ -184,7 +193,7 @@ class Safetensors(Target):
     def features(self, spec: EncoderSpec, out: Path, images: torch.Tensor) -> torch.Tensor:
         """Load it as an import does."""
         weights = read_weights(out)
-        found = match(weights.tensors, "backbone", weights.spec.stem if weights.spec else None)
+        found = match(weights.tensors, "backbone", spec.stem, spec.arch)
         encoder = Encoder(
             EncoderSpec(
                 arch=found.arch,

@@ -33,6 +33,7 @@ def import_weights(
     prefix: str | None = None,
     stem: Stem | None = None,
     image_size: int | None = None,
+    arch: str | None = None,
 ) -> Imported:
     """Make a run folder, at step 0, of the weights of another program.
 
@@ -44,18 +45,20 @@ def import_weights(
         stem: of the network; None: what our own export says, else by the first convolution.
         image_size: that the network is shown, pixels; None: what our own export says, else 224,
             or 32 after a 3x3 stem.
+        arch: of the network; None: what our own export says, else a ResNet of torchvision, found.
 
     Raises:
-        UsageError: no such file, or `out` exists.
+        UsageError: no such file, no such network, or `out` exists.
         CheckpointError: the file is damaged, unsafe, or does not fill a network in full with
             finite numbers.
     """
     if out.exists():
         raise UsageError(f"{out} exists: choose another folder.")
     weights = read_weights(file)
-    known = stem or (weights.spec.stem if weights.spec else None)
+    said = weights.spec
+    known, arch = stem or (said.stem if said else None), arch or (said.arch if said else None)
     try:
-        found = match(weights.tensors, prefix, known)
+        found = match(weights.tensors, prefix, known, arch)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     spec = _spec(found, weights.spec, image_size)

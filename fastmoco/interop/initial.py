@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.config.encoder import EncoderSpec, PerChannel
+from fastmoco.config.encoder import TIMM, EncoderSpec, PerChannel
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import match
 from fastmoco.interop.read_checkpoint import read_weights
@@ -91,8 +91,10 @@ def _read(
         raise UsageError(f"init {source} is neither a run folder nor a file of weights.")
     content = read_weights(file)
     said = said or content.spec
+    # No tensor tells a network of timm, nor is it found among torchvision's.
+    arch = said.arch if said else spec.arch if spec.arch.startswith(TIMM) else None
     try:
-        one = match(content.tensors, stem=said.stem if said else spec.stem)
+        one = match(content.tensors, None, (said or spec).stem, arch)
     except CheckpointError as error:
         raise CheckpointError(
             f"init {file}: {error} A run folder that `fastmoco import` makes of a file will do too."

@@ -64,11 +64,18 @@ class Naming:
         name: of the library that it is known by.
         table: renames the backbone.
         head: prefix of what stands in the place of the classifier; None: nothing does.
+        landmarks: our names of tensors that each such network has: where neither is, there is none.
     """
 
     name: str
     table: Table = field(default_factory=dict, hash=False)
     head: str | None = None
+    landmarks: tuple[str, ...] = ("layer1.0.conv1.weight", "layer4.0.conv1.weight")
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The landmarks by the names of the program."""
+        return tuple(renamed(mark, self.table) for mark in self.landmarks)
 
 
 NAMINGS = (

@@ -20,6 +20,7 @@ from fastmoco.models.encoder import METADATA
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DEEPEST = 32  # containers within containers
 _MOST = 1_000_000  # containers and tensors
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,32 @@ def _refused(path: Path, message: str) -> str:
         f"x = torch.load({quoted}, map_location='cpu', weights_only=False); "
         "torch.save(f(x), open('plain.pth', 'xb'))\""
     )
+
+
+def unfit(tensor: torch.Tensor, floating: bool) -> str | None:
+    """Say why a tensor of a stranger is not to be copied; None: it may be."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return f"is no plain tensor ({tensor.layout}, {tensor.dtype}, {tensor.device})"
+    if floating and tensor.dtype not in _FLOATS:
+        return f"holds {tensor.dtype}, wanted floating-point numbers"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return "shows more values than the file stores"
+    return None
+
+
+def copied(key: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a copy of its own: a view would take all of its storage along into a checkpoint.
+
+    Raises:
+        CheckpointError: a value is not finite, or a variance negative.
+    """
+    copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    bad = int((~copy.isfinite()).sum())
+    if bad:
+        raise CheckpointError(
+            f"{key} holds {bad} values that are not finite numbers, of {copy.numel()}: the run had "
+            "diverged, or they overflowed. Take an earlier checkpoint."
+        )
+    if key.endswith("running_var") and (copy < 0).any():
+        raise CheckpointError(f"{key} holds a negative variance: it is damaged.")
+    return copy

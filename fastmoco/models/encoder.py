@@ -1,4 +1,4 @@
-"""torchvision's ResNets with grouped BatchNorm, a choice of stem, and MoCo's projection heads."""
+"""Backbones with grouped BatchNorm and a choice of stem, here torchvision's; MoCo's heads."""
 
 import io
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchvision.models import resnet as torchvision_resnet
 
-from fastmoco.config.encoder import EncoderSpec
+from fastmoco.config.encoder import TIMM, EncoderSpec
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
 
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
     """A backbone and its head.
 
     Attributes:
-        backbone: a torchvision ResNet without its classifier; (n, C, H, W) to (n, features).
+        backbone: a network without its classifier; (n, C, H, W) to (n, features).
         head: (n, features) to (n, dim), not normalized; "none" hands the features on, and `dim`
             is their number.
         features, dim: widths of the two outputs.
@@ -146,9 +146,7 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
-        self.backbone = _backbone(spec.arch, spec.stem, spec.channels)
-        self.features = int(self.backbone.fc.in_features)
-        self.backbone.fc = nn.Identity()
+        self.backbone, self.features = _backbone(spec)
         self.dim = spec.dim
         self.head = _head(spec.head, self.features, spec.dim)
         self.to(memory_format=torch.channels_last)
@@ -194,7 +192,19 @@ def batch_norms(module: nn.Module) -> list[GroupBatchNorm2d]:
     return [m for m in module.modules() if isinstance(m, GroupBatchNorm2d)]
 
 
-def _backbone(arch: str, stem: str, channels: int) -> Any:
+def _backbone(spec: EncoderSpec) -> tuple[Any, int]:
+    """Return a network without its classifier, and the number of its features."""
+    if spec.arch.startswith(TIMM):
+        from fastmoco.models.timm_backbone import timm_backbone  # it needs our BatchNorm
+
+        return timm_backbone(spec)
+    net = _resnet(spec.arch, spec.stem, spec.channels)
+    features = int(net.fc.in_features)
+    net.fc = nn.Identity()
+    return net, features
+
+
+def _resnet(arch: str, stem: str, channels: int) -> Any:
     if arch in _SMALL:
         net = torchvision_resnet.ResNet(*_SMALL[arch], norm_layer=GroupBatchNorm2d)
     else:

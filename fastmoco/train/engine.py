@@ -17,7 +17,7 @@ from fastmoco.core.malloc import keep_freed_memory
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.core.rng import Ids
 from fastmoco.errors import UsageError
-from fastmoco.models.encoder import Encoder, set_bn_group
+from fastmoco.models.encoder import Encoder, batch_norms, set_bn_group
 from fastmoco.train.guard import Guard, RunningStatistics, finite
 from fastmoco.train.objectives import OBJECTIVES
 from fastmoco.train.objectives.objective import Objective, unit
@@ -72,9 +72,10 @@ class Engine:
     ) -> None:
         check_bn_group(recipe, world.size, world.size // world.local_size)
         keep_freed_memory(device)
+        encoder = build_encoder(recipe, world)
+        recipe = without_idle_shuffle(recipe, encoder)
         self.recipe, self.world, self.device = recipe, world, device
         self._precision = Precision.of(recipe.runtime.precision, device.type)
-        encoder = build_encoder(recipe, world)
         if initial:
             encoder.load_state_dict(encoder.state_dict() | dict(initial))
         self.encoder_q = encoder.to(device, self._precision.weights)
@@ -197,6 +198,14 @@ def build_encoder(recipe: Recipe, world: World = World()) -> Encoder:
     else:
         set_bn_group(encoder, 0, world)
     return encoder
+
+
+def without_idle_shuffle(recipe: Recipe, encoder: Encoder) -> Recipe:
+    """Return the recipe without the shuffle of a network that has no BatchNorm to hide from."""
+    if batch_norms(encoder) or not recipe.objective.shuffled_views:
+        return recipe
+    objective = recipe.objective.model_copy(update={"shuffle": "off"})
+    return recipe.model_copy(update={"objective": objective})
 
 
 def should_compile(recipe: Recipe, world: World, device: torch.device) -> bool:

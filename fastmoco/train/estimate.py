@@ -10,7 +10,8 @@ from fastmoco.config.recipe import Optimizer, Recipe
 from fastmoco.core.distributed import World
 from fastmoco.core.precision import Precision
 from fastmoco.load.sampler import Plan
-from fastmoco.models.encoder import Encoder
+from fastmoco.models.encoder import Encoder, batch_norms
+from fastmoco.train.engine import without_idle_shuffle
 
 
 def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> dict[str, str]:
@@ -22,6 +23,8 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         world: that would run it.
         device: of this one.
     """
+    network = Encoder(recipe.encoder)
+    recipe = without_idle_shuffle(recipe, network)
     last_step = recipe.last_step(plan.steps_per_epoch)
     rows = recipe.encoded_per_step // world.size // recipe.runtime.accumulate
     encoder, activations = footprint(recipe, rows)
@@ -32,7 +35,7 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         "steps": f"{last_step:,} ({plan.steps_per_epoch:,} an epoch)",
         "images seen": f"{last_step * recipe.batch:,}",
         "ranks": f"{world.size} on {device.type}, {recipe.batch // world.size} images each a step",
-        "BatchNorm": _batch_norm(recipe, world),
+        "BatchNorm": _batch_norm(recipe, world) if batch_norms(network) else "none",
         "learning rate": f"{recipe.lr:g} ({recipe.optimizer.name}, {recipe.schedule.name})",
         "precision": recipe.runtime.precision,
         "candidates of a query": f"{recipe.candidates:,} ({recipe.objective.name})",

@@ -72,8 +72,10 @@ class RunningStatistics:
         norms = [norm for module in modules for norm in batch_norms(module)]
         places = [(n, name) for n in norms for name in ("running_mean", "running_var")]
         buffers: list[torch.Tensor] = [getattr(norm, name) for norm, name in places]
-        self.flat = torch.cat(buffers)
-        views = torch.split(self.flat, [len(b) for b in buffers])
+        # One number more: networks without BatchNorm have none.
+        unused = next(modules[0].parameters()).new_zeros(1)
+        self.flat = torch.cat([*buffers, unused])
+        views = torch.split(self.flat, [len(b) for b in [*buffers, unused]])[:-1]
         for (norm, name), view in zip(places, views, strict=True):
             setattr(norm, name, view)
 

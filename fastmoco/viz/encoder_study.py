@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from fastmoco.core.rng import Ids, Permutation, Stream
 from fastmoco.dataset.labels import Labelled
@@ -135,10 +137,10 @@ def feature_maps(
         found[name] = output[0].float().cpu()
 
     hooks = [
-        getattr(encoder.backbone, layer).register_forward_hook(
+        encoder.backbone.get_submodule(layer).register_forward_hook(
             lambda module, given, output, name=name: keep(name, output)
         )
-        for layer, name in _LAYERS.items()
+        for layer, name in _layers(encoder.backbone).items()
     ]
     with preprocessing.autocast():
         encoder.backbone(
@@ -147,6 +149,16 @@ def feature_maps(
     for hook in hooks:
         hook.remove()
     return found
+
+
+def _layers(backbone: Any) -> dict[str, str]:
+    """Return the first convolution and the stages: what each is called on the page, by its name."""
+    stages = getattr(backbone, "feature_info", None)
+    if stages is None:
+        return _LAYERS
+    # timm's networks say where their stages end.
+    first = next(name for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+    return {first: "conv1"} | {stage["module"]: stage["module"] for stage in stages}
 
 
 def projected(

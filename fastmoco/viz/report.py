@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 
 from fastmoco.core.distributed import World, get_device
 from fastmoco.core.files import write_bytes
@@ -196,7 +197,7 @@ def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
     """Draw what needs an encoder and no labels."""
     where = get_device(device, 0)
     encoder, spec, step = load_encoder(run, where)
-    weight = encoder.backbone.conv1.weight
+    weight = next(m.weight for m in encoder.backbone.modules() if isinstance(m, nn.Conv2d))
     draw_filters(folder / "filters.png", weight)
     shape = " × ".join(map(str, weight.shape))
 
