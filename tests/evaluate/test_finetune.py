@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.core.rng import Stream, philox
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.finetune import _losses, finetune
+from fastmoco.evaluate.finetune import Trial, _losses, finetune
 from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.noise import cut_out, noisy, strong
+from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
@@ -193,6 +197,73 @@ def test_every_class_equally_often(stripes: Evaluation) -> None:
         assert len(times) == 57 and set(times.tolist()) <= ({1, 3, 4, 8} if even else {1})
     row = finetune(replace(stripes, train=uneven), replace(QUICK, even=True))
     assert row["protocol"]["even"] and row["budget"]["steps"] == 12
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "resnet50"])
+def test_noise_drops_features_and_branches_while_training(arch: str) -> None:
+    """Counted over many draws: of block l of L the share 0.2 l / L, of the features a half."""
+    torch.manual_seed(0)
+    network = Encoder(EncoderSpec(arch=arch, stem="small-stride2", head="linear", dim=3))
+    lasts = [m for name, m in network.named_modules() if _ends_a_branch(name, arch)]
+    names, images = list(network.state_dict()), torch.randn(400, 3, 16, 16)
+    dropped: list[list[float]] = [[] for _ in [*lasts, network.head]]
+    features: list[torch.Tensor] = []
+
+    def count(place: int) -> Callable[..., None]:
+        def call(module: object, given: Any, output: torch.Tensor) -> None:
+            if module is network.head:  # a ReLU comes before: half of its features are 0 anyway
+                share = (given[0] == 0)[features[-1] > 0]
+            else:
+                share = (output == 0).flatten(1).all(dim=1)
+            dropped[place].append(float(share.float().mean()))
+
+        return call
+
+    before, state = network.train()(images), torch.get_rng_state()
+    with noisy(network, 3), torch.no_grad():
+        assert list(network.state_dict()) == names
+        hooks = [m.register_forward_hook(count(i)) for i, m in enumerate([*lasts, network.head])]
+        hooks.append(network.backbone.register_forward_hook(lambda m, g, out: features.append(out)))
+        drawn = [network(images) for _ in range(12)]
+        for hook in hooks:
+            hook.remove()
+        quiet = network.eval()(images)
+    shares = [np.mean(of) for of in dropped]
+    expected = [0.2 * place / len(lasts) for place in range(1, len(lasts) + 1)]
+    assert len(lasts) == {"resnet10": 4, "resnet50": 16}[arch]
+    assert shares[:-1] == pytest.approx(expected, abs=5 * np.sqrt(0.2 * 0.8 / 4800))
+    assert shares[-1] == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(network.eval()(images), quiet), "in evaluation mode nothing is dropped"
+    assert not torch.equal(drawn[0], drawn[1])
+    with noisy(network.train(), 3), torch.no_grad():
+        assert torch.equal(network(images), drawn[0])
+    assert torch.equal(network(images), before), "and no hook stays"
+
+
+def _ends_a_branch(name: str, arch: str) -> bool:
+    return name.endswith(".bn3" if arch == "resnet50" else ".bn2") and "layer" in name
+
+
+def test_with_noise_it_learns_from_strong_views_with_a_hole(stripes: Evaluation) -> None:
+    tuning = FinetuneConfig(steps=60, batch=24, from_scratch=True, lr=0.05, noise=True)
+    row = finetune(stripes, tuning)
+    assert row["protocol"]["noise"] and row["top1"] > 64  # chance is 33 %
+    trial = Trial.of(stripes, stripes.train, None, tuning)
+    shown: list[torch.Tensor] = []
+
+    def keep(images: torch.Tensor) -> torch.Tensor:
+        shown.append(images)
+        return images.mean(dim=(2, 3))
+
+    given = (stripes.train, None, 24, tuning.seed, stripes.preprocessing)
+    for cut in (True, False):
+        crops = Crops(*given, view=trial.protocol.view(16), cut=cut)
+        next(_losses(keep, crops))
+    holed, whole = shown
+    numbers = np.random.Generator(philox(tuning.seed, Stream.NOISE))
+    assert torch.equal(holed, cut_out(whole, numbers)) and not torch.equal(holed, whole)
+    assert trial.protocol.view(16) == strong(16)
 
 
 def test_a_weight_of_2_is_the_sample_twice() -> None:

@@ -332,7 +332,7 @@ def test_noisy_student_is_two_commands(colored, run, own):
     with Path("pseudolabels.csv").open(newline="") as stream:
         rows = {int(r["sample"]): (r["label"], r["confidence"]) for r in csv.DictReader(stream)}
     assert rows == expected and len(rows) > 20
-    code, _, err = run(*tune, "--more", "pool", "pseudolabels.csv", "--save", "t1")
+    code, _, err = run(*tune, "--more", "pool", "pseudolabels.csv", "--noise", "--save", "t1")
     assert code == 0, err
     assert json.loads(Path("run/evaluations.jsonl").read_text().splitlines()[-1])["labels"][
         "images"
@@ -370,7 +370,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(colored, run, own):
     section = page.split("## Labels without asking")[1].split("\n## ")[0]
     short = {"probe": ("--epochs", 2), "finetune": ("--steps", 30, "--batch", 20)}
     commands = re.findall(r"^    fastmoco (.+)$", section, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for words in map(str.split, commands):
         code, _, err = run(*words, *short.get(words[0], ()), *CPU)
         assert code == 0, (words, err)
