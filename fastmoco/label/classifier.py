@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,11 @@ class Classifier:
             DataError: naming it.
         """
         for name, value in wanted.items():
-            if getattr(self, name) != value:
+            if (own := getattr(self, name)) != value:
+                found, asked = (shorten(str(one), 60, placeholder=" ...") for one in (own, value))
                 raise DataError(
-                    f"The classifier is of another {name}: {getattr(self, name)!r}, not {value!r}. "
-                    "Name a new file by --classifier, and one is fitted."
+                    f"The classifier's {name} {'are' if name == 'classes' else 'is'} {found}, not "
+                    f"{asked}. Name a new file by --classifier, and one is fitted."
                 )
 
     def warn_of_labels(self, train: Labelled | None) -> list[str]:

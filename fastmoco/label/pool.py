@@ -9,6 +9,7 @@ import torch
 
 from fastmoco.core.distributed import World, get_device
 from fastmoco.core.rng import Ids
+from fastmoco.core.terminal import echo
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet, holds_pseudo_labels
 from fastmoco.errors import DataError
@@ -176,6 +177,7 @@ def get_classifier(
     if file:
         about = feature, seen.encoder, train.classes, hash_labels(train)
         write_classifier(file, Classifier(head, held, seen.center, *about))
+        echo(f"the classifier was fitted, and is kept in {file}")
     return head, held
 
 

@@ -237,9 +237,9 @@ def test_broken_off_it_is_whole_or_absent(pseudolabel, run, monkeypatch, writes)
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("--precision", 1.5), 2, "--precision 1.5 is not a share"),
-        (("--threshold", -1), 2, "--threshold -1 is not a share"),
-        (("--threshold", "nan"), 2, "--threshold nan is not a share"),
+        (("--precision", 1.5), 2, "1.5 is not a share"),
+        (("--threshold", -1), 2, "-1 is not a share"),
+        (("--threshold", "nan"), 2, "nan is not a share"),
         (("--precision", 0.9, "--threshold", 0.9), 2, "pass it or --threshold"),
         (("--out", "labels.txt"), 2, "must end in .csv"),
         (("--out", "absent/labels.csv", "--agree", "absent"), 2, "absent is not a run folder"),
@@ -338,7 +338,7 @@ def test_noisy_student_is_two_commands(colored, run, own):
         "images"
     ] == 60 + len(rows)
     threshold = ("--threshold", 0.5)
-    more = (("--agree", "other"), ("--features", "x.npy"))
+    more = (("--agree", "other"), ("--features", "x.npy"), ("--classifier", "x.pt"))
     for extra in ((), ("--precision", 0.9), *((*threshold, *words) for words in more)):
         code, _, err = run(*words, *extra, "--replace")
         assert code == 2 and "--by needs --threshold, and goes without" in err

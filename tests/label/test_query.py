@@ -5,7 +5,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from recipes import recipe_from
 from fastmoco import cli
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
-from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
-from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
 from fastmoco.evaluate.features import embed
 from fastmoco.label.estimate import estimate_minutes
 from fastmoco.models.encoder import Encoder
@@ -76,6 +74,11 @@ def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, st
 def asked(path: Path) -> list[int]:
     with path.open() as stream:
         return [int(row["sample"]) for row in csv.DictReader(stream)]
+
+
+def details(place: Path) -> list[dict[str, str]]:
+    with (place / "request.details.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -302,7 +305,7 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
         assert code == 0, err
         assert len(asked(place / out)) == 4
         details = (place / f"{strategy}.details.csv").read_text().splitlines()
-        assert details[1].endswith(",1,,,,"), "no head, no beliefs"
+        assert details[1].endswith(",1,,,,,"), "no head, no beliefs"
     words = ("query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "margin.csv")
     code, _, err = command(capsys, *words)
     assert code == 2 and "needs labels" in err
@@ -383,136 +386,6 @@ def test_scores_of_ones_own_are_taken_largest_first(place, capsys):
     assert command(capsys, "query", "run", "pool", *words)[0] == 0
     top = scores[asked(place / "request.csv")].tolist()
     assert sum(top) > sum(values) and {row["predicted"] for row in details(place)} == {""}
-
-
-def details(place: Path) -> list[dict[str, str]]:
-    with (place / "request.details.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-@pytest.mark.parametrize("strategy", ["margin", "random", "herding", "scores"])
-def test_thresholds_leave_out_what_is_sure(place, capsys, strategy):
-    np.save(place / "mine.npy", np.arange(len(ShardSet(place / "pool"))) % 7)
-    words = ("query", "run", "pool", "--device", "cpu", "--replace", "--strategy", strategy)
-    words += ("--scores", "mine.npy") if strategy == "scores" else ()
-    everyone = ("--budget", 36, "--strategy", "margin")
-    assert command(capsys, *words[:6], *everyone)[0] == 0
-    all_rows = details(place)
-    cut = {
-        name: sorted(float(row[name]) for row in all_rows)[18]
-        for name in ("confidence", "margin", "entropy")
-    }
-    bounds = ("--max-confidence", cut["confidence"], "--max-margin", cut["margin"])
-    bounds += ("--min-entropy", 1e-9)
-    unsure = {
-        row["sample"]
-        for row in all_rows
-        if float(row["confidence"]) < cut["confidence"] and float(row["margin"]) < cut["margin"]
-    }
-    assert 5 < len(unsure) < 19
-    code, out, err = command(capsys, *words, "--budget", 30, *bounds)
-    assert code == 0 and f"only {len(unsure)} of 30 pass the thresholds" in out, err
-    assert {row["sample"] for row in details(place)} == unsure
-    code, out, err = command(capsys, *words, "--budget", 5, *bounds)
-    assert code == 0 and "pass the thresholds" not in out, err
-    assert {row["sample"] for row in details(place)} < unsure and len(details(place)) == 5
-    told = json.loads((place / "request.json").read_text())
-    assert told["thresholds"] == {
-        "max_confidence": cut["confidence"],
-        "max_margin": cut["margin"],
-        "min_entropy": 1e-9,
-    }
-    code, out, err = command(capsys, *words, "--budget", 5, "--min-entropy", cut["entropy"])
-    assert code == 0 and min(float(row["entropy"]) for row in details(place)) >= cut["entropy"]
-    (place / "request.csv").unlink()
-    none = ("--budget", 5, "--out", "no.csv", "--max-confidence", 0.2)
-    code, _, err = command(capsys, *words, *none)
-    assert code == 3 and "No sample passes the thresholds" in err and not list(place.glob("no.*"))
-
-
-def test_a_fine_tuned_network_ranks(place, capsys):
-    """Against its forward pass, one by one; it needs no labels but its own."""
-    tune = ("finetune", "run", "--steps", 8, "--batch", 8, "--save", "t0", "--device", "cpu")
-    assert command(capsys, *tune)[0] == 0
-    words = ("query", "run", "pool", "--budget", 9, "--by", "t0", "--device", "cpu", "--replace")
-    code, out, err = command(capsys, *words, "--strategy", "least", "--no-balance")
-    assert code == 0 and "warning: t0 is not calibrated" in out, err
-    assert "classifier:" not in out and json.loads((place / "request.json").read_text())["by"]
-    spec = EncoderSpec.model_validate_json((place / "t0/encoder.json").read_text())
-    network = Encoder(spec)
-    network.load_state_dict(torch.load(place / "t0/weights.pt", weights_only=True))
-    preprocessing = Evaluation.open(Path("run"), device="cpu").preprocessing
-    preprocessing = replace(preprocessing, mean=tuple(spec.mean), std=tuple(spec.std))
-    data = ConcatShardSets([ShardSet(place / "pool")])
-    logits = embed(network.eval(), data, "head", preprocessing).double()
-    confidence = logits.softmax(dim=1).amax(dim=1).tolist()
-    found = asked(place / "request.csv")
-    assert [confidence[i] for i in found] == sorted(confidence[i] for i in found)
-    assert [f"{confidence[i]:.6f}" for i in found] == [r["confidence"] for r in details(place)]
-    left_out = 7  # of 43: their confidence may be lower
-    assert max(confidence[i] for i in found) <= sorted(confidence)[8 + left_out]
-    config = place / "run/config.yaml"
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"monitor": None}))
-    for strategy in ("auto", "entropy", "intersection", "hybrid"):
-        code, out, err = command(capsys, *words, "--strategy", strategy)
-        assert code == 0 and f"by {strategy.replace('auto', 'margin')}" in out, err
-    mine = ("--strategy", "scores", "--scores", "mine.npy")
-    np.save(place / "mine.npy", np.arange(len(confidence)))
-    assert command(capsys, *words, *mine)[0] == 0
-    assert max(Counter(row["predicted"] for row in details(place)).values()) <= 9
-    for more, told in (
-        (("--strategy", "herding"), "--by does nothing with herding"),
-        ((*mine, "--no-balance"), "--by does nothing with scores"),
-        (("--classifier", "head.pt"), "--by names the one classifier"),
-        (("--strategy", "disagreement", "--members", 2), "leave --classifier and committees out"),
-        (("--strategy", "least", "--features", "x.npy"), "--features does nothing with least"),
-    ):
-        code, _, err = command(capsys, *words, *more)
-        assert code == 2 and told in err, err
-    code, _, err = command(capsys, *words, "--by", "run")
-    assert code == 2 and "run is none that `fastmoco finetune --save` wrote" in err
-
-
-def test_a_fitted_classifier_serves_again(place, capsys, monkeypatch):
-    """The same request to the byte, without a fit; not for another encoder, feature or classes."""
-    words = ("query", "run", "pool", "--budget", 7, "--device", "cpu", "--replace")
-    words += ("--strategy", "margin")
-    assert command(capsys, *words)[0] == 0
-    files = ("request.csv", "request.details.csv", "request.json")
-    before = [(place / name).read_bytes() for name in files]
-    assert command(capsys, *words, "--classifier", "heads/one.pt")[0] == 0
-    assert [(place / name).read_bytes() for name in files] == before
-    with monkeypatch.context() as patch:
-        patch.delattr("fastmoco.label.pool.cross_fit")
-        code, out, err = command(capsys, *words, "--classifier", "heads/one.pt")
-        assert code == 0 and [(place / name).read_bytes() for name in files] == before, err
-        label = ("pseudolabel", "run", "pool", "--threshold", 0.3, "--device", "cpu", "--replace")
-        assert command(capsys, *label, "--classifier", "heads/one.pt")[0] == 0
-    again = [(place / f"pseudolabels{end}").read_bytes() for end in (".csv", ".json")]
-    assert command(capsys, *label)[0] == 0
-    assert again == [(place / f"pseudolabels{end}").read_bytes() for end in (".csv", ".json")]
-    rows = np.array([(i, i % 3, 1.0) for i in range(12)], dtype=LABEL_DTYPE)
-    write_labels(ShardSet(place / "train"), "half", rows, ["ape", "bee", "cow"], "by hand")
-    half = ("--train", "train", "--labels", "half", "--classifier", "heads/one.pt")
-    code, out, err = command(capsys, *words, *half)
-    assert code == 0 and "was fitted on other labels (24, here are 12)" in out, err
-    shutil.copytree(place / "run", place / "new", ignore=shutil.ignore_patterns("checkpoints"))
-    other = RunFolder(place / "new")
-    other.save({"encoder_q": Encoder(other.spec()).state_dict()}, 5, {}, keep=1)
-    (place / "odd.pt").write_bytes(b"odd")
-    one = ("--classifier", "heads/one.pt")
-    for more, code, told in (
-        ((*words, *one, "--feature", "head"), 3, "is of another feature: 'backbone', not 'head'"),
-        ((words[0], "new", *words[2:], *one), 3, "is of another encoder"),
-        ((*words, "--classifier", "odd.pt"), 3, "odd.pt cannot be read as a classifier"),
-        ((*words, "--strategy", "random", *one), 2, "--classifier does nothing with random"),
-    ):
-        found, _, err = command(capsys, *more)
-        assert (found, told in err) == (code, True), err
-    config = place / "run/config.yaml"
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"monitor": None}))
-    code, out, err = command(capsys, *words, *one)
-    assert code == 0 and "C " in out, "no labels are needed"
 
 
 def test_scores_may_be_a_csv(place, capsys):
