@@ -31,6 +31,9 @@ _COUNTED = 20  # classes whose counts fit into its cells
 _COLOURED = 20  # classes that colors can tell apart
 _LONGEST = 16  # letters of a name
 _PANEL = (5, 3.6)  # inches
+_TICKS = 6  # numbers that fit along an axis, names in a legend
+_DECADE = 10  # from which spread on numbers lie on a logarithmic axis
+Drawn = Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,68 @@ def draw_reliability(
     axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=_DPI)
+
+
+def draw_accuracy(path: Path, kinds: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw accuracy against the number of labels, a line through the means of each classifier.
+
+    Args:
+        path: of the PNG.
+        kinds: pairs of labels and top-1, percent, for each classifier, in words.
+    """
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    for color, (name, points) in zip(get_colors(len(kinds)), kinds.items(), strict=True):
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=22, color=color, alpha=0.7, linewidths=0)
+        counts = sorted(set(x))
+        means = [np.mean([top1 for count, top1 in points if count == one]) for one in counts]
+        axes.plot(counts, means, color=color, linewidth=1.4, label=name)
+    every = sorted({count for points in kinds.values() for count, _ in points})
+    if every[-1] > _DECADE * every[0]:
+        axes.set_xscale("log")
+    ticks = every if len(every) <= _TICKS else [every[0], every[-1]]
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
+    style_axes(axes, "Top-1 of the test images, %")
+    axes.set_xlabel("labels trained on", color=INK)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_training(
+    path: Path, x: Sequence[int], unit: str, test: Mapping[str, Drawn], train: Drawn, title: str
+) -> None:
+    """Draw how a classifier's accuracy came about.
+
+    Args:
+        path: of the PNG.
+        x: epochs or steps.
+        unit: which.
+        test: top-1 of the test images for each learning rate, the chosen one first; percent, None
+            where there was none.
+        train: of the images that the chosen one was trained on, as they were shown.
+        title: what was trained.
+    """
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    mark = "o" if len(x) == 1 else ""
+    for place, (name, of) in reversed(list(enumerate(test.items()))):
+        style = {"color": LINE, "linewidth": 1.8} if place == 0 else {"linewidth": 0.9}
+        words = f"test, {name}" if place == 0 or len(test) <= _TICKS else None
+        axes.plot(x, _finite(of), marker=mark, label=words, **style)
+    axes.plot(x, _finite(train), color=MARK, linestyle="--", marker=mark, label="training images")
+    style_axes(axes, "Top-1, %")
+    axes.set_title(title, loc="right", fontsize=9, color=INK, parse_math=False)
+    axes.set_xlabel(unit, color=INK)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=_DPI)
+
+
+def _finite(values: Drawn) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def get_colors(classes: int) -> list[str]:
