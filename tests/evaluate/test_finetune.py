@@ -15,6 +15,7 @@ import torch
 from torchvision.ops import stochastic_depth
 
 from fastmoco.config.encoder import EncoderSpec
+from fastmoco.core.distributed import World
 from fastmoco.core.rng import Stream, philox
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
@@ -274,6 +275,14 @@ def test_a_weight_of_2_is_the_sample_twice() -> None:
     crops: Any = SimpleNamespace(batches=lambda: iter(given))
     (weighted, *_), (copies, *_) = _losses(lambda images: images, crops)
     torch.testing.assert_close(weighted, copies, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(stripes: Evaluation) -> None:
+    three = replace(stripes, world=World(size=3))
+    with pytest.raises(UsageError, match="3 processes cannot share a batch of 8 evenly"):
+        finetune(three, FinetuneConfig(steps=1, batch=8))
+    with pytest.raises(UsageError, match="4 images on 3 processes leave BatchNorm nothing"):
+        finetune(three, FinetuneConfig(steps=1, batch=4))
 
 
 @pytest.mark.slow

@@ -280,6 +280,10 @@ def test_labels_that_tell_nothing_are_refused(place, capsys, make_images):
         code, _, err = command(capsys, *arguments, "--train", *words)
         assert code == 3 and told in err, err
     assert not list(place.glob("request*"))
+    rows["label"] = np.arange(4) % 2
+    write_labels(ShardSet(place / "train"), "two", rows, ["ape", "bee", "cow"], "by hand")
+    code, out, err = command(capsys, *arguments, "--train", "train", "--labels", "two")
+    assert code == 0 and "warning: no label of the class 'cow' yet (1 such)" in out, err
 
 
 def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
@@ -337,6 +341,11 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
             3,
             "sample 5 is not fin",
         ),
+        (
+            ("--budget", "3", "--strategy", "scores", "--scores", "other.npy"),
+            3,
+            "other.npy is of other sets",
+        ),
         (("--budget", "3", "--out", "request.txt"), 2, "must end in .csv"),
         (("--budget", "3", "--strategy", "disagreement"), 2, "add --members 5, or --with RUN"),
         (("--budget", "3", "--strategy", "margin", "--members", "5"), 2, "no other strategy"),
@@ -361,6 +370,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(place, capsys, words, c
     odd = np.zeros(count)
     odd[5] = np.nan
     np.save(place / "nan.npy", odd)
+    np.save(place / "other.npy", np.zeros(count))
+    (place / "other.json").write_text('{"set_ids": ["of another"]}')
     (place / "empty").mkdir()
     shutil.copy(place / "run/encoder.json", place / "empty")
     found, _, err = command(capsys, "query", "run", "pool", *words, "--device", "cpu")
