@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from fastmoco.config.encoder import EncoderSpec
+from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ConcatShardSets, ShardSet, write_labels
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import embed
+from fastmoco.label.head import fit_head, standardize
 from fastmoco.models.encoder import Encoder
 
 COLORS = ["blue", "green", "red"]
@@ -112,6 +114,21 @@ def test_a_fine_tuned_network_ranks(colored, run, own):
     assert code == 2 and "run is none that `fastmoco finetune --save` wrote" in err
 
 
+def judge_test_set() -> dict[int, float]:
+    """Return the confidence of a head of `train`, centered as `pool` is, on the set `test`."""
+    train = Labelled.of(ShardSet(Path("train")))
+    pool, test = (ConcatShardSets([ShardSet(Path(name))]) for name in ("pool", "test"))
+    opened = Evaluation.open(Path("run"), device="cpu")
+    features = [
+        embed(opened.encoder, data, "backbone", opened.preprocessing)
+        for data in (pool, train.data, test)
+    ]
+    center = torch.nn.functional.normalize(features[0].double(), dim=1).mean(dim=0)
+    known, asked = (standardize(rows, center) for rows in features[1:])
+    p = fit_head(known, torch.from_numpy(train.labels), 3).probabilities(asked)
+    return dict(enumerate(p.amax(dim=1).tolist()))
+
+
 def test_a_fitted_classifier_serves_again(colored, run, own, monkeypatch):
     """The same request to the byte, without a fit; not for another encoder, feature or classes."""
     words = ("query", "run", "pool", "--budget", 7, "--device", "cpu", "--replace")
@@ -131,6 +148,11 @@ def test_a_fitted_classifier_serves_again(colored, run, own, monkeypatch):
     again = [Path(f"pseudolabels{end}").read_bytes() for end in (".csv", ".json")]
     assert run(*label)[0] == 0
     assert again == [Path(f"pseudolabels{end}").read_bytes() for end in (".csv", ".json")]
+    elsewhere = ("query", "run", "test", "--test", "train", "--budget", 12, "--strategy", "least")
+    elsewhere += ("--no-balance", "--device", "cpu", "--replace", "--classifier", "heads/one.pt")
+    assert run(*elsewhere)[0] == 0
+    found = {int(row["sample"]): float(row["confidence"]) for row in read_details()}
+    assert found == pytest.approx(judge_test_set(), abs=1e-6), "about the center of its own pool"
     own("train")
     one, rows = ("--classifier", "heads/one.pt"), np.zeros(12, LABEL_DTYPE)
     rows["id"], rows["label"], rows["weight"] = np.arange(12), np.arange(12) % 3, 1
