@@ -20,9 +20,9 @@ import typer
 from fastmoco.core.environment import environment
 from fastmoco.core.rng import Ids, Permutation, Stream, stratified
 from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.label.choose import Options, choose
 from fastmoco.label.head import fit_linear, pool_center, standardize
 from fastmoco.label.pool import PoolFeatures
-from fastmoco.label.query import Options, choose
 
 STRATEGIES = (
     *("random", "herding", "typiclust", "kmeans", "coreset"),
@@ -44,7 +44,7 @@ def ask_for(
     options, classes = Options(count, strategy, seed=seed), int(labels.max()) + 1
     if strategy == "disagreement":
         options = replace(options, members=MEMBERS)
-    return free[choose([features], labels[places], classes, options, [])[0]]
+    return free[choose([features], labels[places], classes, options, []).places]
 
 
 def curve(

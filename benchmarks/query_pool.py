@@ -21,10 +21,10 @@ import typer
 
 from fastmoco.core.environment import environment
 from fastmoco.core.rng import Ids
+from fastmoco.label.choose import Options, choose
 from fastmoco.label.estimate import estimate_minutes
 from fastmoco.label.head import CHUNK, pool_center, standardize
 from fastmoco.label.pool import PoolFeatures
-from fastmoco.label.query import Options, choose
 
 IMAGES, WIDTH, CLUSTERS = 512_000, 512, 800
 LABELS = 32  # of each cluster; of fewer images, fewer
@@ -68,11 +68,11 @@ def measure(strategy: str, images: int, budget: int, seed: int) -> dict[str, Any
     members = MEMBERS if strategy == "disagreement" else 0
     options, warnings = Options(budget, strategy, seed=seed, members=members), list[str]()
     before, start = get_peak(), time.perf_counter()
-    places, _, _ = choose([PoolFeatures(rows, known, 1)], labels, classes, options, warnings)
+    chosen = choose([PoolFeatures(rows, known, 1)], labels, classes, options, warnings)
     minutes = (time.perf_counter() - start) / 60
-    assert len(set(places.tolist())) == budget
-    threads = torch.get_num_threads()
-    counts = (strategy, images, WIDTH, budget, len(known), classes, threads, members)
+    assert len(set(chosen.places.tolist())) == budget
+    threads, heads = torch.get_num_threads(), int(options.judges)
+    counts = (strategy, images, WIDTH, budget, len(known), classes, threads, heads, members)
     return {
         **{"strategy": strategy, "images": images, "budget": budget, "labels": len(known)},
         **{"minutes": round(minutes, 2), "estimate": round(estimate_minutes(*counts), 2)},

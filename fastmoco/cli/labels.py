@@ -62,6 +62,18 @@ def query(
         list[Path] | None,
         typer.Option("--with", help="For disagreement: another run, with a head; repeatable."),
     ] = None,
+    max_confidence: Annotated[
+        float | None, typer.Option(callback=options.share, help="Below which to ask, 0..1.")
+    ] = None,
+    max_margin: Annotated[
+        float | None,
+        typer.Option(callback=options.share, help="Likewise, of the best two classes."),
+    ] = None,
+    min_entropy: Annotated[
+        float | None, typer.Option(callback=options.share, help="Above which to ask, 0..1.")
+    ] = None,
+    by: options.By = None,
+    classifier: options.Classifier = None,
     features: PoolFeatures = None,
     scores: Annotated[
         Path | None, typer.Option(help="For --strategy scores: a number a sample, .csv or .npy.")
@@ -78,13 +90,14 @@ def query(
     device: options.Device = "auto",
 ) -> None:
     """Choose the images of a set whose labels would help most, for people to label."""
-    from fastmoco.label.query import Options
+    from fastmoco.label.choose import Options
     from fastmoco.label.query import query as choose
     from fastmoco.label.request import check_request, describe, write_request
 
     check_request(out, images, replace)
     asked = Options(
         *(budget, strategy, feature, balance, seed, members, tuple(committee or ())),
+        *(max_confidence, max_margin, min_entropy, by, classifier),
         *(features, scores, tuple(exclude or ()), device),
     )
     first, second = _labelled(run, train, labels, more, test)
@@ -106,10 +119,15 @@ def pseudolabel(
     test: options.Test = None,
     precision: Annotated[
         float | None,
-        typer.Option(help="Share of right ones out of fold, 0..1. [default: 0.95]"),
+        typer.Option(
+            callback=options.share, help="Share of right ones out of fold, 0..1. [default: 0.95]"
+        ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Least confidence, 0..1, instead of --precision.")
+        float | None,
+        typer.Option(
+            callback=options.share, help="Least confidence, 0..1, instead of --precision."
+        ),
     ] = None,
     per_class: Annotated[
         int | None, typer.Option(min=1, help="At most so many of a class, the surest.")
@@ -117,9 +135,7 @@ def pseudolabel(
     agree: Annotated[
         list[Path] | None, typer.Option(help="A run that must say the same; repeatable.")
     ] = None,
-    by: Annotated[
-        Path | None, typer.Option(help="What `finetune --save` wrote: it labels, by --threshold.")
-    ] = None,
+    by: options.By = None,
     other: Annotated[
         Path | None,
         typer.Option("--with", help="A run to co-train with: OUT.1.csv is for RUN, .2 for it."),
@@ -133,6 +149,7 @@ def pseudolabel(
         Literal["one", "confidence"], typer.Option(help="What a label counts in training.")
     ] = "one",
     feature: options.Feature = "backbone",
+    classifier: options.Classifier = None,
     features: PoolFeatures = None,
     out: Annotated[Path, typer.Option(help="The CSV of labels.")] = Path("pseudolabels.csv"),
     replace: Annotated[bool, typer.Option("--replace", help="Labels of this name.")] = False,
@@ -148,13 +165,13 @@ def pseudolabel(
 
     asked = Options(
         *(precision, threshold, per_class, tuple(agree or ()), by),
-        *(feature, features, seed, device),
+        *(feature, features, classifier, seed, device),
     )
     if other is None:
         _refuse_beside("without --with RUN", rounds=rounds, per_round=per_round)
     else:
         chosen_by = {"precision": precision, "threshold": threshold, "per_class": per_class}
-        _refuse_beside("beside --with RUN", **chosen_by, agree=agree, by=by)
+        _refuse_beside("beside --with RUN", **chosen_by, agree=agree, by=by, classifier=classifier)
     outs = [out] if other is None else [out.with_suffix(f".{n}{out.suffix}") for n in (1, 2)]
     for path in outs:
         check_absent(path, replace)

@@ -15,6 +15,13 @@ def positive(value: Any) -> Any:
     return value
 
 
+def share(value: float | None) -> float | None:
+    """Refuse a number that is not of 0 to 1."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value:g} is not a share: choose one of 0 to 1")
+    return value
+
+
 def join_pairs(words: Sequence[str]) -> list[str]:
     """Join the two values of each `--more`: typer has no option of two values that can be repeated.
 
@@ -80,6 +87,12 @@ Chosen = Annotated[
 Train = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's bank]")]
 Test = Annotated[Path | None, typer.Option(help="Labelled set. [default: the monitor's queries]")]
 Feature = Annotated[Literal["head", "backbone"], typer.Option(help="Which of the two outputs.")]
+By = Annotated[
+    Path | None, typer.Option(help="What `finetune --save` wrote: its network is the classifier.")
+]
+Classifier = Annotated[
+    Path | None, typer.Option(help="A file: read if it is there, else fitted and kept in it.")
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Precision = Annotated[
     Literal["bf16", "fp32"] | None,

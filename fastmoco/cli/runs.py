@@ -155,6 +155,10 @@ def finetune(
             "--even", "--evenly", help="Show every class equally often, in as many steps."
         ),
     ] = False,
+    noise: Annotated[
+        bool,
+        typer.Option("--noise", help="Strong views, dropout, stochastic depth: a noisy student."),
+    ] = False,
     semi: Annotated[
         Literal["fixmatch", "mixmatch", "pseudo"] | None,
         typer.Option(help="Train on images without labels too, by this method."),
@@ -199,10 +203,13 @@ def finetune(
         normalize=normalize,
         size=size,
         even=even,
+        noise=noise,
         semi=SemiConfig(semi, ratio, threshold, ema) if semi else None,
     )
     if (semi is None) is not (unlabelled is None):
         raise UsageError("--semi and --unlabelled SET go together: give both, or none.")
+    if semi and noise:
+        raise UsageError("--semi changes images strongly by itself: leave --noise out.")
     without = ShardSet(unlabelled) if unlabelled else None
     sets = Sets(train, test, labels, more, per_class, seed)
     with _evaluation(run, sets, device, precision) as opened:

@@ -3,7 +3,7 @@
 All of it comes from numpy's counter-based Philox, whose raw words are promised never to change; so
 nothing has a state that a resumed run would have to restore, no rank has to tell another what it
 drew, and each number can be had without those before it. Only weights and the queue start from
-torch's generators, seeded by the recipe's `seed`.
+torch's generators, seeded by the recipe's `seed`, as is what `finetune --noise` drops.
 """
 
 from collections.abc import Callable, Iterator

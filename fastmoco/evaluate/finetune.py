@@ -7,6 +7,7 @@ supervised baseline where the weights are random.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,16 +30,10 @@ from fastmoco.evaluate.choosing import HeldOut, choose_rate
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import Preprocessing, embed_labelled
 from fastmoco.evaluate.finetune_config import FinetuneConfig
-from fastmoco.evaluate.labelled_loader import VIEW, Crops
+from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.noise import noisy
 from fastmoco.evaluate.predictions import Predictions
-from fastmoco.evaluate.semi import (
-    WEAK,
-    AveragedWeights,
-    Network,
-    Step,
-    Unlabelled,
-    falling,
-)
+from fastmoco.evaluate.semi import AveragedWeights, Network, Step, Unlabelled, falling
 from fastmoco.load.loader import check_channels
 from fastmoco.models.encoder import Encoder, saved
 from fastmoco.runs.load_encoder import check_finite
@@ -199,7 +194,8 @@ class Trial:
             self.preprocessing,
             world,
             protocol.even,
-            WEAK if semi else VIEW,
+            protocol.view(self.preprocessing.size),
+            protocol.noise,
         )
         more = None
         if semi and self.unlabelled:
@@ -228,7 +224,9 @@ class Trial:
             network.train()
             curve.append(row | {"test_top1": top1, "test_images": len(some.ids)})
 
-        tested = _train(network, crops, more, protocol, on_step, on_row)
+        noise = noisy(network, protocol.seed ^ world.rank) if protocol.noise else nullcontext()
+        with noise:
+            tested = _train(network, crops, more, protocol, on_step, on_row)
         return Trained(tested, network, more)
 
     def test(self, network: Encoder, asked: Labelled) -> Predictions:

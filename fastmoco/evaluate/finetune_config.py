@@ -3,8 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastmoco.config.recipe import View
 from fastmoco.evaluate.choosing import Choose
-from fastmoco.evaluate.semi import SemiConfig
+from fastmoco.evaluate.labelled_loader import VIEW
+from fastmoco.evaluate.noise import strong
+from fastmoco.evaluate.semi import WEAK, SemiConfig
 
 Normalize = Literal["run", "imagenet", "set"]
 _EPOCHS, _LEAST_STEPS = 30, 1000
@@ -31,6 +34,7 @@ class FinetuneConfig:
         normalize: by the mean and deviation of the run, of ImageNet or of the training set.
         size: side of the images, pixels; small ones are enlarged. None: the run's.
         even: every class is shown equally often, in as many steps.
+        noise: images are changed strongly, and features and blocks dropped, see `noisy`.
         semi: how images without labels are used; None: not at all.
     """
 
@@ -48,6 +52,7 @@ class FinetuneConfig:
     normalize: Normalize = "run"
     size: int | None = None
     even: bool = False
+    noise: bool = False
     semi: SemiConfig | None = None
 
     def resolved(self, images: int, size: int) -> "FinetuneConfig":
@@ -69,6 +74,12 @@ class FinetuneConfig:
             head_lr=head_lr,
             size=self.size or size,
         )
+
+    def view(self, size: int) -> View:
+        """Return how images with a label of a size are changed."""
+        if self.noise:
+            return strong(size)
+        return WEAK if self.semi else VIEW
 
     def _steps(self, per_epoch: int) -> int:
         if self.steps or self.epochs:

@@ -9,10 +9,11 @@ import torch
 
 from fastmoco.config.recipe import View
 from fastmoco.core.distributed import World
-from fastmoco.core.rng import repeat_evenly
+from fastmoco.core.rng import Stream, philox, repeat_evenly
 from fastmoco.dataset.labels import Labelled, Weights
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.features import Preprocessing, Samples
+from fastmoco.evaluate.noise import cut_out
 from fastmoco.load.loader import Loader
 from fastmoco.load.order import Shuffled, SubsetOrder
 from fastmoco.load.sampler import Plan
@@ -34,6 +35,7 @@ class Crops:
         world: each draws its contiguous slice of every batch.
         even: every class equally often: an epoch shows the samples of the smaller classes again.
         view: how images are cropped and flipped.
+        cut: whether a square of each is cut out.
 
     Raises:
         UsageError: the ranks cannot share a batch evenly.
@@ -47,6 +49,7 @@ class Crops:
     world: World = field(default_factory=World)
     even: bool = False
     view: View = VIEW
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if self.plan.batch % self.world.size:
@@ -70,9 +73,13 @@ class Crops:
         given = self.labelled.data, self.plan, [self.view]
         rank, ranks = self.world.rank, self.world.size
         loader = Loader(*given, rank=rank, ranks=ranks, **preprocessing.drawn)
-        for batch in loader.batches():
+        for step, batch in enumerate(loader.batches()):
             places = np.searchsorted(self.labelled.ids, batch.ids)
             columns = (self.labelled.labels, self.weights)
             parts = (torch.from_numpy(of[places]) for of in columns if of is not None)
             device = preprocessing.settings.device
-            yield preprocessing.cast(batch.views[0]), *(part.to(device) for part in parts)
+            images = preprocessing.cast(batch.views[0])
+            if self.cut:
+                bits = philox(self.seed, Stream.NOISE, step * ranks + rank)
+                images = cut_out(images, np.random.Generator(bits))
+            yield images, *(part.to(device) for part in parts)

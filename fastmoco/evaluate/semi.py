@@ -18,6 +18,7 @@ from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.features import Preprocessing
 from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.noise import cut_out, strong
 from fastmoco.load.loader import Loader
 from fastmoco.load.sampler import Plan
 from fastmoco.models.encoder import Encoder
@@ -29,20 +30,7 @@ Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _APART = 0x756E6C6162656C  # between the seeds of the two streams
 _LOOKS = 10  # at the pseudo-labels, while training
-_BLUR_FROM = 64  # pixels; below, a blur of sigma 0.1 to 2 leaves nothing to see
 WEAK = View(scale=(0.5, 1.0), flip=0.5)
-
-
-def strong(size: int) -> View:
-    """Return MoCo v2's view, without blur for small images; `cut_out` comes on top."""
-    return View(
-        scale=(0.2, 1.0),
-        flip=0.5,
-        jitter=(0.4, 0.4, 0.4, 0.1),
-        jitter_p=0.8,
-        grayscale=0.2,
-        blur=0.5 if size >= _BLUR_FROM else 0.0,
-    )
 
 
 @dataclass(frozen=True)
@@ -180,19 +168,6 @@ def _supervised(logits: torch.Tensor, batch: SemiBatch) -> torch.Tensor:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def cut_out(images: torch.Tensor, noise: np.random.Generator) -> torch.Tensor:
-    """Set a square of half the side of each (n, C, S, S) image to 0, around a uniform place.
-
-    DeVries and Taylor 2017; 0 is the mean of normalized images.
-    """
-    side = images.shape[-1]
-    middles = torch.from_numpy(noise.random((len(images), 2)) * side)
-    pixels = torch.arange(side, dtype=torch.float64) + 0.5
-    near = (pixels - middles[..., None]).abs() < side / 4  # (n, 2, S)
-    inside = (near[:, 0, :, None] & near[:, 1, None, :]).to(images.device)
-    return images.masked_fill(inside[:, None], 0)
 
 
 @dataclass

@@ -11,14 +11,13 @@ from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.errors import UsageError
 from fastmoco.label.head import Head, Scores, fit_linear
-from fastmoco.label.pool import PoolFeatures, embed_pool
+from fastmoco.label.pool import PoolFeatures, embed_pool, to_tensors
 from fastmoco.label.pseudo import (
     Options,
     PseudoLabels,
     ask,
     describe_pool,
     open_pool,
-    to_tensors,
 )
 from fastmoco.label.threshold import take_surest
 from fastmoco.label.uncertainty import judge

@@ -20,8 +20,8 @@ def estimate_minutes(
     labels: int,
     classes: int,
     threads: int,
+    heads: int = 0,
     members: int = 0,
-    runs: int = 1,
 ) -> float:
     """Return about how many minutes a strategy takes, or more.
 
@@ -32,24 +32,23 @@ def estimate_minutes(
         budget: samples that are asked for.
         labels, classes: that a head is fitted on.
         threads: of the CPU.
-        members, runs: of a committee.
+        heads: that are fitted, C and all, and judge.
+        members: of a committee, on bootstraps.
     """
     clustered = {"kmeans": (rows, budget), "hybrid": (min(rows, 10 * budget), budget)}
     clustered["typiclust"] = labels + rows, min(labels + budget, CLUSTERS)
-    blocks = passes = fits = 0.0
+    blocks, passes = 2.0 * (heads + members) * rows * classes, 0.0  # in fp64
     if strategy in clustered:
         samples, count = clustered[strategy]
-        blocks = (ROUNDS + 2) * samples * count
+        blocks += (ROUNDS + 2) * samples * count
         passes = count * max(16_384, 3 * count)
     if strategy == "typiclust":
         blocks += 4 * rows * rows / count  # neighbors, in clusters of unequal size
     elif strategy == "coreset":
-        blocks, passes = labels * rows, budget * rows
+        blocks, passes = blocks + labels * rows, budget * rows
     elif strategy == "herding":
         looked_at, reference = min(rows, max(65_536, 4 * budget)), min(rows, 32_768)
-        blocks = (looked_at + labels + 200 * budget) * reference  # 200 gains anew for each
-    if strategy in ("least", "margin", "entropy", "intersection", "disagreement", "hybrid"):
-        fits = _FITS * runs + members
-        blocks += 2 * (runs + members) * rows * classes  # in fp64
+        blocks += (looked_at + labels + 200 * budget) * reference  # 200 gains anew for each
     seconds = width * (blocks / _BLOCKS / threads + passes / _PASSES)
+    fits = _FITS * heads + members
     return (seconds + fits * _FIT * labels * width * classes * 2 / threads) / 60

@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmoco.core.distributed import World, get_device
+from fastmoco.core.distributed import get_device
 from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled, refuse_unfit
-from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
+from fastmoco.dataset.shard_set import ShardSet
 from fastmoco.errors import DataError, UsageError
-from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
+from fastmoco.evaluate.features import Feature
 from fastmoco.evaluate.sanity import tell_dropped
-from fastmoco.evaluate.saved import load_saved
-from fastmoco.label.head import CHUNK, Head, OutOfFold, Scores, cross_fit, sum_by_confidence
-from fastmoco.label.pool import PoolFeatures, embed_pool
-from fastmoco.label.query import find_candidates
+from fastmoco.label.classifier import Classifier, read_classifier
+from fastmoco.label.head import Head, OutOfFold, Scores, sum_by_confidence
+from fastmoco.label.pool import (
+    PoolFeatures,
+    ask_network,
+    embed_pool,
+    find_candidates,
+    get_classifier,
+)
 from fastmoco.label.threshold import (
     Judged,
     agree,
@@ -28,8 +33,6 @@ from fastmoco.label.threshold import (
     trace_precision,
 )
 from fastmoco.label.uncertainty import Beliefs, judge
-from fastmoco.load.executor import get_settings
-from fastmoco.runs.run_folder import RunFolder
 
 _PRECISION = 0.95
 _APART = 1 / 3  # of the share out of fold, by which that of the pool may differ
@@ -48,6 +51,7 @@ class Options:
         by: what `finetune --save` wrote: its network labels, instead of a head.
         feature: of the backbone or of the head.
         features: of the pool by the first run, as `fastmoco embed` wrote them; None: computed.
+        classifier: a file of the first run's, read if it is there, else written.
         seed: of the folds.
         device: "auto", "cpu" or "cuda".
     """
@@ -59,6 +63,7 @@ class Options:
     by: Path | None = None
     feature: Feature = "backbone"
     features: Path | None = None
+    classifier: Path | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -66,15 +71,13 @@ class Options:
         """Return the precision that the threshold is chosen for; None: it is given.
 
         Raises:
-            UsageError: both are, or one is out of its range.
+            UsageError: both are.
         """
-        for name, share in (("precision", self.precision), ("threshold", self.threshold)):
-            if share is not None and not 0 <= share <= 1:
-                raise UsageError(f"--{name} {share:g} is not a share: choose one of 0 to 1.")
-        if self.by and (self.threshold is None or self.agree or self.features):
+        beside = self.agree or self.features or self.classifier
+        if self.by and (self.threshold is None or beside):
             raise UsageError(
                 "A fine-tuned network has no out-of-fold predictions: --by needs --threshold, and "
-                "goes without --precision, --agree and --features."
+                "goes without --precision, --agree, --features and --classifier."
             )
         if self.threshold is None:
             return _PRECISION if self.precision is None else self.precision
@@ -171,14 +174,20 @@ def pseudolabel(
     shard_set, candidates, warnings = open_pool(pool, train, test)
     opinions, classes = [], train.classes
     if options.by:
-        opinion, classes = _ask_network(root, options.by, shard_set, candidates, options.device)
-        opinions.append(opinion)
+        said, classes = ask_network(root, options.by, shard_set, candidates, options.device)
+        opinions.append(Opinion(options.by, None, None, None, said))
         warnings.append(f"{options.by} is not calibrated: nothing was held out of its training")
+    stored = None
+    if options.classifier:
+        stored = read_classifier(options.classifier, get_device(options.device, 0))
+    if stored:
+        stored.check(classes=classes)
+        warnings += stored.warn_of_labels(train)
     for run in () if options.by else (root, *options.agree):  # only one holds its features
         sight = options.feature, options.device, warnings
-        file = options.features if run is root else None
-        seen = embed_pool(run, shard_set, candidates, train, *sight, file)
-        opinions.append(ask(run, seen, train, options))
+        own = (options.features, stored, options.classifier) if run is root else (None, None, None)
+        seen = embed_pool(run, shard_set, candidates, train, *sight, *own[:2])
+        opinions.append(ask(run, seen, train, options, *own[1:]))
     judged = _judged(opinions)
     threshold = options.threshold
     if wanted is not None:
@@ -263,34 +272,17 @@ def describe_pool(
     }
 
 
-def ask(root: Path, seen: PoolFeatures, train: Labelled, options: Options) -> Opinion:
-    """Return what a head on the features of a run says of the candidates."""
-    labels, weights = to_tensors(train, seen)
-    head, held = cross_fit(seen.known, labels, len(train.classes), options.seed, weights)
+def ask(
+    root: Path,
+    seen: PoolFeatures,
+    train: Labelled,
+    options: Options,
+    stored: Classifier | None = None,
+    file: Path | None = None,
+) -> Opinion:
+    """Return what a head on the features of a run says of the candidates; see `get_classifier`."""
+    head, held = get_classifier(seen, train, options.feature, options.seed, stored, file)
     return Opinion(root, seen.step, head, held, judge(head, seen.rows))
-
-
-def _ask_network(
-    root: Path, folder: Path, pool: ShardSet, candidates: Ids, device: str
-) -> tuple[Opinion, list[str]]:
-    """Return what a fine-tuned network says of the candidates, and its classes."""
-    where = get_device(device, 0)
-    network, spec, classes = load_saved(folder, where)
-    runtime = RunFolder(root).runtime()
-    preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, World(), where))
-    data = ConcatShardSets([pool])
-    beliefs = Beliefs.of(
-        embed(network, data, "head", preprocessing, ids=ids).double().softmax(dim=1)
-        for ids in np.split(candidates, range(CHUNK, len(candidates), CHUNK))
-    )
-    return Opinion(folder, None, None, None, beliefs), classes
-
-
-def to_tensors(train: Labelled, seen: PoolFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return labels and weights beside the features; None: all weights are equal."""
-    labels, weights = torch.from_numpy(train.labels), train.relative_weights()
-    counted = None if weights is None else torch.from_numpy(weights).to(seen.known)
-    return labels.to(seen.known.device), counted
 
 
 def _judged(opinions: list[Opinion]) -> Judged:

@@ -23,7 +23,7 @@ from fastmoco.core.rng import Ids
 from fastmoco.dataset.reader import CorruptSamples, Reader
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, UsageError
-from fastmoco.label.head import Head
+from fastmoco.label.head import Head, Scores
 from fastmoco.label.uncertainty import Beliefs
 from fastmoco.pack.contact_sheet import draw_sheet
 
@@ -43,7 +43,8 @@ class Request:
         candidates: how many there were.
         classes: names of the classes; none: there are no labels yet.
         head: that judged them, None: none did.
-        beliefs: of the head on each sample asked for.
+        beliefs: of the classifier on each sample asked for.
+        scores: of each; None: the strategy has none.
         warnings: what the reader should know.
         about: what it depends on: run, step, sets, options.
     """
@@ -56,6 +57,7 @@ class Request:
     classes: list[str]
     head: Head | None
     beliefs: Beliefs | None
+    scores: Scores | None
     warnings: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -149,8 +151,9 @@ def _get_details(request: Request) -> bytes:
         if (b := request.beliefs) is not None:
             numbers = (b.confidence[rank], b.margin[rank], b.entropy[rank])
             said = [request.classes[b.predicted[rank]], *(f"{x:.6f}" for x in numbers)]
-        rows.append([sample, rank + 1, *said])
-    return to_csv(["sample", "rank", "predicted", "confidence", "margin", "entropy"], rows)
+        score = "" if request.scores is None else f"{request.scores[rank]:.6g}"
+        rows.append([sample, rank + 1, score, *said])
+    return to_csv(["sample", "rank", "score", "predicted", "confidence", "margin", "entropy"], rows)
 
 
 def _get_description(request: Request) -> dict[str, Any]:

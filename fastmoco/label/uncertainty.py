@@ -39,6 +39,10 @@ class Beliefs:
             parts.append((places[:, 0], top[:, 0], top[:, 0] - top[:, 1], entropy))
         return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
+    def take(self, places: Ids) -> "Beliefs":
+        """Return those of some samples."""
+        return Beliefs(*(column[places] for column in vars(self).values()))
+
     def least(self) -> Scores:
         """Return 1 - p1: the larger, the sooner it is asked for."""
         return 1 - self.confidence

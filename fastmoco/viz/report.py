@@ -33,6 +33,7 @@ from fastmoco.viz.encoder_study import (
     projected,
     shown,
 )
+from fastmoco.viz.evaluation_study import draw_evaluations
 from fastmoco.viz.label_study import draw_label_file, read_label_file
 from fastmoco.viz.report_plots import (
     Tile,
@@ -103,6 +104,7 @@ def report(
         folder = Path(aside)
         content = {
             "curves": _curves(folder, facts),
+            "evaluations": draw_evaluations(folder, run.root, facts.evaluations),
             "views": _or_why(lambda: _views(folder, facts, device)),
             "network": _or_why(lambda: _network(folder, run, device)),
             "labelled": _or_why(

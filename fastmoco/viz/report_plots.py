@@ -31,6 +31,10 @@ _COUNTED = 20  # classes whose counts fit into its cells
 _COLOURED = 20  # classes that colors can tell apart
 _LONGEST = 16  # letters of a name
 _PANEL = (5, 3.6)  # inches
+_RATES = 5  # whose names fit into a legend
+_PALE = "#b9c4d0"
+_DECADE = 10  # from which spread on numbers lie on a logarithmic axis
+Drawn = Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,75 @@ def draw_reliability(
     axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=_DPI)
+
+
+def draw_accuracy(path: Path, kinds: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw accuracy against the number of labels, a line through the means of each classifier.
+
+    Args:
+        path: of the PNG.
+        kinds: pairs of labels and top-1, percent, for each classifier, in words.
+    """
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    every = [count for points in kinds.values() for count, _ in points]
+    for color, (name, points) in zip(get_colors(len(kinds)), kinds.items(), strict=True):
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=22, color=color, alpha=0.7, linewidths=0)
+        counts = sorted(set(x))
+        means = [np.mean([top1 for count, top1 in points if count == one]) for one in counts]
+        axes.plot(counts, means, color=color, linewidth=1.4, marker=".", label=name)
+    if max(every) > _DECADE * min(every):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    style_axes(axes, "Top-1 of the test images, %")
+    axes.set_xlabel("labels trained on", color=INK)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_training(
+    path: Path, x: Sequence[int], unit: str, test: Mapping[str, Drawn], train: Drawn, title: str
+) -> None:
+    """Draw how a classifier's accuracy came about.
+
+    Args:
+        path: of the PNG.
+        x: epochs or steps.
+        unit: which.
+        test: top-1 of the test images for each learning rate, the chosen one first; percent, None
+            where there was none.
+        train: of the images that the chosen one was trained on, as they were shown.
+        title: what was trained.
+    """
+    figure = make_figure(*_PANEL)
+    axes = figure.subplots()
+    mark = "o" if len(x) == 1 else ""
+    few = len(test) <= _RATES
+    colors = get_colors(len(test)) if few else [_PALE] * len(test)
+    for place, (name, of) in enumerate(test.items()):
+        words = f"test, {name}" if few or place == 0 else "test, other rates"
+        style = {"color": colors[place], "linewidth": 1, "zorder": 2}
+        if place == 0:
+            style = {"color": LINE, "linewidth": 1.8, "zorder": 3}
+        label = words if few or place < 2 else None
+        axes.plot(x, _finite(of), marker=mark, label=label, **style)
+    axes.plot(x, _finite(train), color=MARK, linestyle="--", marker=mark, label="training images")
+    style_axes(axes, "Top-1, %")
+    axes.set_title(title, loc="right", fontsize=9, color=INK, parse_math=False)
+    axes.set_xlabel(unit, color=INK)
+    axes.legend(fontsize=9, labelcolor=INK, edgecolor="none", framealpha=0.8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=_DPI)
+
+
+def _finite(values: Drawn) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def get_colors(classes: int) -> list[str]:

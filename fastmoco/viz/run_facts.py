@@ -69,7 +69,8 @@ class Facts:
         metrics: rows of metrics.jsonl.
         latest: the last value of each curve, in words, by its title.
         warnings: what the last epoch that was measured says of a collapse.
-        numbers: the evaluations, newest first.
+        evaluations: rows of evaluations.jsonl.
+        numbers: the same in words, newest first.
         origin: of weights that another program trained: their file; else empty.
     """
 
@@ -83,6 +84,7 @@ class Facts:
     metrics: list[dict[str, Any]]
     latest: dict[str, str]
     warnings: list[str]
+    evaluations: list[dict[str, Any]]
     numbers: list[Number]
     origin: dict[str, Any]
 
@@ -96,6 +98,7 @@ def gather(run: RunFolder) -> Facts:
     described = run.config if run.config.is_file() else run.root / "encoder.json"
     recipe, metrics = run.recipe(), run.rows()
     versions = _json(run.root / "versions.json")
+    evaluations = read_rows(run.root / "evaluations.jsonl")
     measured = [row for row in metrics if row.get("kind") == "epoch" and "rankme" in row]
     return Facts(
         run.name,
@@ -108,7 +111,8 @@ def gather(run: RunFolder) -> Facts:
         metrics,
         {curve.title: f"{curve.points(metrics)[1][-1]:.4g}" for curve in curves_in(metrics)},
         find_collapse(measured[-1]) if measured else [],
-        [Number.of(row) for row in reversed(_rows(run.root / "evaluations.jsonl"))],
+        evaluations,
+        [Number.of(row) for row in reversed(evaluations)],
         _json(run.root / ORIGIN),
     )
 
@@ -152,7 +156,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; one cut short by a kill is left out."""
     if not path.is_file():
         return []

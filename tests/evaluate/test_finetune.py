@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import stochastic_depth
 
+from fastmoco.config.encoder import EncoderSpec
+from fastmoco.core.distributed import World
+from fastmoco.core.rng import Stream, philox
 from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
-from fastmoco.evaluate.finetune import _losses, finetune
+from fastmoco.evaluate.finetune import Trial, _losses, finetune
 from fastmoco.evaluate.finetune_config import FinetuneConfig
 from fastmoco.evaluate.labelled_loader import Crops
+from fastmoco.evaluate.noise import cut_out, noisy, strong
+from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
@@ -195,6 +201,68 @@ def test_every_class_equally_often(stripes: Evaluation) -> None:
     assert row["protocol"]["even"] and row["budget"]["steps"] == 12
 
 
+@pytest.mark.parametrize(("arch", "blocks"), [("resnet10", 4), ("resnet50", 16)])
+def test_noise_drops_features_and_branches_while_training(
+    arch: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block l of L for the share 0.2 l / L of the samples; half of the features before the head."""
+    torch.manual_seed(0)
+    network = Encoder(EncoderSpec(arch=arch, stem="small-stride2", head="linear", dim=3)).train()
+    names, images = list(network.state_dict()), torch.randn(30, 3, 16, 16)
+    last = {"resnet10": "bn2", "resnet50": "bn3"}[arch]
+    rates: list[float] = []
+
+    def note(branch: torch.Tensor, rate: float, mode: str, training: bool) -> torch.Tensor:
+        rates.append(rate)
+        return stochastic_depth(branch, rate, mode, training)
+
+    monkeypatch.setattr("fastmoco.evaluate.noise.stochastic_depth", note)
+    seen: dict[str, torch.Tensor] = {}
+    network.backbone.register_forward_hook(lambda m, given, out: seen.update(features=out))
+    before, state = network(images), torch.get_rng_state()
+    with noisy(network, 3), torch.no_grad():
+        assert list(network.state_dict()) == names
+        branch = network.backbone.layer4[-1].get_submodule(last)
+        hook = branch.register_forward_hook(lambda m, given, out: seen.update(branch=out + 0))
+        network.head.register_forward_hook(lambda m, given, out: seen.update(shown=given[0]))
+        first, second = network(images), network(images)
+        hook.remove()
+        assert rates == pytest.approx([0.2 * n / blocks for n in range(1, blocks + 1)] * 2)
+        quiet = network.eval()(images)
+    skipped = (seen["branch"] == 0).flatten(1).all(dim=1)
+    assert 0 < skipped.sum() < 20
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(first, second)
+    assert torch.equal(network(images), quiet), "in evaluation mode nothing is dropped"
+    assert torch.equal(seen["features"], seen["shown"])
+    with noisy(network.train(), 3), torch.no_grad():
+        assert torch.equal(network(images), first)
+        kept = (seen["shown"] != 0)[seen["features"] > 0].float().mean()
+    assert kept == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(network(images), before), "and no hook stays"
+
+
+def test_with_noise_views_are_strong_and_have_a_hole(stripes: Evaluation) -> None:
+    quick = replace(QUICK, steps=2, noise=True)
+    rows = [finetune(stripes, replace(quick, noise=noise)) for noise in (True, True, False)]
+    assert rows[0]["protocol"]["noise"]
+    found = [np.load(stripes.run.root / row["predictions"])["confidence"].tolist() for row in rows]
+    assert found[0] == found[1] != found[2], "the same seed, the same noise"
+    trial, shown = Trial.of(stripes, stripes.train, None, quick), list[torch.Tensor]()
+
+    def keep(images: torch.Tensor) -> torch.Tensor:
+        shown.append(images)
+        return images.mean(dim=(2, 3))
+
+    given = (stripes.train, None, 24, quick.seed, stripes.preprocessing)
+    for cut in (True, False):
+        crops = Crops(*given, view=trial.protocol.view(16), cut=cut)
+        next(_losses(keep, crops))
+    holed, whole = shown
+    numbers = np.random.Generator(philox(quick.seed, Stream.NOISE))
+    assert torch.equal(holed, cut_out(whole, numbers)) and not torch.equal(holed, whole)
+    assert trial.protocol.view(16) == strong(16)
+
+
 def test_a_weight_of_2_is_the_sample_twice() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 3, dtype=torch.float64, generator=generator)
@@ -207,6 +275,14 @@ def test_a_weight_of_2_is_the_sample_twice() -> None:
     crops: Any = SimpleNamespace(batches=lambda: iter(given))
     (weighted, *_), (copies, *_) = _losses(lambda images: images, crops)
     torch.testing.assert_close(weighted, copies, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(stripes: Evaluation) -> None:
+    three = replace(stripes, world=World(size=3))
+    with pytest.raises(UsageError, match="3 processes cannot share a batch of 8 evenly"):
+        finetune(three, FinetuneConfig(steps=1, batch=8))
+    with pytest.raises(UsageError, match="4 images on 3 processes leave BatchNorm nothing"):
+        finetune(three, FinetuneConfig(steps=1, batch=4))
 
 
 @pytest.mark.slow

@@ -16,11 +16,11 @@ from fastmoco.errors import UsageError
 from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.finetune import finetune
 from fastmoco.evaluate.finetune_config import FinetuneConfig
+from fastmoco.evaluate.noise import cut_out
 from fastmoco.evaluate.semi import (
     AveragedWeights,
     SemiBatch,
     SemiConfig,
-    cut_out,
     fixmatch,
     mixmatch,
     pseudo,
@@ -272,9 +272,14 @@ def test_too_few_images_and_half_a_request_are_refused(
     tuning = FinetuneConfig(steps=3, batch=24, semi=SemiConfig("fixmatch"))
     with pytest.raises(UsageError, match="168 images without a label"):
         finetune(stripes, tuning, unlabelled=stripes.train.set)
-    for half in (["--semi", "pseudo"], ["--unlabelled", stripe_sets[0]]):
-        code, _, errors = run("finetune", stripes.run.root, *half)
-        assert code == 2 and "--semi and --unlabelled SET go together" in errors
+    both = ["--semi", "pseudo", "--unlabelled", stripe_sets[0]]
+    for words, told in (
+        (both[:2], "--semi and --unlabelled SET go together"),
+        (both[2:], "--semi and --unlabelled SET go together"),
+        ([*both, "--noise"], "leave --noise out"),
+    ):
+        code, _, errors = run("finetune", stripes.run.root, *words)
+        assert code == 2 and told in errors
 
 
 def test_the_rate_falls_as_published() -> None:

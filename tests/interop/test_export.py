@@ -197,7 +197,7 @@ def test_one_channel_goes_out_and_comes_back(to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["huggingface", "detectron2"])
 def test_one_channel_is_refused_where_images_have_three(to: str, tmp_path: Path) -> None:
     spec = EncoderSpec(arch="resnet18", channels=1, dim=16)
-    with pytest.raises(UsageError, match=r"three channels.*: export to torchvision"):
+    with pytest.raises(UsageError, match=r"three channels.*: export to one of torchvision"):
         export(Encoder(spec), spec, tmp_path / "out", to)
 
 

@@ -8,10 +8,10 @@ import torch
 
 from fastmoco.core.rng import Stream, raw_words
 from fastmoco.errors import UsageError
+from fastmoco.label.choose import Options, choose
 from fastmoco.label.clusters import kmeans
 from fastmoco.label.head import Head, fit_head, fit_linear, standardize
 from fastmoco.label.pool import PoolFeatures
-from fastmoco.label.query import Options, choose
 from fastmoco.label.uncertainty import disagree, judge
 
 CLASSES = 3
@@ -31,8 +31,8 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_hybrid_clusters_the_samples_of_the_smallest_margin(data):
     rows, known, labels = data
     options = Options(6, "hybrid", balanced=False, seed=2)
-    places, head, of_chosen = choose([PoolFeatures(rows, known, 1)], labels, CLASSES, options, [])
-    assert head is not None and of_chosen is not None
+    chosen = choose([PoolFeatures(rows, known, 1)], labels, CLASSES, options, [])
+    assert chosen.head is not None and chosen.beliefs is not None
     margins = judge(fit_head(known, labels, CLASSES, 2), rows).margin
     unsure = sorted(range(300), key=lambda i: margins[i])[:60]
     score = torch.tensor([-margins[i] for i in unsure], dtype=torch.float64)
@@ -41,8 +41,8 @@ def test_hybrid_clusters_the_samples_of_the_smallest_margin(data):
     for cluster in sorted(range(6), key=lambda c: -int((members == c).sum())):
         free = [i for i in unsure if i not in expected]
         expected.append(min(free, key=lambda i: float((rows[i] - centers[cluster]).norm())))
-    assert places.tolist() == expected
-    assert np.array_equal(of_chosen.margin, margins[places])
+    assert chosen.places.tolist() == expected
+    assert np.array_equal(chosen.beliefs.margin, margins[expected])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_typiclust_needs_two_clusters_a_class_and_makes_500_at_most(data, monkey
     features = [PoolFeatures(rows, known, 1)]
     with pytest.raises(UsageError, match=r"35 clusters, too few for 18 classes.*herding"):
         choose(features, labels, 18, Options(5, "typiclust"), [])
-    monkeypatch.setattr("fastmoco.label.query.CLUSTERS", 34)
+    monkeypatch.setattr("fastmoco.label.choose.CLUSTERS", 34)
     with pytest.raises(UsageError, match=r"34 clusters, too few for 18 classes"):
         choose(features, labels, 18, Options(50, "typiclust"), [])
     warnings: list[str] = []
@@ -113,8 +113,10 @@ def test_a_committee_is_of_bootstraps_and_of_other_runs(data):
     ]
     for members, expected in ((2, [*bootstraps, theirs]), (0, [(head, rows), theirs])):
         options = Options(9, "disagreement", balanced=False, seed=3, members=members)
-        places, found, of_chosen = choose(features, labels, CLASSES, options, [], weights)
+        chosen = choose(features, labels, CLASSES, options, [], weights)
         scores = disagree(expected)
-        assert places.tolist() == sorted(range(300), key=lambda i: (-scores[i], i))[:9]
-        assert found is not None and torch.equal(found.weight, head.weight)
-        assert np.array_equal(of_chosen.confidence, judge(head, rows).confidence[places])
+        assert chosen.places.tolist() == sorted(range(300), key=lambda i: (-scores[i], i))[:9]
+        assert np.array_equal(chosen.scores, scores[chosen.places])
+        assert chosen.head is not None and torch.equal(chosen.head.weight, head.weight)
+        of_all = judge(head, rows).confidence
+        assert np.array_equal(chosen.beliefs.confidence, of_all[chosen.places])

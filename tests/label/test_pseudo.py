@@ -237,9 +237,9 @@ def test_broken_off_it_is_whole_or_absent(pseudolabel, run, monkeypatch, writes)
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("--precision", 1.5), 2, "--precision 1.5 is not a share"),
-        (("--threshold", -1), 2, "--threshold -1 is not a share"),
-        (("--threshold", "nan"), 2, "--threshold nan is not a share"),
+        (("--precision", 1.5), 2, "1.5 is not a share"),
+        (("--threshold", -1), 2, "-1 is not a share"),
+        (("--threshold", "nan"), 2, "nan is not a share"),
         (("--precision", 0.9, "--threshold", 0.9), 2, "pass it or --threshold"),
         (("--out", "labels.txt"), 2, "must end in .csv"),
         (("--out", "absent/labels.csv", "--agree", "absent"), 2, "absent is not a run folder"),
@@ -332,13 +332,13 @@ def test_noisy_student_is_two_commands(colored, run, own):
     with Path("pseudolabels.csv").open(newline="") as stream:
         rows = {int(r["sample"]): (r["label"], r["confidence"]) for r in csv.DictReader(stream)}
     assert rows == expected and len(rows) > 20
-    code, _, err = run(*tune, "--more", "pool", "pseudolabels.csv", "--save", "t1")
+    code, _, err = run(*tune, "--more", "pool", "pseudolabels.csv", "--noise", "--save", "t1")
     assert code == 0, err
     assert json.loads(Path("run/evaluations.jsonl").read_text().splitlines()[-1])["labels"][
         "images"
     ] == 60 + len(rows)
     threshold = ("--threshold", 0.5)
-    more = (("--agree", "other"), ("--features", "x.npy"))
+    more = (("--agree", "other"), ("--features", "x.npy"), ("--classifier", "x.pt"))
     for extra in ((), ("--precision", 0.9), *((*threshold, *words) for words in more)):
         code, _, err = run(*words, *extra, "--replace")
         assert code == 2 and "--by needs --threshold, and goes without" in err
@@ -370,7 +370,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(colored, run, own):
     section = page.split("## Labels without asking")[1].split("\n## ")[0]
     short = {"probe": ("--epochs", 2), "finetune": ("--steps", 30, "--batch", 20)}
     commands = re.findall(r"^    fastmoco (.+)$", section, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for words in map(str.split, commands):
         code, _, err = run(*words, *short.get(words[0], ()), *CPU)
         assert code == 0, (words, err)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, st
 def asked(path: Path) -> list[int]:
     with path.open() as stream:
         return [int(row["sample"]) for row in csv.DictReader(stream)]
+
+
+def details(place: Path) -> list[dict[str, str]]:
+    with (place / "request.details.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -188,9 +194,14 @@ def counted(calls: list[int]) -> Callable[..., torch.Tensor]:
     return call
 
 
-@pytest.mark.parametrize("strategy", ["random", "herding", "typiclust", "hybrid"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "disagreement", "scores"])
 def test_the_pools_own_labels_change_no_request(place, capsys, strategy):
+    """Shuffled, they leave the same bytes: a gain of any strategy is no leak."""
     arguments = ("query", "run", "pool", "--budget", 9, "--strategy", strategy, "--device", "cpu")
+    np.save(place / "mine.npy", np.arange(len(ShardSet(place / "pool"))) % 7)
+    arguments += {"disagreement": ("--members", "2"), "scores": ("--scores", "mine.npy")}.get(
+        strategy, ()
+    )
     assert command(capsys, *arguments)[0] == 0
     files = ("request.csv", "request.details.csv", "request.json", "request.png")
     before = [(place / name).read_bytes() for name in files]
@@ -269,6 +280,10 @@ def test_labels_that_tell_nothing_are_refused(place, capsys, make_images):
         code, _, err = command(capsys, *arguments, "--train", *words)
         assert code == 3 and told in err, err
     assert not list(place.glob("request*"))
+    rows["label"] = np.arange(4) % 2
+    write_labels(ShardSet(place / "train"), "two", rows, ["ape", "bee", "cow"], "by hand")
+    code, out, err = command(capsys, *arguments, "--train", "train", "--labels", "two")
+    assert code == 0 and "warning: no label of the class 'cow' yet (1 such)" in out, err
 
 
 def test_a_request_that_is_still_out_is_not_made_again(place, capsys):
@@ -294,7 +309,7 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
         assert code == 0, err
         assert len(asked(place / out)) == 4
         details = (place / f"{strategy}.details.csv").read_text().splitlines()
-        assert details[1].endswith(",1,,,,"), "no head, no beliefs"
+        assert details[1].endswith(",1,,,,,"), "no head, no beliefs"
     words = ("query", "run", "pool", "--budget", 4, "--strategy", "margin", "--out", "margin.csv")
     code, _, err = command(capsys, *words)
     assert code == 2 and "needs labels" in err
@@ -326,10 +341,22 @@ def test_the_first_request_needs_no_labels(place, capsys, tmp_path, monitor):
             3,
             "sample 5 is not fin",
         ),
+        (
+            ("--budget", "3", "--strategy", "scores", "--scores", "other.npy"),
+            3,
+            "other.npy is of other sets",
+        ),
         (("--budget", "3", "--out", "request.txt"), 2, "must end in .csv"),
         (("--budget", "3", "--strategy", "disagreement"), 2, "add --members 5, or --with RUN"),
         (("--budget", "3", "--strategy", "margin", "--members", "5"), 2, "no other strategy"),
         (("--budget", "3", "--with", "run"), 2, "no other strategy has one"),
+        (("--budget", "3", "--max-margin", "1.5"), 2, "1.5 is not a share"),
+        (("--budget", "3", "--min-entropy", "nan"), 2, "nan is not a share"),
+        (
+            ("--budget", "3", "--strategy", "random", "--features", "x.npy"),
+            2,
+            "--features does nothing with random",
+        ),
         (
             ("--budget", "3", "--strategy", "disagreement", "--with", "empty"),
             4,
@@ -343,6 +370,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(place, capsys, words, c
     odd = np.zeros(count)
     odd[5] = np.nan
     np.save(place / "nan.npy", odd)
+    np.save(place / "other.npy", np.zeros(count))
+    (place / "other.json").write_text('{"set_ids": ["of another"]}')
     (place / "empty").mkdir()
     shutil.copy(place / "run/encoder.json", place / "empty")
     found, _, err = command(capsys, "query", "run", "pool", *words, "--device", "cpu")
@@ -360,6 +389,14 @@ def test_scores_of_ones_own_are_taken_largest_first(place, capsys):
     found = asked(place / "request.csv")
     values = scores[found].tolist()
     assert values == sorted(values, reverse=True) and int(scores.argmax()) not in found
+    rows = details(place)
+    assert [float(row["score"]) for row in rows] == values
+    each = Counter(row["predicted"] for row in rows)
+    assert max(each.values()) <= 2, "of each of three predicted classes an equal share"
+    words += ("--no-balance", "--replace")
+    assert command(capsys, "query", "run", "pool", *words)[0] == 0
+    top = scores[asked(place / "request.csv")].tolist()
+    assert sum(top) > sum(values) and {row["predicted"] for row in details(place)} == {""}
 
 
 def test_scores_may_be_a_csv(place, capsys):

@@ -23,7 +23,7 @@ def make_request(root: Path, ids: list[int]) -> Request:
     beliefs = Beliefs(np.zeros(len(ids), np.int64), *columns)
     about = {"seed": len(ids)}
     return Request(
-        ShardSet(root), np.array(ids), "margin", "", 24, ["ape"], None, beliefs, [], about
+        ShardSet(root), np.array(ids), "margin", "", 24, ["ape"], None, beliefs, None, [], about
     )
 
 
