@@ -99,6 +99,26 @@ def make_parent(final: Path) -> None:
         ) from error
 
 
+def refuse_taken(outs: Sequence[Path], suffix: str, replace: bool | None = None) -> None:
+    """Refuse the names of new files before the minutes or hours that their content takes.
+
+    Args:
+        outs: what --out says, then what is written beside it.
+        suffix: that the first must have.
+        replace: what --replace says; None: there is no such option.
+
+    Raises:
+        UsageError: a name is taken, the suffix is another, or the folder cannot be made.
+    """
+    if outs[0].suffix != suffix:
+        raise UsageError(f"--out {outs[0]} must end in {suffix}.")
+    for path in outs:
+        if path.exists() and not replace:
+            remedy = "" if replace is None else ", or pass --replace"
+            raise UsageError(f"{path} exists: choose another --out{remedy}.")
+    make_parent(outs[0])
+
+
 def check_replaceable(png: Path) -> None:
     """Refuse to draw a PNG on top of anything but one that was drawn here.
 

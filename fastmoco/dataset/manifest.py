@@ -123,6 +123,15 @@ def hash_set(
     return digest.hexdigest()
 
 
+def count_classes(labels: npt.NDArray[np.int32], classes: int) -> list[int]:
+    """Return how many of (N,) labels, -1 for none, each of the classes has."""
+    counts = np.zeros(classes, dtype=np.int64)
+    for start in range(0, len(labels), CHUNK):
+        some = labels[start : start + CHUNK]
+        counts += np.bincount(some[some >= 0], minlength=classes)
+    return counts.tolist()
+
+
 def read_manifest(root: Path) -> Manifest:
     """Return the manifest of a set.
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmoco.core.files import load_array, new_file, write_json
-from fastmoco.errors import DataError, UsageError
+from fastmoco.core.files import load_array, new_file, refuse_taken, write_json
+from fastmoco.errors import DataError
 
 
 def companions(out: Path) -> tuple[Path, Path]:
@@ -18,16 +18,8 @@ def companions(out: Path) -> tuple[Path, Path]:
 
 
 def check_absent(out: Path) -> None:
-    """Refuse a name before the hours of embedding.
-
-    Raises:
-        UsageError: it does not end in .npy, or one of the three files exists.
-    """
-    if out.suffix != ".npy":
-        raise UsageError(f"{out} must end in .npy.")
-    for path in (out, *companions(out)):
-        if path.exists():
-            raise UsageError(f"{path} exists: choose another --out.")
+    """Refuse a name of features that is taken, or is no name of a `.npy`; see `refuse_taken`."""
+    refuse_taken((out, *companions(out)), ".npy")
 
 
 def write_features(

@@ -13,9 +13,9 @@ import numpy as np
 
 from fastmoco.core.files import (
     check_replaceable,
-    make_parent,
     new_file,
     new_folder,
+    refuse_taken,
     to_csv,
     write_json,
 )
@@ -76,17 +76,8 @@ def read_request(path: Path) -> list[int]:
 
 
 def check_absent(out: Path, replace: bool) -> None:
-    """Refuse a name that is taken, before the minutes of embedding.
-
-    Raises:
-        UsageError: it is, it does not end in .csv, or its folder cannot be made.
-    """
-    if out.suffix != ".csv":
-        raise UsageError(f"--out {out} must end in .csv.")
-    for path in (out, *_beside(out)):
-        if path.exists() and not replace:
-            raise UsageError(f"{path} exists: choose another --out, or pass --replace.")
-    make_parent(out)
+    """Refuse a name of a request that is taken, or is no name of a CSV; see `refuse_taken`."""
+    refuse_taken((out, *_beside(out)), ".csv", replace)
 
 
 def _beside(out: Path) -> tuple[Path, Path]:

@@ -8,12 +8,11 @@ manifest says how many there are.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +20,15 @@ from pydantic import ValidationError
 
 from fastmoco.dataset.classes import Found, Known
 from fastmoco.dataset.dali_index import index_path
-from fastmoco.dataset.manifest import (
-    CHUNK,
-    FORMAT_VERSION,
-    Manifest,
-    Shard,
-    hash_set,
-    write_manifest,
-)
-from fastmoco.dataset.shard_set import SAMPLE_DTYPE
+from fastmoco.dataset.manifest import CHUNK, Manifest, Shard, count_classes
 from fastmoco.errors import DataError, UsageError
-from fastmoco.pack.finalize import OFFSET_DTYPE, growing_array
+from fastmoco.pack.finalize import new_tables
 from fastmoco.pack.foreign import BESIDE, Adopted, AdoptTask, adopt_shard
 from fastmoco.pack.options import reject_limit
 from fastmoco.pack.parallel import mapped
 from fastmoco.pack.place import link, new, place, told
 from fastmoco.pack.sources.tree import is_training
 from fastmoco.pack.sources.webdataset import get_splits
-from fastmoco.pack.worker import ChannelStats
 
 ADOPTED = "adopted"  # the option that marks such a set
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -143,143 +133,49 @@ def _shards(folder: Path) -> list[Path]:
     if not shards:
         raise UsageError(f"{folder} holds no *.tar: name the folder that holds the shards.")
     for shard in shards:
-        _refuse_name(shard.name)
+        try:
+            Shard(name=shard.name, samples=0, bytes=0, sha256="")
+        except ValidationError as error:
+            raise UsageError(f"{shard.name!r} cannot be the name of a shard: rename it.") from error
     return shards
 
 
-def _refuse_name(name: str) -> None:
-    try:
-        Shard(name=name, samples=0, bytes=0, sha256="")
-    except ValidationError as error:
-        raise UsageError(f"{name!r} cannot be the name of a shard: rename it.") from error
-
-
-@dataclass
-class _Gathered:
-    """What the shards have told so far, beside what is in the tables.
+class _Labels:
+    """The labels as they are written in the shards, as codes until all of them are known.
 
     Attributes:
-        known: the classes that were given, if any.
-        values: the labels in the shards, and their codes in the table, if none were.
-        labelled: whether any sample has a label.
-        rotated: names of the first images that EXIF rotates.
-        rotations: their number.
-        damaged: what is wrong with shards that cannot be used.
         seen: the codes of all labels, those of unfit images included.
     """
 
-    known: Known
-    values: Found = field(default_factory=Found)
-    labelled: bool = False
-    shards: list[Shard] = field(default_factory=list)
-    totals: ChannelStats = field(default_factory=ChannelStats)
-    rotated: list[str] = field(default_factory=list)
-    rotations: int = 0
-    damaged: list[str] = field(default_factory=list)
-    seen: set[int] = field(default_factory=set)
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._known, self._found = Known(classes, by_place=True), Found()
+        self.seen: set[int] = set()
 
-    def add(self, path: Path, found: Adopted) -> None:
-        """Note a shard.
+    def encode(self, path: Path, found: Adopted) -> None:
+        """Give the rows of a shard their codes.
 
         Raises:
             DataError: it has a label that is no class.
         """
-        if found.damage:
-            self.damaged.append(f"{path.name} {found.damage}")
-        self.shards.append(_entry(path, found))
-        self.totals.add(found.totals)
-        self.rotations += len(found.rotated)
-        self.rotated += found.rotated[: _SHOWN - len(self.rotated)]
         codes = [self._code(path, value) for value in found.values]
         self.seen.update(codes)
         labelled = found.rows["label"] >= 0
-        self.labelled |= bool(labelled.any())
         found.rows["label"][labelled] = np.array(codes)[found.rows["label"][labelled]]
-        found.rows["shard"] = len(self.shards) - 1
 
     def _code(self, path: Path, value: str) -> int:
-        if not self.known.names:
-            return self.values.code(value)
-        code = self.known.code(value)
+        if not self._known.names:
+            return self._found.code(value)
+        code = self._known.code(value)
         if code is None:
-            count = len(self.known.names)
+            count = len(self._known.names)
             raise DataError(f"{path} has the label {value!r}, which is none of {count} classes.")
         return code
 
-    def labels(self) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Return the label of each code in the table, and the class names."""
-        if self.known.names:
-            return np.arange(len(self.known.names), dtype=np.int32), self.known.names
-        return self.values.as_classes()
-
-
-def _entry(path: Path, found: Adopted) -> Shard:
-    return Shard(name=path.name, samples=len(found.rows), bytes=found.size, sha256=found.sha256)
-
-
-class _Tables:
-    """The tables in the making; they grow shard by shard on the disk, not in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.samples = self.rejected = self.lost = 0  # the lost are those rejects that count
-        self._end = np.uint64(0)  # of names.txt
-
-    def __enter__(self) -> "_Tables":
-        with ExitStack() as stack:
-            self._rows, self._ends, self._names, self._rejects = (
-                stack.enter_context((self.folder / name).open("wb"))
-                for name in (".rows", ".ends", "names.txt", "rejects.jsonl")
-            )
-            self._open = stack.pop_all()
-        self._ends.write(np.zeros(1, np.uint64).tobytes())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def add(self, path: Path, found: Adopted) -> None:
-        """Write what was found in a shard."""
-        self._rows.write(found.rows.tobytes())
-        lengths = np.array([len(name) + 1 for name in found.names], dtype=np.uint64)
-        ends = self._end + lengths.cumsum(dtype=np.uint64)
-        self._end = np.uint64(self._end + lengths.sum(dtype=np.uint64))
-        self._ends.write(ends.tobytes())
-        self._names.write(b"".join(name + b"\n" for name in found.names))
-        for name, reason in found.rejects:
-            line = json.dumps({"name": name, "reason": reason}) + "\n"
-            self._rejects.write(line.encode())
-        self.samples += len(found.rows)
-        self.rejected += len(found.rejects)
-        self.lost += sum(reason != BESIDE for _, reason in found.rejects)
-        header = f"v1.2 {len(found.rows)}\n".encode()
-        index_path(self.folder / path.name).write_bytes(header + found.index)
-
-    def finish(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Make the tables of the rows and the names; return the samples of each label.
-
-        Args:
-            labels: (codes,) the label of each code.
-        """
-        counts = np.zeros(int(labels.max(initial=-1)) + 1, dtype=np.int64)
-        final = np.append(labels, np.int32(-1))  # code -1, the last one, stays -1
-        with growing_array(self.folder / "samples.npy", SAMPLE_DTYPE, self.samples) as stream:
-            for rows in _stored(self.folder / ".rows", SAMPLE_DTYPE):
-                rows["label"] = final[rows["label"]]
-                counts += np.bincount(rows["label"][rows["label"] >= 0], minlength=len(counts))
-                stream.write(rows.tobytes())
-        with growing_array(self.folder / "names.idx.npy", OFFSET_DTYPE, self.samples + 1) as stream:
-            for part in _stored(self.folder / ".ends", OFFSET_DTYPE):
-                stream.write(part.tobytes())
-        return counts
-
-
-def _stored(path: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
-    """Yield what was stored in a file of rows, part by part, and remove it."""
-    with path.open("rb") as stream:
-        while content := stream.read(CHUNK * dtype.itemsize):
-            yield np.frombuffer(bytearray(content), dtype)
-    path.unlink()
+    def decode(self) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Return the label of each code, (codes,), and the class names."""
+        if self._known.names:
+            return np.arange(len(self._known.names), dtype=np.int32), self._known.names
+        return self._found.as_classes()
 
 
 def _write_set(
@@ -288,90 +184,79 @@ def _write_set(
     options: AdoptOptions,
     on_progress: Callable[[int, int], None] | None,
 ) -> Manifest:
+    labels, damaged, rotated, lost = _Labels(options.classes), list[str](), list[str](), 0
     tasks = [AdoptTask(path, options.label_key, options.unlabelled) for path in shards]
-    gathered = _Gathered(Known(options.classes, by_place=True))
-    with _Tables(aside) as tables, closing(mapped(adopt_shard, tasks, options.workers)) as results:
+    with (
+        new_tables(aside) as tables,
+        closing(mapped(adopt_shard, tasks, options.workers)) as results,
+    ):
         for done, (path, found) in enumerate(zip(shards, results, strict=True), 1):
-            gathered.add(path, found)
-            tables.add(path, found)
+            damaged += [f"{path.name} {found.damage}"] if found.damage else []
+            rotated += found.rotated
+            labels.encode(path, found)
+            count = len(found.rows)
+            shard = Shard(name=path.name, samples=count, bytes=found.bytes, sha256=found.sha256)
+            tables.add(shard, found.rows, found.names, found.totals)
+            for name, reason in found.rejects:
+                tables.reject(name, reason)
+                lost += reason != BESIDE
+            index_path(aside / path.name).write_bytes(found.index)
             if on_progress:
                 on_progress(done, len(shards))
-    _refuse_unusable(gathered, tables, options, shards[0].parent)
-    if options.label_key and not gathered.labelled:
+    if damaged:
+        named = "".join(f"\n  {what}" for what in damaged[:_SHOWN])
         raise DataError(
-            f"No sample has a label in the field {options.label_key!r} of its JSON: name another "
-            "one by --label-key, or pass --unlabelled."
-        )
-    labels, classes = gathered.labels()
-    counts = tables.finish(labels)
-    there = set(np.flatnonzero(counts).tolist())
-    gone = sorted({int(labels[code]) for code in gathered.seen} - there)
-    if gone:
-        raise DataError(
-            f"All images of the class {classes[gone[0]]} would be left out: "
-            f"fastmoco shard {shards[0].parent} OUT re-encodes what can be read."
-        )
-    return write_manifest(aside, _manifest(aside, gathered, tables, classes, counts, options))
-
-
-def _refuse_unusable(
-    gathered: _Gathered, tables: _Tables, options: AdoptOptions, folder: Path
-) -> None:
-    if gathered.damaged:
-        named = "".join(f"\n  {what}" for what in gathered.damaged[:_SHOWN])
-        raise DataError(
-            f"{len(gathered.damaged)} shard(s) are damaged; fetch them again, or move them away. "
+            f"{len(damaged)} shard(s) are damaged; fetch them again, or move them away. "
             f"The first:{named}"
         )
-    total = tables.samples + tables.lost
-    limit = reject_limit(options.max_rejects, total)
-    if tables.samples and tables.lost <= limit:
+    _refuse_losses(aside, tables.samples, lost, options, shards[0].parent)
+    classes = _number_labels(aside, labels, options.label_key, shards[0].parent)
+    recorded = {
+        ADOPTED: True,
+        "label_key": options.label_key,
+        "unlabelled": options.unlabelled,
+        "rotated": len(rotated),
+        # A manifest is UTF-8, names of members need not be.
+        "rotated_first": [name.encode("utf-8", "replace").decode() for name in rotated[:_SHOWN]],
+    }
+    return tables.write_manifest(classes, recorded)
+
+
+def _refuse_losses(
+    aside: Path, samples: int, lost: int, options: AdoptOptions, folder: Path
+) -> None:
+    limit = reject_limit(options.max_rejects, samples + lost)
+    if samples and lost <= limit:
         return
-    with (tables.folder / "rejects.jsonl").open() as lines:
+    with (aside / "rejects.jsonl").open() as lines:
         rejects = [json.loads(line) for line in islice(lines, _SHOWN)]
     first = "".join(f"\n  {reject['name']!r} {reject['reason']}" for reject in rejects)
-    if not tables.samples:
+    if not samples:
         raise DataError(f"The shards hold no image that can be read in place.{first}")
     raise DataError(
-        f"{tables.lost} of {total} images would be left out, more than {limit}, so nothing was "
-        f"adopted: --max-rejects {tables.lost} puts up with them; fastmoco shard {folder} OUT "
+        f"{lost} of {samples + lost} images would be left out, more than {limit}, so nothing was "
+        f"adopted: --max-rejects {lost} puts up with them; fastmoco shard {folder} OUT "
         f"re-encodes what can be read. The first:{first}"
     )
 
 
-def _manifest(
-    aside: Path,
-    gathered: _Gathered,
-    tables: _Tables,
-    classes: list[str],
-    counts: npt.NDArray[np.int64],
-    options: AdoptOptions,
-) -> Manifest:
-    rows = np.load(aside / "samples.npy", mmap_mode="r", allow_pickle=False)
-    found = np.zeros(len(classes), dtype=np.int64)
-    found[: len(counts)] = counts
-    mean, std = gathered.totals.mean_and_deviation()
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        set_id=hash_set(gathered.shards, rows),
-        samples=tables.samples,
-        rejected=tables.rejected,
-        progressive=gathered.totals.progressive,
-        classes=classes,
-        class_counts=found.tolist(),
-        mean=mean,
-        std=std,
-        options={
-            ADOPTED: True,
-            "label_key": options.label_key,
-            "unlabelled": options.unlabelled,
-            "rotated": gathered.rotations,
-            "rotated_first": [_readable(name) for name in gathered.rotated],
-        },
-        shards=gathered.shards,
-    )
-
-
-def _readable(name: str) -> str:
-    """Return a name that a manifest can hold, whatever its bytes are."""
-    return name.encode("utf-8", "replace").decode()
+def _number_labels(aside: Path, labels: _Labels, key: str | None, folder: Path) -> list[str]:
+    """Put labels in the place of codes in the table; return the class names."""
+    rows = np.load(aside / "samples.npy", mmap_mode="r+", allow_pickle=False)
+    numbers, classes = labels.decode()
+    final = np.append(numbers, np.int32(-1))  # code -1, the last one, stays -1
+    for start in range(0, len(rows), CHUNK):
+        rows["label"][start : start + CHUNK] = final[rows["label"][start : start + CHUNK]]
+    counts = count_classes(rows["label"], len(classes))
+    if key and not any(counts):
+        raise DataError(
+            f"No sample has a label in the field {key!r} of its JSON: name another "
+            "one by --label-key, or pass --unlabelled."
+        )
+    gone = sorted({int(numbers[code]) for code in labels.seen if not counts[numbers[code]]})
+    if gone:
+        raise DataError(
+            f"All images of the class {classes[gone[0]]} would be left out: "
+            f"fastmoco shard {folder} OUT re-encodes what can be read."
+        )
+    return classes

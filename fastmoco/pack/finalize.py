@@ -2,20 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
+from fastmoco.dataset.dali_index import index_path
 from fastmoco.dataset.manifest import (
     FORMAT_VERSION,
     GRAY_VERSION,
     Manifest,
     Shard,
+    count_classes,
     hash_set,
     write_manifest,
 )
@@ -27,7 +29,7 @@ from fastmoco.pack.shard_writer import Journal, ShardRecord
 from fastmoco.pack.sources.base import Reject, by_name
 from fastmoco.pack.worker import ChannelStats
 
-OFFSET_DTYPE = np.dtype("<u8")  # of names.idx.npy
+_OFFSET_DTYPE = np.dtype("<u8")  # of names.idx.npy
 
 
 def write_tables(
@@ -40,20 +42,22 @@ def write_tables(
     Raises:
         DataError: no image was fit.
     """
-    samples = sum(record.shard.samples for record in _records(schedule, journal))
-    if not samples:
+    if not any(record.shard.samples for record in _records(schedule, journal)):
         rejects = (r for record in _records(schedule, journal) for r in _rejects(schedule, record))
         raise DataError(f"None of the images is fit. The first:{first(list(islice(rejects, 3)))}")
-    tables = _Tables(folder, schedule, options.gray)
-    with (
-        growing_array(folder / "samples.npy", SAMPLE_DTYPE, samples) as rows,
-        growing_array(folder / "names.idx.npy", OFFSET_DTYPE, samples + 1) as ends,
-        (folder / "names.txt").open("wb") as names,
-    ):
-        ends.write(np.zeros(1, OFFSET_DTYPE).tobytes())
+    left_out = list(schedule.source.left_out)
+    with new_tables(folder, options.gray) as tables:
         for record in _records(schedule, journal):
-            tables.add(record, rows, names, ends)
-    manifest = tables.finish(options)
+            left_out += _rejects(schedule, record)
+            if not len(record.rows):  # stock readers do not expect a shard without samples
+                (folder / record.shard.name).unlink()
+                index_path(folder / record.shard.name).unlink()
+                continue
+            names = (os.fsencode(schedule.name_at(p)) for p in record.positions.tolist())
+            tables.add(record.shard, record.rows, names, record.totals)
+        for reject in sorted(left_out, key=by_name):
+            tables.reject(*reject)
+    manifest = tables.write_manifest(schedule.source.classes, options.recorded())
     for number in range(schedule.shards):
         journal.forget(number)
     return manifest
@@ -64,15 +68,6 @@ def first(rejects: Sequence[Reject]) -> str:
     return "".join(f"\n  {name!r} {reason}" for name, reason in rejects[:3])
 
 
-@contextmanager
-def growing_array(path: Path, dtype: np.dtype[Any], rows: int) -> Iterator[BinaryIO]:
-    """Yield a `.npy` file of so many rows that waits for their bytes."""
-    with path.open("wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (rows,)})
-        yield stream
-
-
 def _records(schedule: Schedule, journal: Journal) -> Iterator[ShardRecord]:
     return map(journal.read, range(schedule.shards))
 
@@ -81,61 +76,102 @@ def _rejects(schedule: Schedule, record: ShardRecord) -> list[Reject]:
     return [Reject(schedule.name_at(position), reason) for position, reason in record.rejects]
 
 
-class _Tables:
-    """What goes into the manifest, summed while the shards' rows go into the tables."""
+class Tables:
+    """The tables of a set in the making, and what goes into its manifest.
 
-    def __init__(self, folder: Path, schedule: Schedule, gray: bool) -> None:
-        self.folder, self.schedule = folder, schedule
-        self.classes = schedule.source.classes
+    They grow on the disk, for a set may have more rows than fit into memory. See `new_tables`.
+
+    Attributes:
+        shards: those added.
+        samples, rejected: how many there are.
+        totals: over the samples.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        gray: bool,
+        rows: BinaryIO,
+        names: BinaryIO,
+        ends: BinaryIO,
+        rejects: TextIO,
+    ) -> None:
+        self.folder, self.gray = folder, gray
+        self._rows, self._names, self._ends, self._rejects = rows, names, ends, rejects
         self.shards: list[Shard] = []
-        self.rejects = list(schedule.source.left_out)
+        self.samples = self.rejected = 0
         self.totals = ChannelStats.of(gray)
-        self.counts = np.zeros(len(self.classes), dtype=np.int64)
         self._end = np.uint64(0)  # of names.txt
+        ends.write(self._end.tobytes())
 
-    def add(self, record: ShardRecord, rows: BinaryIO, names: BinaryIO, ends: BinaryIO) -> None:
-        """Write the rows of a shard, their names and where these end."""
-        self.rejects += _rejects(self.schedule, record)
-        if not len(record.rows):  # stock readers do not expect a shard without samples
-            (self.folder / record.shard.name).unlink()
-            (self.folder / record.shard.name).with_suffix(".idx").unlink()
-            return
-        record.rows["shard"] = len(self.shards)
-        rows.write(record.rows.tobytes())
-        self._add_names(record.positions, names, ends)
-        self.shards.append(record.shard)
-        self.totals.add(record.totals)
-        if self.classes:
-            labels = record.rows["label"]
-            self.counts += np.bincount(labels[labels >= 0], minlength=len(self.counts))
+    def add(
+        self,
+        shard: Shard,
+        rows: npt.NDArray[np.void],
+        names: Iterable[bytes],
+        totals: ChannelStats,
+    ) -> None:
+        """Write the rows of the next shard, whose number they are given, and their names."""
+        rows["shard"] = len(self.shards)
+        self._rows.write(rows.tobytes())
+        lines = (name + b"\n" for name in names)
+        lengths = np.fromiter(map(self._names.write, lines), _OFFSET_DTYPE, len(rows))
+        ends = self._end + lengths.cumsum(dtype=_OFFSET_DTYPE)
+        self._end = ends[-1] if len(ends) else self._end
+        self._ends.write(ends.tobytes())
+        self.shards.append(shard)
+        self.samples += len(rows)
+        self.totals.add(totals)
 
-    def _add_names(self, positions: npt.NDArray[np.int64], names: BinaryIO, ends: BinaryIO) -> None:
-        lines = (os.fsencode(self.schedule.name_at(p)) + b"\n" for p in positions.tolist())
-        lengths = np.fromiter(map(names.write, lines), OFFSET_DTYPE, len(positions))
-        found = self._end + lengths.cumsum(dtype=OFFSET_DTYPE)
-        self._end = found[-1]
-        ends.write(found.tobytes())
+    def reject(self, name: str, reason: str) -> None:
+        """Write down an input that is left out."""
+        self._rejects.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        self.rejected += 1
 
-    def finish(self, options: PackOptions) -> Manifest:
-        """Write the rejects and the manifest."""
-        lines = [json.dumps(r._asdict()) + "\n" for r in sorted(self.rejects, key=by_name)]
-        (self.folder / "rejects.jsonl").write_text("".join(lines))
+    def write_manifest(self, classes: list[str], options: dict[str, Any]) -> Manifest:
+        """Write the manifest, once the tables are closed."""
         rows = np.load(self.folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         mean, std = self.totals.mean_and_deviation()
-        version = GRAY_VERSION if options.gray else FORMAT_VERSION
+        version = GRAY_VERSION if self.gray else FORMAT_VERSION
         manifest = Manifest(
             format_version=version,
             set_id=hash_set(self.shards, rows, version),
-            samples=len(rows),
-            rejected=len(lines),
+            samples=self.samples,
+            rejected=self.rejected,
             progressive=self.totals.progressive,
-            classes=self.classes,
-            class_counts=self.counts.tolist(),
+            classes=classes,
+            class_counts=count_classes(rows["label"], len(classes)),
             mean=mean,
             std=std,
-            channels=1 if options.gray else 3,
+            channels=1 if self.gray else 3,
             bits=16 if self.totals.deep else 8,
-            options=options.recorded(),
+            options=options,
             shards=self.shards,
         )
         return write_manifest(self.folder, manifest)
+
+
+@contextmanager
+def new_tables(folder: Path, gray: bool = False) -> Iterator[Tables]:
+    """Yield the tables of a set in a folder, of one channel if gray, open for writing."""
+    with (
+        _growing_array(folder / "samples.npy", SAMPLE_DTYPE) as rows,
+        _growing_array(folder / "names.idx.npy", _OFFSET_DTYPE) as ends,
+        (folder / "names.txt").open("wb") as names,
+        (folder / "rejects.jsonl").open("w", encoding="ascii") as rejects,
+    ):
+        yield Tables(folder, gray, rows, names, ends, rejects)
+
+
+@contextmanager
+def _growing_array(path: Path, dtype: np.dtype[Any]) -> Iterator[BinaryIO]:
+    """Yield a `.npy` file to which the bytes of rows are written; it learns their number last."""
+    with path.open("wb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (0,)})
+        start = stream.tell()
+        yield stream
+        rows = (stream.tell() - start) // dtype.itemsize
+        # In place: numpy leaves room in every header for any number of rows.
+        stream.seek(0)
+        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (rows,)})

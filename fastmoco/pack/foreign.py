@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +22,7 @@ from fastmoco.core.files import hash_file
 from fastmoco.dataset.classes import several_labels
 from fastmoco.dataset.dali_index import Component, get_extension, index_line, index_name
 from fastmoco.dataset.shard_set import SAMPLE_DTYPE
-from fastmoco.pack.image import FORMATS, ORIENTATION, Checked, Rules, check_image, without_warnings
+from fastmoco.pack.image import FORMATS, Checked, Rules, check_image, is_rotated, without_warnings
 from fastmoco.pack.tar import Damage, Member, walk
 from fastmoco.pack.worker import ChannelStats, make_row
 
@@ -34,22 +34,11 @@ _MAX_LABEL = 4096  # bytes of a `.cls`
 _MAX_JSON = 2**24
 _MEASURED, _STRIDE = 64, 16  # images that enter the statistics: the first, then one of so many
 _NEGATIVE = re.compile(r"-[0-9]+")  # how some say that there is no label
-_TURNED = re.compile(
-    rb"(\x01\x12\x00\x03\x00\x00\x00\x01\x00)[\x02-\x08]"  # EXIF, big-endian
-    rb"|(\x12\x01\x03\x00\x01\x00\x00\x00)[\x02-\x08](?=\x00)"  # and little-endian
-    rb"|(tiff:Orientation(?:=\"|>))[2-8]"  # XMP
-)
 
 
 @dataclass(frozen=True)
 class AdoptTask:
-    """A shard, and where its labels are.
-
-    Attributes:
-        path: of the tar.
-        label_key: a field of the samples' JSON; None: the `.cls` members.
-        unlabelled: there are no labels.
-    """
+    """A shard, and where its labels are; see `adopt.AdoptOptions`."""
 
     path: Path
     label_key: str | None
@@ -61,18 +50,18 @@ class Adopted:
     """What was found in a shard.
 
     Attributes:
-        size, sha256: of the tar, the size in bytes.
+        bytes, sha256: of the tar.
         damage: why the tar cannot be used, None if it can.
         rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
         names: the original name of each row, encoded.
-        index: the lines of DALI's index.
+        index: DALI's.
         values: the different labels as they are written, those of unfit images included.
         rejects: (name, reason) of the images that are no samples.
         rotated: names of the samples that EXIF says to rotate.
         totals: over the samples; the statistics over some of them.
     """
 
-    size: int = 0
+    bytes: int = 0
     sha256: str = ""
     damage: str | None = None
     rows: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
@@ -93,7 +82,7 @@ def adopt_shard(task: AdoptTask) -> Adopted:
 
 
 def _adopt(task: AdoptTask) -> Adopted:
-    found = Adopted(size=task.path.stat().st_size, sha256=hash_file(task.path))
+    found = Adopted(bytes=task.path.stat().st_size, sha256=hash_file(task.path))
     members: list[Member] = []
     for member in walk(task.path):
         if isinstance(member, Damage):
@@ -102,22 +91,25 @@ def _adopt(task: AdoptTask) -> Adopted:
     contents = Contents(members)
     rows, lines, codes = [], [], dict[str, int]()
     with task.path.open("rb") as stream:
-        for image in contents.samples(found, task.path.name):
-            value = None if task.unlabelled else get_label(stream, contents, image, task.label_key)
-            label = -1 if value is None else codes.setdefault(value, len(codes))
-            checked = _checked(stream, image, found, _name(task, image))
-            if checked is None:
+        for image, reason in contents.images_and_faults():
+            name, label = f"{task.path.name}!{image.name}", -1
+            if reason is None and not task.unlabelled:
+                value = get_label(stream, contents, image, task.label_key)
+                label = -1 if value is None else codes.setdefault(value, len(codes))
+            measure = len(rows) < _MEASURED or len(rows) % _STRIDE == 0
+            checked = reason or _check_in_place(stream, image, measure)
+            if isinstance(checked, str):
+                found.rejects.append((name, checked))
                 continue
-            rows.append(make_row(image.offset, label, checked))
-            found.names.append(_name(task, image).encode("utf-8", "surrogateescape"))
+            image_info, rotated = checked
+            rows.append(make_row(image.offset, label, image_info))
             lines.append(sample_line(contents, image))
+            found.names.append(name.encode("utf-8", "surrogateescape"))
+            found.rotated += [name] if rotated else []
+            found.totals.count(image_info)
     found.rows = np.array(rows, dtype=SAMPLE_DTYPE)
-    found.index, found.values = b"".join(lines), list(codes)
+    found.index, found.values = b"v1.2 %d\n" % len(rows) + b"".join(lines), list(codes)
     return found
-
-
-def _name(task: AdoptTask, member: Member) -> str:
-    return f"{task.path.name}!{member.name}"
 
 
 class Contents:
@@ -133,23 +125,20 @@ class Contents:
         stems = {_stem(image.name) for image in self.images}
         self.plain = {stem for stem in stems if stem == _root(stem)}
 
-    def samples(self, found: Adopted, shard: str) -> Iterator[Member]:
-        """Yield the image of each sample, in the order of the tar; list the others as rejects."""
+    def images_and_faults(self) -> Iterator[tuple[Member, str | None]]:
+        """Yield each image in the order of the tar, and why it is that of no sample, if so."""
         used: set[str] = set()
         for image in self.images:
             stem = _stem(image.name)
-            reason = None
             if not image.regular:
-                reason = "is not a regular file"
+                yield image, "is not a regular file"
             elif stem not in self.plain and _root(stem) in self.plain:
-                reason = BESIDE
+                yield image, BESIDE
             elif stem in used:
-                reason = "has the key of an image before it"
-            if reason:
-                found.rejects.append((f"{shard}!{image.name}", reason))
+                yield image, "has the key of an image before it"
             else:
                 used.add(stem)
-                yield image
+                yield image, None
 
     def side(self, image: Member, extension: str) -> Member | None:
         """Return the member of that extension that belongs to an image."""
@@ -177,73 +166,36 @@ def sample_line(contents: Contents, image: Member) -> bytes:
     )
 
 
-def _checked(stream: BinaryIO, image: Member, found: Adopted, name: str) -> Checked | None:
-    """Return what is known of a sample; list it as a reject if it cannot be read in place."""
-    rules = Rules()
+def _check_in_place(stream: BinaryIO, image: Member, measure: bool) -> tuple[Checked, bool] | str:
+    """Return what is known of an image and whether EXIF rotates it, or why it cannot be used.
+
+    Height, width and statistics are those of the pixels as stored: training does not rotate.
+    """
+    rules = Rules(rotated=True)
     if image.size > rules.max_bytes:
-        found.rejects.append((name, f"is larger than {rules.max_bytes >> 20} MiB"))
-        return None
+        return f"is larger than {rules.max_bytes >> 20} MiB"
     content = _read(stream, image)
-    count = len(found.names)
-    result = in_place(content, measure=count < _MEASURED or count % _STRIDE == 0)
-    if isinstance(result, str):
-        found.rejects.append((name, result))
-        return None
-    checked, rotated = result
-    if rotated:
-        found.rotated.append(name)
-    found.totals.count(checked)
-    return checked
+    checked = check_image(content, rules, measure)
+    if isinstance(checked, str):
+        return checked
+    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        if checked.content == content:
+            return checked, is_rotated(opened)
+        what = f"{opened.format} of mode {opened.mode}"
+    return f"would have to be re-encoded ({what}), as fastmoco shard does"
 
 
 def _read(stream: BinaryIO, member: Member) -> bytes:
     return os.pread(stream.fileno(), member.size, member.offset)
 
 
-def in_place(content: bytes, measure: bool) -> tuple[Checked, bool] | str:
-    """Return what is known of an image and whether EXIF rotates it, or why it cannot be used.
-
-    Height, width and statistics are those of the pixels as stored: training does not rotate.
-    """
-    checked = check_image(content, Rules(), measure)
-    if isinstance(checked, str):
-        return checked
-    if checked.content == content:
-        return checked, False
-    upright = _upright(content)
-    turned = check_image(upright, Rules(), measure)
-    if _is_turned(content) and isinstance(turned, Checked) and turned.content == upright:
-        return replace(turned, content=content), True
-    return _why_not(content)
-
-
-def _is_turned(content: bytes) -> bool:
-    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return image.getexif().get(ORIENTATION) in range(2, 9)
-
-
-def _upright(content: bytes) -> bytes:
-    """Return an image whose metadata no longer ask for a rotation, with the same pixels."""
-    exif = content.find(b"eXIf")
-    if content.startswith(b"\x89PNG") and exif > 0:  # its checksum forbids a change: cut it out
-        length = int.from_bytes(content[exif - 4 : exif])
-        return content[: exif - 4] + content[exif + length + 8 :]
-    return _TURNED.sub(_without_turn, content)
-
-
-def _without_turn(match: re.Match[bytes]) -> bytes:
-    kept = next(group for group in match.groups() if group is not None)
-    return kept + (b"1" if kept.startswith(b"tiff") else b"\x01")
-
-
-def _why_not(content: bytes) -> str:
-    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        what = f"{image.format} of mode {image.mode}"
-    return f"would have to be re-encoded ({what}), as fastmoco shard does"
-
-
 def get_label(stream: BinaryIO, contents: Contents, image: Member, key: str | None) -> str | None:
-    """Return the label of a sample as it is written, None if there is none."""
+    """Return the label of a sample as it is written, None if there is none.
+
+    Args:
+        stream: of the shard.
+        key: a field of the sample's JSON; None: its `.cls` member.
+    """
     side = contents.side(image, "json" if key else "cls")
     if side is None or side.size > (_MAX_JSON if key else _MAX_LABEL):
         return None

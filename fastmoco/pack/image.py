@@ -58,6 +58,7 @@ class Rules:
         min_side: the smallest height and width, in pixels.
         max_pixels: the largest area.
         max_bytes: the largest encoded size.
+        rotated: bytes are kept although EXIF says to rotate the image.
         short_side: images with a longer short side are shrunk to it; None: none is.
         square: all are cut to their central square and resized to this side; None: none is.
         quality: of the JPEGs that resizing gives.
@@ -68,6 +69,7 @@ class Rules:
     min_side: int = 1
     max_pixels: int = 100_000_000
     max_bytes: int = 128 * 2**20
+    rotated: bool = False
     short_side: int | None = None
     square: int | None = None
     quality: int = 90
@@ -201,7 +203,7 @@ def _verify_checksums(content: bytes) -> None:
 def _is_kept(image: Image.Image, content: bytes, rules: Rules) -> bool:
     # A camera's MPO is a JPEG with a preview behind it, which decoders do not look at.
     animated = image.format != "MPO" and getattr(image, "is_animated", False)
-    if animated or _is_rotated(image):
+    if animated or (is_rotated(image) and not rules.rotated):
         return False
     if rules.gray and is_deep(image):
         return image.format == "PNG" and PNG_END in content and not rules.levels
@@ -232,7 +234,8 @@ def _has_exif_out_of_step(webp: bytes) -> bool:
     return False
 
 
-def _is_rotated(image: Image.Image) -> bool:
+def is_rotated(image: Image.Image) -> bool:
+    """Return whether EXIF or XMP says to rotate or mirror an image."""
     if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
         return False  # spares the parser, which takes a fifth of the time of a small image
     try:
@@ -303,7 +306,7 @@ def _resized(
 
 def _upright(image: Image.Image, content: bytes, rules: Rules) -> tuple[Image.Image, Span | None]:
     """Return the image as a set has it, turned as its EXIF tag says, and its span."""
-    turned = _is_rotated(image)
+    turned = is_rotated(image)
     plain, span = to_depth(image, content, rules.levels, rules.gray)
     plain.load()
     if turned:

@@ -11,7 +11,15 @@ import numpy as np
 
 from fastmoco.core.files import hash_file
 from fastmoco.dataset.dali_index import index_path, read_header
-from fastmoco.dataset.manifest import CHUNK, HASHED, MANIFEST, Shard, hash_set, manifest_sha256
+from fastmoco.dataset.manifest import (
+    CHUNK,
+    HASHED,
+    MANIFEST,
+    Shard,
+    count_classes,
+    hash_set,
+    manifest_sha256,
+)
 from fastmoco.dataset.shard_set import SAMPLE_DTYPE, ShardSet, read_labels
 from fastmoco.errors import DataError
 from fastmoco.pack.adopt import ADOPTED
@@ -326,11 +334,8 @@ class _Full:
     def _sums(self) -> Iterator[Finding]:
         """Yield what sums over the table alone can tell, such as a label of an adopted set."""
         manifest = self.set.manifest
-        counts = np.zeros(len(manifest.classes), dtype=np.int64)
-        for start in range(0, len(self.set), CHUNK):
-            labels = self.set.samples["label"][start : start + CHUNK]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        if counts.tolist() != manifest.class_counts:
+        counts = count_classes(self.set.samples["label"], len(manifest.classes))
+        if counts != manifest.class_counts:
             yield Finding("manifest.json", f"its class counts are not those of {TABLE}")
         elif hash_set(self.shards, self.set.samples, manifest.format_version) != manifest.set_id:
             what = f"its set_id does not fit its shards and {TABLE}: one of them was changed"

@@ -155,7 +155,7 @@ def test_two_calls_at_once(folder: Path, tmp_path: Path, elsewhere: bool) -> Non
 
 
 def test_a_full_disk_is_plain_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastmoco.pack.adopt as station
+    import fastmoco.pack.finalize as station
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastmoco.dataset.classes import Found
 from fastmoco.errors import DataError
-from fastmoco.pack.foreign import BESIDE, Adopted, Contents, get_label
+from fastmoco.pack.foreign import BESIDE, Contents, get_label
 from fastmoco.pack.inputs import ArchiveInputs, Concat, Span
 from fastmoco.pack.kinds import hidden_folder
 from fastmoco.pack.sources.agree import in_one_numbering
@@ -95,20 +95,22 @@ def _source(shards: Sequence[Path], where: str, unlabelled: bool) -> Source:
     has_json = False
     for shard in shards:
         refuse_compressed(shard)
-        contents, found = Contents(_members(shard)), Adopted()
+        contents = Contents(_members(shard))
         places: list[tuple[int, int]] = []
         with shard.open("rb") as stream:
-            for image in contents.samples(found, shard.name):
-                names.add(f"{shard.name}!{image.name}")
+            for image, reason in contents.images_and_faults():
+                name = f"{shard.name}!{image.name}"
+                if reason == BESIDE:
+                    passed.setdefault("further images of samples", Passed(name)).count += 1
+                    continue
+                if reason:
+                    left_out.append(Reject(name, reason))
+                    continue
+                names.add(name)
                 places.append((image.offset, image.size))
                 value = None if unlabelled else get_label(stream, contents, image, None)
                 codes.append(-1 if value is None else values.code(value))
                 has_json = has_json or contents.side(image, "json") is not None
-        for name, reason in found.rejects:
-            if reason == BESIDE:
-                passed.setdefault("further images of samples", Passed(name)).count += 1
-            else:
-                left_out.append(Reject(name, reason))
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         parts.append(ArchiveInputs(shard, Span, table, table[:, 1]))
     if not names:
