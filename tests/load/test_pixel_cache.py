@@ -91,11 +91,11 @@ from fastmoco.load import pixel_cache
 from fastmoco.load.executor import Settings
 
 decode, done = pixel_cache.decode, []
-def dying(encoded):
+def dying(encoded, channels):
     done.append(1)
     if len(done) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-    return decode(encoded)
+    return decode(encoded, channels)
 pixel_cache.decode = dying
 pixel_cache.open_cache(ConcatShardSets.open([Path(sys.argv[1])]), Settings("fused", pixels="auto"))
 """
