@@ -79,7 +79,7 @@ def test_pseudolabels_and_a_request_on_the_page(
     assert balance == about["classes"]
     assert list(balance.values()) == sorted(balance.values(), reverse=True)
     details = Path("request.details.csv").read_text().splitlines()[1:]
-    asked = Counter(line.split(",")[2].strip('"') for line in details)
+    asked = Counter(line.split(",")[3].strip('"') for line in details)
     assert sorted(int(row[1]) for row in tables[4:]) == sorted(asked.values())
     assert "(predictions, by margin)" in text
     # Filled in, the request is counted by what people said.
