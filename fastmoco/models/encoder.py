@@ -14,6 +14,7 @@ from torchvision.models import resnet as torchvision_resnet
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
+from fastmoco.models.attention import AttentiveResNet
 
 # torchvision has none this small; the demo needs one.
 _SMALL: dict[str, tuple[Any, list[int]]] = {
@@ -138,7 +139,8 @@ class Encoder(nn.Module):
     """A backbone and its head.
 
     Attributes:
-        backbone: a torchvision ResNet without its classifier; (n, 3, H, W) to (n, features).
+        backbone: a torchvision ResNet without its classifier, or one that attends; (n, 3, H, W) to
+            (n, features).
         head: (n, features) to (n, dim), not normalized; "none" hands the features on, and `dim`
             is their number.
         features, dim: widths of the two outputs.
@@ -149,6 +151,9 @@ class Encoder(nn.Module):
         self.backbone = _backbone(spec.arch, spec.stem)
         self.features = int(self.backbone.fc.in_features)
         self.backbone.fc = nn.Identity()
+        if spec.attention != "none":
+            self.backbone = AttentiveResNet(self.backbone, self.features, spec)
+            self.features *= 2
         self.dim = spec.dim
         self.head = _head(spec.head, self.features, spec.dim)
         self.to(memory_format=torch.channels_last)

@@ -24,6 +24,7 @@ _BEFORE = {
     "shuffle": "global",
     "symmetric": False,
     "optimizer": "sgd",
+    "attention": "none",
 }
 
 Fingerprint = dict[str, Any]
@@ -52,7 +53,7 @@ def get_fingerprint(
         "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
         **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
         **recipe.encoder.model_dump(
-            mode="json", include={"arch", "stem", "head", "dim", "image_size"}
+            mode="json", include={"arch", "stem", "attention", "head", "dim", "image_size"}
         ),
         "objective": recipe.objective.name,
         **recipe.objective.model_dump(
