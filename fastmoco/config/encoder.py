@@ -10,6 +10,7 @@ PerChannel = tuple[float, ...]
 Stem = Literal["imagenet", "small", "small-stride2"]
 Head = Literal["linear", "mlp", "none"]
 TIMM = "timm:"  # before the name of a network of timm
+Attention = Literal["none", "dot", "parametrized"]
 
 
 class EncoderSpec(Strict):
@@ -23,6 +24,8 @@ class EncoderSpec(Strict):
             network of timm.
         stem: "imagenet": 7x7, stride 2, max-pool; "small": 3x3, no pool; "small-stride2": 3x3,
             stride 2, no pool.
+        attention: "none": features are the mean over the last stage; "dot", "parametrized": means
+            over stages 2 and 3, weighted by attention (twice as wide; ResNets only).
         head: "linear" (MoCo v1), "mlp" (v2), or "none", of imported backbones.
         dim: of the head's output.
         image_size: side of the images, pixels.
@@ -33,6 +36,7 @@ class EncoderSpec(Strict):
 
     arch: str = "resnet50"
     stem: Stem = "imagenet"
+    attention: Attention = "none"
     head: Head = "linear"
     dim: Count = 128
     image_size: Side = 224

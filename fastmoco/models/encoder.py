@@ -14,6 +14,7 @@ from torchvision.models import resnet as torchvision_resnet
 from fastmoco.config.encoder import TIMM, EncoderSpec
 from fastmoco.core.distributed import World
 from fastmoco.errors import UsageError
+from fastmoco.models.attention import AttentiveResNet
 
 # torchvision has none this small; the demo needs one.
 _SMALL: dict[str, tuple[Any, list[int]]] = {
@@ -138,7 +139,8 @@ class Encoder(nn.Module):
     """A backbone and its head.
 
     Attributes:
-        backbone: a network without its classifier; (n, C, H, W) to (n, features).
+        backbone: a network without its classifier, or a ResNet that attends; (n, C, H, W) to
+            (n, features).
         head: (n, features) to (n, dim), not normalized; "none" hands the features on, and `dim`
             is their number.
         features, dim: widths of the two outputs.
@@ -194,14 +196,18 @@ def batch_norms(module: nn.Module) -> list[GroupBatchNorm2d]:
 
 def _backbone(spec: EncoderSpec) -> tuple[Any, int]:
     """Return a network without its classifier, and the number of its features."""
+    net: Any
     if spec.arch.startswith(TIMM):
         from fastmoco.models.timm_backbone import timm_backbone  # it needs our BatchNorm
 
-        return timm_backbone(spec)
-    net = _resnet(spec.arch, spec.stem, spec.channels)
-    features = int(net.fc.in_features)
-    net.fc = nn.Identity()
-    return net, features
+        net, features = timm_backbone(spec)
+    else:
+        net = _resnet(spec.arch, spec.stem, spec.channels)
+        features = int(net.fc.in_features)
+        net.fc = nn.Identity()
+    if spec.attention == "none":
+        return net, features
+    return AttentiveResNet(net, features, spec), 2 * features
 
 
 def _resnet(arch: str, stem: str, channels: int) -> Any:

@@ -195,7 +195,7 @@ def _write_set(
             rotated += found.rotated
             labels.encode(path, found)
             count = len(found.rows)
-            shard = Shard(name=path.name, samples=count, bytes=found.bytes, sha256=found.sha256)
+            shard = Shard(name=path.name, samples=count, bytes=found.size, sha256=found.sha256)
             tables.add(shard, found.rows, found.names, found.totals)
             for name, reason in found.rejects:
                 tables.reject(name, reason)

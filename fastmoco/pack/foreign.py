@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ class Adopted:
         totals: over the samples; the statistics over some of them.
     """
 
-    bytes: int = 0
+    size: int = 0
     sha256: str = ""
     damage: str | None = None
     rows: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
@@ -82,14 +82,14 @@ def adopt_shard(task: AdoptTask) -> Adopted:
 
 
 def _adopt(task: AdoptTask) -> Adopted:
-    found = Adopted(bytes=task.path.stat().st_size, sha256=hash_file(task.path))
+    found = Adopted(size=task.path.stat().st_size, sha256=hash_file(task.path))
     members: list[Member] = []
     for member in walk(task.path):
         if isinstance(member, Damage):
             return Adopted(damage=member.reason)
         members.append(member)
     contents = Contents(members)
-    rows, lines, codes = [], [], dict[str, int]()
+    rows, lines, codes = list[tuple[Any, ...]](), list[bytes](), dict[str, int]()
     with task.path.open("rb") as stream:
         for image, reason in contents.images_and_faults():
             name, label = f"{task.path.name}!{image.name}", -1

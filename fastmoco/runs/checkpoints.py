@@ -25,6 +25,7 @@ _BEFORE = {
     "shuffle": "global",
     "symmetric": False,
     "optimizer": "sgd",
+    "attention": "none",
 }
 
 Fingerprint = dict[str, Any]
@@ -53,7 +54,8 @@ def get_fingerprint(
         "optimizer": recipe.optimizer.name,  # the state of one means nothing to another
         **recipe.model_dump(mode="json", include={"views", "batch", "seed"}),
         **recipe.encoder.model_dump(
-            mode="json", include={"arch", "stem", "head", "dim", "image_size", "channels"}
+            mode="json",
+            include={"arch", "stem", "attention", "head", "dim", "image_size", "channels"},
         ),
         "objective": recipe.objective.name,
         **recipe.objective.model_dump(
