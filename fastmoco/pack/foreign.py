@@ -50,7 +50,7 @@ class Adopted:
     """What was found in a shard.
 
     Attributes:
-        bytes, sha256: of the tar.
+        size, sha256: of the tar; bytes.
         damage: why the tar cannot be used, None if it can.
         rows: `SAMPLE_DTYPE`; the label is a place in `values`, -1 for none.
         names: the original name of each row, encoded.
