@@ -119,6 +119,7 @@ def test_the_commands_run_one_after_the_other(page, made, make_images, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a dozen commands, three minutes on a busy machine
 def test_the_walk_through_runs(tmp_path: Path) -> None:
     """On fewer patches, of two colors; the commands but for their sizes."""
     random = np.random.default_rng(0)

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from recipes import recipe_from
 
 from fastmoco import cli
-from fastmoco.config.encoder import EncoderSpec
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import LABEL_DTYPE, ShardSet, write_labels
 from fastmoco.evaluate.features import embed
@@ -32,7 +30,9 @@ STRATEGIES = (
 
 
 @pytest.fixture
-def place(make_images: Make, make_picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    make_images: Make, make_colored_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A folder with labelled sets `train` and `test`, a `pool` that shares images with both."""
     make_images(tmp_path / "in/train", ("ape", "bee", "cow"), 8)
     make_images(tmp_path / "in/test", ("ape", "bee", "cow"), 4, (30, 30))
@@ -44,21 +44,7 @@ def place(make_images: Make, make_picture, tmp_path: Path, monkeypatch: pytest.M
     shutil.copy(tmp_path / "in/pool/ape/0003.jpg", tmp_path / "in/pool/bee/twice.jpg")
     for split in ("train", "test", "pool"):
         pack(tmp_path / "in" / split, tmp_path / split, PackOptions())
-    torch.manual_seed(0)
-    spec = EncoderSpec(arch="resnet10", stem="small-stride2", head="linear", dim=8)
-    run = RunFolder(tmp_path / "run")
-    run.checkpoints.mkdir(parents=True)
-    values = {
-        "name": "tiny",
-        "data": [str(tmp_path / "pool")],
-        "out": str(run.root),
-        "monitor": {"bank": str(tmp_path / "train"), "queries": str(tmp_path / "test")},
-        **{"arch": "resnet10", "stem": "small-stride2", "dim": 8, "image_size": 16},
-        **{"views": [{}, {}], "batch": 8, "bn_group": 4, "queue": 64, "optimizer": {"lr": 0.1}},
-        **{"schedule": {"epochs": 2}, "precision": "fp32", "device": "cpu", "threads": 1},
-    }
-    run.describe(recipe_from(values), {})
-    run.save({"encoder_q": Encoder(spec).state_dict()}, 5, {}, keep=2)
+    make_colored_run(tmp_path / "run", tmp_path, 0)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
