@@ -21,7 +21,7 @@ from .conftest import Run, prefixed, same, saved
 
 timm = pytest.importorskip("timm", reason="pip install 'fastmoco[timm]'")
 
-SHORT = ["monitor=null", "schedule.epochs=null", "schedule.steps=3"]
+SHORT = ["monitor=null", "schedule.epochs=null", "schedule.steps=3", "checkpoints.every=3"]
 CPU = torch.device("cpu")
 
 
@@ -31,12 +31,13 @@ def trained(recipe: Path, tmp_path: Path) -> Callable[..., RunFolder]:
 
     def train(arch: str, stem: str = "imagenet") -> RunFolder:
         network = [f"encoder.arch={arch}", f"encoder.stem={stem}", "encoder.image_size=32"]
-        assert main([str(recipe), *SHORT, *network, "optimizer.lr=0.3"]) == 0
+        assert main([str(recipe), *SHORT, *network]) == 0
         return RunFolder(tmp_path / "run")
 
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnextv2_atto", "efficientnet_b0", "resnet50d"])
 def test_what_was_trained_goes_to_timm_and_comes_back(
     name: str, trained: Callable[..., RunFolder], run: Run, tmp_path: Path, capsys: Any
@@ -51,16 +52,17 @@ def test_what_was_trained_goes_to_timm_and_comes_back(
     encoder, _, _ = load_encoder(folder, CPU)
     net = timm.create_model(name, num_classes=0)
     net.load_state_dict(torch.load(out), strict=True)
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        wanted, found = encoder.backbone(images), net.eval()(images)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)).double()
+    with torch.inference_mode():  # in float64: young statistics blow efficientnet's rounding up
+        wanted, found = encoder.double().backbone(images), net.double().eval()(images)
     assert wanted.std() > 0.01, "the features tell images apart"
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     code, said, err = run("import", out, again, "--arch", f"timm:{name}")
     assert code == 0 and f"timm:{name}, imagenet stem, no head, by the names of timm" in said, err
-    same(load_encoder(RunFolder(again), CPU)[0].backbone.state_dict(), net.state_dict())
+    same(load_encoder(RunFolder(again), CPU)[0].backbone.state_dict(), torch.load(out))
 
 
+@pytest.mark.slow
 def test_a_small_stem_is_in_the_code_that_loads_it(
     trained: Callable[..., RunFolder], run: Run, tmp_path: Path
 ) -> None:
@@ -83,13 +85,13 @@ def test_timms_own_file_with_its_classifier(name: str, tmp_path: Path) -> None:
     state = timm.create_model(name, num_classes=7).state_dict()
     file = saved({"state_dict": prefixed("module.backbone.", state)}, tmp_path / "w.pth")
     found = import_weights(file, tmp_path / "run", arch=f"timm:{name}")
-    assert found.source == "behind backbone., by the names of timm"
-    assert any("2 tensors under backbone." in note and "classifier" in note for note in found.notes)
+    assert found.source == "behind state_dict.backbone., by the names of timm"
+    assert any("2 tensors under state_dict.backbone." in note and "classifier" in note for note in found.notes)
     backbone = load_encoder(RunFolder(tmp_path / "run"), CPU)[0].backbone.state_dict()
     same(backbone, {n: t for n, t in state.items() if n in backbone})
-    with pytest.raises(CheckpointError, match="tensors keep it from being a timm:resnet101d"):
-        torch.save({n: t for n, t in state.items() if "4.bn3" not in n}, file)
-        import_weights(file, tmp_path / "no", arch="timm:resnet101d")
+    saved({n: t for n, t in state.items() if n != "bn1.bias" and n != "stem.1.bias"}, file)
+    with pytest.raises(CheckpointError, match=f"1 tensors keep it from being a timm:{name}"):
+        import_weights(file, tmp_path / "no", arch=f"timm:{name}")
 
 
 def test_a_run_starts_from_timms_file(recipe: Path, tmp_path: Path) -> None:
@@ -103,12 +105,13 @@ def test_a_run_starts_from_timms_file(recipe: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_shuffled_where_there_is_no_batch_norm(recipe: Path, run: Run) -> None:
     options = ["encoder.arch=timm:convnextv2_atto", "encoder.stem=imagenet", *SHORT]
+    options.append("encoder.image_size=32")
     engines = [
         Engine(load_recipe(str(recipe), [*options, f"objective.shuffle={how}"]), World(), CPU)
         for how in ("global", "off")
     ]
     assert engines[0].recipe == engines[1].recipe
-    images = torch.randn(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     first, second = (engine.step(*images, 0).loss for engine in engines)
     assert torch.equal(first, second)
     code, said, err = run("pretrain", recipe, *options, "--dry-run")
@@ -126,9 +129,10 @@ def test_an_untried_network_says_so_and_an_unknown_one_leaves_nothing(
     assert code == 0 and "Nobody here has tried timm:mobilenetv3_small_050: tried are" in said, err
     code, said, err = run("pretrain", recipe, *options, "encoder.arch=timm:vit_tiny_patch16_224")
     assert code == 2 and "MoCo v3" in err, said
-    assert not list(tmp_path.glob("run/*"))
+    assert not list(tmp_path.glob("run/*.yaml")), "nothing but word of why"
 
 
+@pytest.mark.slow
 def test_the_report_draws_its_first_filters_and_stages(
     trained: Callable[..., RunFolder], run: Run
 ) -> None:
@@ -136,5 +140,5 @@ def test_the_report_draws_its_first_filters_and_stages(
     folder = trained("timm:convnextv2_atto")
     code, said, err = run("report", folder.root)
     assert code == 0, said + err
-    page = (folder.root / "report.html").read_text()
+    page = (folder.root / "report" / "report.html").read_text()
     assert "40 × 3 × 4 × 4" in page and "What the first convolution and the stages make of" in page
