@@ -86,7 +86,10 @@ def test_timms_own_file_with_its_classifier(name: str, tmp_path: Path) -> None:
     file = saved({"state_dict": prefixed("module.backbone.", state)}, tmp_path / "w.pth")
     found = import_weights(file, tmp_path / "run", arch=f"timm:{name}")
     assert found.source == "behind state_dict.backbone., by the names of timm"
-    assert any("2 tensors under state_dict.backbone." in note and "classifier" in note for note in found.notes)
+    assert any(
+        "2 tensors under state_dict.backbone." in note and "classifier" in note
+        for note in found.notes
+    )
     backbone = load_encoder(RunFolder(tmp_path / "run"), CPU)[0].backbone.state_dict()
     same(backbone, {n: t for n, t in state.items() if n in backbone})
     saved({n: t for n, t in state.items() if n != "bn1.bias" and n != "stem.1.bias"}, file)
