@@ -108,7 +108,7 @@ def refuse_taken(outs: Sequence[Path], suffix: str, replace: bool | None = None)
         replace: what --replace says; None: there is no such option.
 
     Raises:
-        UsageError: a name is taken, the suffix is another, or the folder cannot be made.
+        UsageError: a name is taken, or the suffix is another.
     """
     if outs[0].suffix != suffix:
         raise UsageError(f"--out {outs[0]} must end in {suffix}.")
@@ -116,7 +116,6 @@ def refuse_taken(outs: Sequence[Path], suffix: str, replace: bool | None = None)
         if path.exists() and not replace:
             remedy = "" if replace is None else ", or pass --replace"
             raise UsageError(f"{path} exists: choose another --out{remedy}.")
-    make_parent(outs[0])
 
 
 def check_replaceable(png: Path) -> None:

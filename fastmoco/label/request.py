@@ -13,6 +13,7 @@ import numpy as np
 
 from fastmoco.core.files import (
     check_replaceable,
+    make_parent,
     new_file,
     new_folder,
     refuse_taken,
@@ -78,6 +79,7 @@ def read_request(path: Path) -> list[int]:
 def check_absent(out: Path, replace: bool) -> None:
     """Refuse a name of a request that is taken, or is no name of a CSV; see `refuse_taken`."""
     refuse_taken((out, *_beside(out)), ".csv", replace)
+    make_parent(out)
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
