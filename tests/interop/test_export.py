@@ -201,6 +201,14 @@ def test_one_channel_is_refused_where_images_have_three(to: str, tmp_path: Path)
         export(Encoder(spec), spec, tmp_path / "out", to)
 
 
+@pytest.mark.parametrize("to", ["torchvision", "safetensors", "huggingface"])
+def test_attention_is_refused_where_it_has_no_place(to: str, tmp_path: Path) -> None:
+    spec = EncoderSpec(arch="resnet10", attention="dot", dim=16)
+    with pytest.raises(UsageError, match=r"no place for encoder.attention dot: export to one of o"):
+        export(Encoder(spec), spec, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("to", ["torchvision", "huggingface"])
 def test_what_others_load_comes_back_bit_by_bit(to: str, r18: Encoder, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason=NEEDS)
