@@ -72,16 +72,7 @@ def render_views(
             _jitter(planes, p[_BRIGHTNESS], p[_CONTRAST], p[_SATURATION], p[_HUE])
         if p[_GRAYSCALE]:
             _grayscale(planes)
-        if p[_BLUR]:
-            _blur(planes, p[_SIGMA])
-        if p[_SOLARIZE]:
-            _solarize(planes)
-        for y in range(side):
-            for channel in range(3):
-                for x in range(side):
-                    place = side - 1 - x if p[_FLIP] else x
-                    level = planes[y, channel, place]
-                    out[i, y, x, channel] = level * scale[channel] + shift[channel]
+        _finish(planes, p, scale, shift, out[i])
 
 
 @jit
@@ -112,14 +103,22 @@ def render_gray_views(
         _resize_gray(rows, p, planes)
         if p[_JITTER]:
             _jitter_gray(planes, p[_BRIGHTNESS], p[_CONTRAST])
-        if p[_BLUR]:
-            _blur(planes, p[_SIGMA])
-        if p[_SOLARIZE]:
-            _solarize(planes)
-        for y in range(side):
+        _finish(planes, p, scale, shift, out[i])
+
+
+@jit
+def _finish(planes: Any, p: Any, scale: Any, shift: Any, view: Any) -> None:
+    """Do what is the same for any number of channels, and write the (side, side, C) view."""
+    if p[_BLUR]:
+        _blur(planes, p[_SIGMA])
+    if p[_SOLARIZE]:
+        _solarize(planes)
+    side, channels = len(planes), planes.shape[1]
+    for y in range(side):
+        for channel in range(channels):
             for x in range(side):
                 place = side - 1 - x if p[_FLIP] else x
-                out[i, y, x, 0] = planes[y, 0, place] * scale[0] + shift[0]
+                view[y, x, channel] = planes[y, channel, place] * scale[channel] + shift[channel]
 
 
 @jit
