@@ -26,18 +26,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from fastmoco.core.environment import environment
 from fastmoco.demo.demo import PHOTOGRAPHS, make_set
 from fastmoco.plots import INK, make_figure
 
-Words = Annotated[str, StringConstraints(strip_whitespace=True)]
 PATCHES = {"train": 200, "test": 50}
 
 
@@ -47,8 +46,8 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: str
-    commands: list[Words] = []
-    arms: dict[str, Words | list[Words]]
+    commands: list[str] = []
+    arms: dict[str, str | list[str]]
     measures: dict[str, str]
     panels: list[tuple[str, str]] = []
 
@@ -99,10 +98,7 @@ def measure(study: Study, out: Path, arm: str, seed: int, names: dict[str, str])
         return dict(json.loads(row.read_text()))
     if "base" in names and not run.exists():
         shutil.copytree(names["base"], run)
-    commands = [
-        line.format(run=run, seed=seed, **{"test": "", "train": "", **names})
-        for line in study.lines(arm)
-    ]
+    commands = [line.format(run=run, seed=seed, **names) for line in study.lines(arm)]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     with run.with_suffix(".log").open("a") as log:
         for command in commands:
