@@ -9,7 +9,7 @@ import torch
 from fastmoco.config.encoder import EncoderSpec
 from fastmoco.core.files import new_file, new_folder
 from fastmoco.errors import CheckpointError, UsageError
-from fastmoco.interop.formats import TARGETS, Onnx, Target
+from fastmoco.interop.formats import TARGETS, Target
 from fastmoco.models.encoder import Encoder
 
 # Other kernels round otherwise; a wrong weight or a missing statistic changes far more.
@@ -43,8 +43,8 @@ def export(encoder: Encoder, spec: EncoderSpec, out: Path, to: str) -> Exported:
         CheckpointError: what the program loads gives other features.
     """
     target = TARGETS[to]
-    if reason := _refusal(target, spec):
-        others = [name for name, one in TARGETS.items() if not _refusal(one, spec)]
+    if reason := target.refusal(spec):
+        others = [name for name, one in TARGETS.items() if not one.refusal(spec)]
         raise UsageError(f"{reason}: export to one of {', '.join(others)}.")
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{out} must end in {target.suffix}.")
@@ -76,13 +76,3 @@ def _compare(target: Target, encoder: Encoder, spec: EncoderSpec, written: Path)
             "nothing was written. Please report this."
         )
     return f"loaded in {target.library}, features differ by {difference:.1e} at the most"
-
-
-def _refusal(target: Target, spec: EncoderSpec) -> str | None:
-    """Return why a program cannot hold a network, None: it can.
-
-    Only a graph holds attention: all others know a ResNet by its tensors.
-    """
-    if spec.attention != "none" and not isinstance(target, Onnx):
-        return f"{target.library} has no place for encoder.attention {spec.attention}"
-    return target.refusal(spec)

@@ -29,15 +29,22 @@ class Target:
         needs: the packages that write it.
         folder: the result is a folder.
         suffix: that the result must have; None: any.
+        graph: the result says what is computed; the others know a network by its tensors.
     """
 
     library: str | None = None
     needs: tuple[str, ...] = ()
     folder = False
     suffix: str | None = None
+    graph = False
 
     def refusal(self, spec: EncoderSpec) -> str | None:
         """Return why the program cannot hold such a network; None: it can."""
+        if spec.attention != "none" and not self.graph:
+            return f"there is no place for encoder.attention {spec.attention}"
+        return self._refuse(spec)
+
+    def _refuse(self, spec: EncoderSpec) -> str | None:
         return None
 
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
@@ -90,7 +97,7 @@ class Torchvision(Target):
 
     library = "torchvision"
 
-    def refusal(self, spec: EncoderSpec) -> str | None:
+    def _refuse(self, spec: EncoderSpec) -> str | None:
         """Refuse timm's networks."""
         return f"torchvision has no {spec.arch}" if spec.arch.startswith(TIMM) else None
 
@@ -147,7 +154,7 @@ class Timm(Target):
 
     library = "timm"
 
-    def refusal(self, spec: EncoderSpec) -> str | None:
+    def _refuse(self, spec: EncoderSpec) -> str | None:
         """Refuse, of torchvision's networks, what timm has not: small stems and our resnet10."""
         if spec.arch.startswith(TIMM):
             return None
@@ -218,7 +225,7 @@ class HuggingFace(Target):
     library = "transformers"
     folder = True
 
-    def refusal(self, spec: EncoderSpec) -> str | None:
+    def _refuse(self, spec: EncoderSpec) -> str | None:
         """Refuse small stems, and the wide and grouped blocks that its ResNet cannot express."""
         if not spec.arch.startswith("resnet"):
             return f"transformers' ResNet has no {spec.arch}"
@@ -300,7 +307,7 @@ _DETECTRON2_NETS = {
 class Detectron2(Target):
     """A pickle of numpy arrays, in the form that the MoCo repository converts its weights to."""
 
-    def refusal(self, spec: EncoderSpec) -> str | None:
+    def _refuse(self, spec: EncoderSpec) -> str | None:
         """Refuse small stems and our resnet10."""
         if spec.arch not in _DETECTRON2_NETS:
             return f"Detectron2 has no {spec.arch}"
@@ -336,6 +343,7 @@ class Onnx(Target):
 
     library = "onnxruntime"
     needs = ("onnx", "onnxscript")
+    graph = True
 
     def write(self, encoder: Encoder, spec: EncoderSpec, out: Path) -> None:
         """Write one file, for any number of images of the run's size."""
