@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
 from fastmoco.config.recipe import View
+from fastmoco.errors import UsageError
 from fastmoco.models.encoder import Encoder
 
 _DROPOUT = 0.5
@@ -54,7 +55,12 @@ def noisy(network: Encoder, seed: int) -> Iterator[None]:
     Args:
         network: a ResNet and its classifier.
         seed: of what is dropped; torch's generators are as before afterwards.
+
+    Raises:
+        UsageError: it is no ResNet.
     """
+    if not hasattr(network.backbone, "layer4"):
+        raise UsageError("--noise drops blocks of a ResNet, and this is none: leave --noise out.")
     blocks = [
         block for stage in range(1, 5) for block in getattr(network.backbone, f"layer{stage}")
     ]

@@ -241,6 +241,16 @@ def test_noise_drops_features_and_branches_while_training(
     assert torch.equal(network(images), before), "and no hook stays"
 
 
+def test_noise_is_refused_where_there_are_no_blocks_to_drop() -> None:
+    pytest.importorskip("timm")
+    network = Encoder(EncoderSpec(arch="timm:efficientnet_b0", image_size=64))
+    with (
+        pytest.raises(UsageError, match="blocks of a ResNet.*leave --noise out"),
+        noisy(network, 0),
+    ):
+        pass
+
+
 def test_with_noise_views_are_strong_and_have_a_hole(stripes: Evaluation) -> None:
     quick = replace(QUICK, steps=2, noise=True)
     rows = [finetune(stripes, replace(quick, noise=noise)) for noise in (True, True, False)]
