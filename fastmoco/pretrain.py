@@ -84,9 +84,11 @@ def dry_run(recipe: Recipe) -> None:
         monitor = _open_monitor(recipe, loader, world, device)
         words = {"monitor": monitor.describe_cost(loader.plan.samples)} if monitor else {}
         if world.is_main:
-            for name, value in (outlook(recipe, loader.plan, world, device) | words).items():
+            network = Encoder(recipe.encoder)
+            plan = outlook(recipe, loader.plan, world, device, network)
+            for name, value in (plan | words).items():
                 echo(f"{name:<28}{value}")
-            for sentence in remarks(recipe.encoder, Encoder(recipe.encoder)):
+            for sentence in remarks(recipe.encoder, network):
                 echo(sentence)
         _read_initial(recipe, 0, world)
 

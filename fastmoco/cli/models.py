@@ -76,12 +76,11 @@ def embed(
 
     import numpy as np
 
-    from fastmoco.core.distributed import World, get_device
+    from fastmoco.core.distributed import get_device
     from fastmoco.dataset.shard_set import ConcatShardSets
     from fastmoco.evaluate.features import embed as features_of
     from fastmoco.evaluate.features import frozen_preprocessing
     from fastmoco.interop.feature_files import check_absent, write_features
-    from fastmoco.load.executor import get_settings
     from fastmoco.runs.load_encoder import load_encoder
     from fastmoco.runs.run_folder import RunFolder
 
@@ -90,8 +89,7 @@ def embed(
     folder = RunFolder(run)
     encoder, spec, step = load_encoder(folder, where)
     data = ConcatShardSets.open([set])
-    runtime = folder.runtime()
-    preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, World(), where))
+    preprocessing = frozen_preprocessing(spec, folder.runtime(), where)
     preprocessing = replace(preprocessing, precision=precision)
     features = features_of(encoder, data, feature, preprocessing).cpu().numpy()
     about = {"run": folder.name, "step": step, "set_id": data.set_ids[0], "feature": feature}

@@ -39,7 +39,6 @@ from fastmoco.evaluate.probe import (
 )
 from fastmoco.evaluate.results import append
 from fastmoco.evaluate.sanity import cautions
-from fastmoco.load.executor import get_settings
 from fastmoco.models.encoder import Encoder
 from fastmoco.runs.load_encoder import load_encoder, unchanged
 from fastmoco.runs.run_folder import RunFolder
@@ -118,7 +117,7 @@ class Evaluation:
                 "The run has no monitor of labelled sets: name two by --train and --test."
             )
         runtime = run.runtime()
-        preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, world, where))
+        preprocessing = frozen_preprocessing(spec, runtime, where, world)
         preprocessing = replace(preprocessing, precision=precision or preprocessing.precision)
         first, second = labelled_pair(train, test, labels, more)
         pair = first.draw(per_class, seed) if per_class else first, second

@@ -15,7 +15,7 @@ from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import DivergedError
-from fastmoco.load.executor import Settings
+from fastmoco.load.executor import Settings, get_settings
 from fastmoco.load.loader import drawn_batches, evaluation_batches
 from fastmoco.models.encoder import Encoder
 
@@ -208,8 +208,10 @@ def make_preprocessing(spec: EncoderSpec, precision: str, settings: Settings) ->
     return Preprocessing(spec.image_size, mean, std, precision, settings)
 
 
-def frozen_preprocessing(spec: EncoderSpec, runtime: Runtime, settings: Settings) -> Preprocessing:
+def frozen_preprocessing(
+    spec: EncoderSpec, runtime: Runtime, device: torch.device, world: World = World()
+) -> Preprocessing:
     """Return the same for frozen fp32 weights: bf16 stays where it is native, all else is fp32."""
-    native = native_precision(settings.device.type)
+    native = native_precision(device.type)
     precision = "bf16" if runtime.precision in ("auto", "bf16") and native == "bf16" else "fp32"
-    return make_preprocessing(spec, precision, settings)
+    return make_preprocessing(spec, precision, get_settings(runtime, world, device))

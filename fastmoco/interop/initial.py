@@ -1,7 +1,5 @@
 """Weights that a run starts from in place of random ones: those of a run or of any known file."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from fastmoco.config.encoder import TIMM, EncoderSpec, PerChannel
 from fastmoco.errors import CheckpointError, UsageError
 from fastmoco.interop.detect import match
 from fastmoco.interop.read_checkpoint import read_weights
+from fastmoco.models.encoder import hash_weights
 from fastmoco.runs.checkpoints import read_manifest
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
@@ -58,7 +57,14 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
             f"init {source} has encoder.channels {found.channels}, the recipe {spec.channels}: "
             "name other weights, or set the recipe's and pack its sets so."
         )
-    same_head = found.head == spec.head and (spec.head == "none" or found.dim == spec.dim)
+    if found.attention not in ("none", spec.attention):
+        raise UsageError(
+            f"init {source} has encoder.attention {found.attention}, the recipe {spec.attention}: "
+            f"set encoder.attention={found.attention}, or name other weights."
+        )
+    attends_alike = found.attention == spec.attention  # a head takes features of its own width
+    fits = spec.head == "none" or found.dim == spec.dim
+    same_head = found.head == spec.head and fits and attends_alike
     if not same_head:
         weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
     taken = "backbone and head" if same_head and spec.head != "none" else "backbone"
@@ -66,13 +72,15 @@ def read_initial(source: Path, spec: EncoderSpec) -> Initial:
     if not same_head:
         there, here = _describe_head(found), _describe_head(spec)
         notes.append(f"init: the head is new: {there} there, {here} in the recipe")
+    if not attends_alike:
+        notes.append(f"init: the attention is new: none there, {spec.attention} in the recipe")
     if images and images != spec.normalization():
         mean, std = (list(values) for values in images)
         notes.append(
             "init: those weights were trained with another normalization: to keep it, set "
             f"'encoder.mean={mean}' 'encoder.std={std}'"
         )
-    return Initial(weights, _hash(weights), tuple(notes))
+    return Initial(weights, hash_weights(weights), tuple(notes))
 
 
 def _read(
@@ -91,6 +99,8 @@ def _read(
         raise UsageError(f"init {source} is neither a run folder nor a file of weights.")
     content = read_weights(file)
     said = said or content.spec
+    if said and said.attention != "none":
+        raise UsageError(f"init {source}: attention is read from a run folder alone: name the run.")
     # No tensor tells a network of timm, nor is it found among torchvision's.
     arch = said.arch if said else spec.arch if spec.arch.startswith(TIMM) else None
     try:
@@ -108,11 +118,3 @@ def _read(
 
 def _describe_head(spec: EncoderSpec) -> str:
     return "none" if spec.head == "none" else f"{spec.head} of {spec.dim}"
-
-
-def _hash(weights: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -13,7 +13,6 @@ from fastmoco.core.files import hash_bytes, make_parent, write_bytes
 from fastmoco.dataset.labels import Labelled
 from fastmoco.errors import DataError
 from fastmoco.label.head import Head, OutOfFold
-from fastmoco.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Classifier:
         held: what heads said of samples that they were not fitted on; None: they were too few.
         center: (d,) fp64 of the features, see `standardize`.
         feature: which features: of the backbone or of the head.
-        encoder: hash of the weights that made them, see `hash_encoder`.
+        encoder: hash of the weights that made them, see `hash_weights`.
         classes: that it tells apart.
         labels: hash of the labels, see `hash_labels`.
     """
@@ -61,12 +60,6 @@ class Classifier:
             f"the classifier was fitted on other labels ({self.head.samples}, here are {here}): "
             "name a new file by --classifier, and one is fitted"
         ]
-
-
-def hash_encoder(encoder: Encoder) -> str:
-    """Return a hash of an encoder's weights."""
-    parts = (tensor.cpu().numpy().tobytes() for tensor in encoder.state_dict().values())
-    return f"{hash_bytes(b''.join(parts)):016x}"
 
 
 def hash_labels(train: Labelled) -> str:

@@ -15,7 +15,6 @@ from fastmoco.dataset.numbers import Numbers
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import CheckpointError, DivergedError, UsageError
 from fastmoco.evaluate.features import frozen_preprocessing
-from fastmoco.load.executor import get_settings
 from fastmoco.load.loader import drawn_batches
 from fastmoco.runs.load_encoder import build_frozen, read_latest
 from fastmoco.runs.run_folder import RunFolder
@@ -88,8 +87,7 @@ def measure_hardness(
     encoder_q, encoder_k = (
         build_frozen(run, spec, state[name], step, device) for name in ("encoder_q", "encoder_k")
     )
-    settings = get_settings(recipe.runtime, world, device)
-    preprocessing = frozen_preprocessing(spec, recipe.runtime, settings)
+    preprocessing = frozen_preprocessing(spec, recipe.runtime, device, world)
     own = world.share(len(data))
     halves = torch.zeros(own.stop - own.start, 2, dtype=torch.float64, device=device)
     ids = np.arange(own.start, own.stop)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastmoco.core.distributed import World, get_device
+from fastmoco.core.distributed import get_device
 from fastmoco.core.rng import Ids
 from fastmoco.core.terminal import echo
 from fastmoco.dataset.labels import Labelled
@@ -16,11 +16,11 @@ from fastmoco.errors import DataError
 from fastmoco.evaluate.features import Feature, embed, frozen_preprocessing
 from fastmoco.evaluate.saved import load_saved
 from fastmoco.interop.feature_files import open_features
-from fastmoco.label.classifier import Classifier, hash_encoder, hash_labels, write_classifier
+from fastmoco.label.classifier import Classifier, hash_labels, write_classifier
 from fastmoco.label.head import CHUNK, Head, OutOfFold, cross_fit, pool_center, standardize
 from fastmoco.label.request import read_request
 from fastmoco.label.uncertainty import Beliefs
-from fastmoco.load.executor import get_settings
+from fastmoco.models.encoder import hash_weights
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
 
@@ -33,7 +33,7 @@ class PoolFeatures(NamedTuple):
         known: (m, d) fp64 of what is labelled; m 0: nothing is.
         step: of the checkpoint.
         center: (d,) fp64 that they are about; empty: not told.
-        encoder: the hash of its weights, see `hash_encoder`.
+        encoder: the hash of its weights, see `hash_weights`.
     """
 
     rows: torch.Tensor
@@ -121,10 +121,8 @@ def embed_pool(
     encoder, spec, step = load_encoder(run, where)
     if step == 0 and not run.imported:
         warnings.append(f"the encoder of {root} is untrained (step 0)")
-    settings = get_settings(run.runtime(), World(), where)
-    preprocessing = frozen_preprocessing(spec, run.runtime(), settings)
-
-    digest = hash_encoder(encoder)
+    preprocessing = frozen_preprocessing(spec, run.runtime(), where)
+    digest = hash_weights(encoder.state_dict())[:16]
     if stored:
         stored.check(feature=feature, encoder=digest)
     set_id, on_file = pool.manifest.set_id, None
@@ -202,8 +200,7 @@ def ask_network(
     """
     where = get_device(device, 0)
     network, spec, classes = load_saved(folder, where)
-    runtime = RunFolder(root).runtime()
-    preprocessing = frozen_preprocessing(spec, runtime, get_settings(runtime, World(), where))
+    preprocessing = frozen_preprocessing(spec, RunFolder(root).runtime(), where)
     data = ConcatShardSets([pool])
     beliefs = Beliefs.of(
         embed(network, data, "head", preprocessing, ids=ids).double().softmax(dim=1)

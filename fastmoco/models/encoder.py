@@ -1,5 +1,6 @@
 """Backbones with grouped BatchNorm and a choice of stem, here torchvision's; MoCo's heads."""
 
+import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -187,6 +188,15 @@ def set_bn_group(module: nn.Module, group: int, together: World = World()) -> No
     """
     for norm in batch_norms(module):
         norm.group, norm.together = group, together
+
+
+def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of names and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def batch_norms(module: nn.Module) -> list[GroupBatchNorm2d]:

@@ -14,7 +14,9 @@ from fastmoco.models.encoder import Encoder, batch_norms
 from fastmoco.train.engine import without_idle_shuffle
 
 
-def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> dict[str, str]:
+def outlook(
+    recipe: Recipe, plan: Plan, world: World, device: torch.device, network: Encoder
+) -> dict[str, str]:
     """Return the resolved plan of a run by name, in words.
 
     Args:
@@ -22,8 +24,8 @@ def outlook(recipe: Recipe, plan: Plan, world: World, device: torch.device) -> d
         plan: of its data.
         world: that would run it.
         device: of this one.
+        network: that the recipe describes.
     """
-    network = Encoder(recipe.encoder)
     recipe = without_idle_shuffle(recipe, network)
     last_step = recipe.last_step(plan.steps_per_epoch)
     rows = recipe.encoded_per_step // world.size // recipe.runtime.accumulate

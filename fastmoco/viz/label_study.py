@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco.core.distributed import World, get_device
+from fastmoco.core.distributed import get_device
 from fastmoco.dataset.shard_set import ConcatShardSets, ShardSet
 from fastmoco.errors import DataError, FastmocoError
 from fastmoco.evaluate.features import frozen_preprocessing
-from fastmoco.load.executor import get_settings
 from fastmoco.runs.run_folder import RunFolder
 from fastmoco.viz.encoder_study import shown
 from fastmoco.viz.report_plots import Tile, draw_precision, draw_reliability, save_tile
@@ -121,11 +120,10 @@ def _surest_wrong(
     rows = one.about["truth"]["surest_wrong"]
     if not rows:
         return []
-    pool, runtime = ShardSet(Path(one.about["pool"])), run.runtime()
+    pool = ShardSet(Path(one.about["pool"]))
     if pool.manifest.set_id != one.about["set_id"]:
         raise DataError(f"{pool.root} is not the set that {one.name} labels.")
-    settings = get_settings(runtime, World(), get_device(device, 0))
-    preprocessing = frozen_preprocessing(run.spec(), runtime, settings)
+    preprocessing = frozen_preprocessing(run.spec(), run.runtime(), get_device(device, 0))
     ids = np.array([row["sample"] for row in rows])
     tiles = []
     for rank, pixels in enumerate(shown(preprocessing, ConcatShardSets([pool]), ids)):

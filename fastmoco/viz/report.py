@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from fastmoco.core.distributed import World, get_device
+from fastmoco.core.distributed import get_device
 from fastmoco.core.files import write_bytes
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
@@ -21,7 +21,6 @@ from fastmoco.evaluate.evaluator import Evaluation
 from fastmoco.evaluate.features import frozen_preprocessing
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.evaluate.results import SPARSE
-from fastmoco.load.executor import get_settings
 from fastmoco.plots import Images, curves_in, draw_curve
 from fastmoco.runs.load_encoder import load_encoder
 from fastmoco.runs.run_folder import RunFolder
@@ -207,8 +206,7 @@ def _network(folder: Path, run: RunFolder, device: str) -> dict[str, Any]:
         if (recipe := run.recipe()) is None:
             raise UsageError("The weights were imported: there are no training images to show.")
         data = ConcatShardSets.open(recipe.data.sets)
-        settings = get_settings(recipe.runtime, World(), where)
-        preprocessing = frozen_preprocessing(spec, recipe.runtime, settings)
+        preprocessing = frozen_preprocessing(spec, recipe.runtime, where)
         draw_maps(folder / "maps.png", feature_maps(encoder, preprocessing, data, 0))
         save_tile(folder / "maps_input.png", shown(preprocessing, data, np.array([0]))[0])
         return {"file": "maps.png", "input": "maps_input.png", "described": data.describe(0)}

@@ -245,7 +245,7 @@ def test_noise_is_refused_where_there_are_no_blocks_to_drop() -> None:
     pytest.importorskip("timm")
     network = Encoder(EncoderSpec(arch="timm:efficientnet_b0", image_size=64))
     with (
-        pytest.raises(UsageError, match="blocks of a ResNet.*leave --noise out"),
+        pytest.raises(UsageError, match=r"blocks of a ResNet.*leave --noise out"),
         noisy(network, 0),
     ):
         pass

@@ -223,3 +223,22 @@ def test_ranks_that_read_other_weights_are_refused(recipe, source, monkeypatch, 
     monkeypatch.setattr(World, "gather_object", lambda self, value: [value, "another"])
     assert main([str(recipe), *SMALL, f"init={source.root}", "--dry-run"]) == 4
     assert "The ranks read different weights" in capsys.readouterr().err
+
+
+def test_attention_starts_new_beside_a_backbone_without(
+    recipe, source, first_step, capsys, tmp_path
+):
+    attentive = tmp_path / "attentive"
+    attends = [str(recipe), *SMALL, "encoder.attention=dot"]
+    assert main([*attends, f"init={source.root}", f"out={attentive}"]) == 0
+    assert "init: the attention is new: none there, dot in the recipe" in capsys.readouterr().out
+    given = load_encoder(source, torch.device("cpu"))[0].backbone.state_dict()
+    started = read_initial(source.root, load_recipe(attends[0], attends[1:]).encoder).weights
+    assert set(started) == {f"backbone.{name}" for name in given}
+    assert main([str(recipe), *SMALL, f"init={attentive}", f"out={tmp_path}/plain"]) == 2
+    assert "set encoder.attention=dot, or name other weights" in capsys.readouterr().err
+    state = next(attentive.glob("checkpoints/step-*/state.pt"))
+    assert main([*attends, f"init={state.parent}", f"out={tmp_path}/again"]) == 2
+    assert "attention is read from a run folder alone" in capsys.readouterr().err
+    assert main([*attends, f"init={attentive}", f"out={tmp_path}/again"]) == 0
+    assert f"init: backbone and head of {attentive}" in capsys.readouterr().out

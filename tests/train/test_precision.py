@@ -13,7 +13,6 @@ from fastmoco.core.distributed import World
 from fastmoco.core.precision import LossScale, Precision
 from fastmoco.errors import DivergedError
 from fastmoco.evaluate.features import frozen_preprocessing
-from fastmoco.load.executor import Settings
 from fastmoco.pretrain import resolve
 from fastmoco.train.engine import Engine, should_compile
 
@@ -47,8 +46,8 @@ def test_a_run_notes_a_precision_that_its_device_has(
     )
     recipe = load_recipe("demo", [f"runtime.precision={asked}"])
     assert resolve(recipe, small_set).runtime.precision == expected
-    settings = Settings(device=torch.device("cuda" if on_gpu else "cpu"))
-    shown = frozen_preprocessing(EncoderSpec(), Runtime(precision="bf16"), settings)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    shown = frozen_preprocessing(EncoderSpec(), Runtime(precision="bf16"), device)
     assert shown.precision == ("bf16" if instructions else "fp32")
 
 
