@@ -11,7 +11,7 @@ import pytest
 import typer
 from PIL import Image
 
-from fastmoco.cli import app
+from fastmoco.cli import app, main
 from fastmoco.config.loading import load_recipe
 from fastmoco.errors import UsageError
 
@@ -82,14 +82,30 @@ def commands(page: Path) -> list[str]:
     return [line for line in blocks if re.match(programs, line)]
 
 
-def runnable(command: str) -> list[str]:
+def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Run a command in this process: dozens of starts of Python would cost minutes."""
     program, *words = shlex.split(command, comments=True)
     if program == "fastmoco":
-        return [sys.executable, "-m", "fastmoco", *words, *FOR_TOYS.get(words[0], ())]
-    assert program == "torchrun" and words[0] == "--nproc_per_node=8"
-    words[1] = str(ROOT / words[1])
-    two_ranks = ["--standalone", "--nproc_per_node=2"]
-    return [sys.executable, "-m", "torch.distributed.run", *two_ranks, *words[1:], *TOY]
+        words = [program, *words, *FOR_TOYS.get(words[0], ())]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+    else:
+        if program == "torchrun":
+            assert words[0] == "--nproc_per_node=8"
+            ranks = ["--standalone", "--nproc_per_node=2"]
+            launcher = [sys.executable, "-m", "torch.distributed.run"]
+            words = [*launcher, *ranks, str(ROOT / words[1]), *words[2:], *TOY]
+        else:
+            assert program == "sed"
+            words = ["bash", "-c", command]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    assert not code, (command, out[-500:], err[-2000:])
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow
@@ -100,28 +116,26 @@ def runnable(command: str) -> list[str]:
         ("docs/quick-start.md", ["photos", "labelled/train", "labelled/test"]),
     ],
 )
-def test_the_commands_run_one_after_the_other(page, made, make_images, tmp_path) -> None:
+def test_the_commands_run_one_after_the_other(
+    page, made, make_images, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for number, folder in enumerate(made):
         make_images(tmp_path / folder, ("cat", "dog"), 8 + number, (40, 48), "jpg")
     if "labelled/train" in made:
         for split, like in (("train", []), ("test", ["--like", "data/train"])):
-            words = ["shard", f"labelled/{split}", f"data/{split}", *like]
-            command = [sys.executable, "-m", "fastmoco", *words]
-            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+            command = shlex.join(["fastmoco", "shard", f"labelled/{split}", f"data/{split}", *like])
+            run(command, monkeypatch, capsys)
     for command in commands(ROOT / page):
-        if any(command.startswith(known) for known in NOT_HERE):
-            continue
-        done = subprocess.run(
-            runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, (command, done.stdout[-500:], done.stderr[-2000:])
-        assert "Traceback" not in done.stderr
+        if not any(command.startswith(known) for known in NOT_HERE):
+            run(command, monkeypatch, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a dozen commands, three minutes on a busy machine
-def test_the_walk_through_runs(tmp_path: Path) -> None:
+def test_the_walk_through_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     """On fewer patches, of two colors; the commands but for their sizes."""
+    monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 8)):
         for label, color in (("red", (200, 60, 40)), ("blue", (40, 60, 200))):
@@ -140,7 +154,5 @@ def test_the_walk_through_runs(tmp_path: Path) -> None:
         smaller = line.replace("--budget 152", "--budget 64").replace(
             "100 --batch 64", "3 --batch 16"
         )
-        words = ["bash", "-c", line] if line.startswith("sed") else runnable(smaller)
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, (line, done.stdout[-500:], done.stderr[-2000:])
+        run(smaller, monkeypatch, capsys)
     assert (tmp_path / "runs" / "mine" / "report" / "report.html").stat().st_size > 0

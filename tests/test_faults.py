@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
         "runtime.precision=fp64",
         "batch=16",
         "runtime.log_every=1",
-        "schedule.epochs=26",
+        "schedule.epochs=10",
         "monitor=null",
     )
     first = (*options, "stop_epoch=6")
@@ -234,21 +234,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(recipe, tmp_path, log):
         assert ranked.finish(started) == [0] * ranks, ranked.words(log)
         rows = [row for row in RunFolder(out).rows() if row["kind"] == "step"]
         losses[ranks] = [row["loss"] for row in rows]
-        assert [row["step"] for row in rows] == list(range(1, 27))
+        assert [row["step"] for row in rows] == list(range(1, 11))
     for ranks in (1, 4):
         assert losses[ranks] == pytest.approx(losses[2], abs=1e-9)
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_thirty_kills_leave_one_lineage(recipe, tmp_path, log):
+def test_ten_kills_leave_one_lineage(recipe, tmp_path, log):
     """Two ranks, SIGKILLed at random moments: the end is that of the run in one go, bit by bit."""
-    options = ("schedule.epochs=80", "monitor=null", "checkpoints.every=3", "runtime.log_every=3")
+    options = ("schedule.epochs=36", "monitor=null", "checkpoints.every=3", "runtime.log_every=3")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     ranks = ranked.start(log, str(recipe), f"out={calm}", *options, ranks=2)
     assert ranked.finish(ranks, 240) == [0, 0], ranked.words(log)
     moments, reached = random.Random(0), set()
-    for kill in range(30):
+    for kill in range(10):
         command = (str(recipe), f"out={killed}", *options)
         ranks = ranked.start(log, *command, ranks=2, fault="slow:0.05")
         if kill % 3:  # in its steps and saves; every third one while it starts
@@ -260,7 +260,7 @@ def test_thirty_kills_leave_one_lineage(recipe, tmp_path, log):
         ranked.finish(ranks)
         found = RunFolder(killed).latest()
         reached.add(found[1] if found else 0)
-    assert len(reached) > 15, "the kills have to meet the run in its steps"
+    assert len(reached) > 5, "the kills have to meet the run in its steps"
     ranks = ranked.start(log, str(recipe), f"out={killed}", *options, ranks=2)
     assert ranked.finish(ranks, 240) == [0, 0], ranked.words(log)
     assert same_end(killed, calm)
