@@ -8,12 +8,13 @@ OLDEST := .venv-oldest
 demo: .venv/ready
 	$(BIN)/fastmoco demo
 
+# `-n auto` counts physical cores: one, on a machine of two hyper-threads.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # On the oldest version of every dependency.
 test-oldest: $(OLDEST)/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4
 
 check: .venv/ready
 	$(BIN)/ruff check .

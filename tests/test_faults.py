@@ -38,12 +38,19 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "whole"
+
+
 @pytest.fixture
-def whole(recipe: Path, tmp_path: Path, log: Path) -> Path:
-    """A run in one go."""
-    out = tmp_path / "whole"
-    assert ranked.finish(ranked.start(log, str(recipe), f"out={out}")) == [0], ranked.words(log)
-    return out
+def whole(recipe: Path, tmp_path: Path, log: Path, kept: Path) -> Path:
+    """A run in one go; each test has a copy of its own."""
+    if not kept.exists():
+        assert ranked.finish(ranked.start(log, str(recipe), f"out={kept}")) == [0], ranked.words(
+            log
+        )
+    return shutil.copytree(kept, tmp_path / "whole")
 
 
 def wait_for(path: Path, timeout_s: float = 60) -> None:
