@@ -18,6 +18,7 @@ from fastmoco.evaluate.features import Feature, Pair, Preprocessing
 from fastmoco.evaluate.knn import KNNClassifier
 from fastmoco.evaluate.predictions import Predictions
 from fastmoco.load.loader import evaluation_batches
+from fastmoco.models.attention import AttentiveResNet
 from fastmoco.models.encoder import Encoder
 from fastmoco.plots import Images
 from fastmoco.viz.views import to_pixels
@@ -87,6 +88,20 @@ class Study:
     def pixels(self, one: Labelled, places: Ids) -> Images:
         """Return the samples at `places` as the encoder sees them, at most 96 pixels wide."""
         return shown(self.evaluation.preprocessing, one.data, one.ids[places])
+
+    @torch.no_grad()
+    def attention(self, places: Ids) -> list[torch.Tensor]:
+        """Return what weights stages 2 and 3 of the test samples at `places`, (n, h, w) each.
+
+        An encoder without attention has none.
+        """
+        backbone, preprocessing = self.evaluation.encoder.backbone, self.evaluation.preprocessing
+        if not isinstance(backbone, AttentiveResNet):
+            return []
+        test = self.evaluation.test
+        views = _views(preprocessing, test.data, test.ids[places], preprocessing.share)
+        with preprocessing.autocast():
+            return [maps.float().cpu() for maps in backbone.maps(preprocessing.cast(views))]
 
 
 def most_confident(found: Predictions, right: bool, count: int) -> Ids:

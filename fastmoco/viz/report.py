@@ -38,6 +38,7 @@ from fastmoco.viz.report_plots import (
     Tile,
     draw_confusion,
     draw_filters,
+    draw_heat,
     draw_maps,
     draw_plane,
     get_colors,
@@ -50,12 +51,13 @@ from fastmoco.viz.views import preview
 PAGE = "report.html"
 SAMPLES = 10_000  # of each labelled set: minutes on a CPU
 _VIEWED, _QUERIES, _NEIGHBOURS, _EXTREMES, _PAIRS = 8, 10, 8, 16, 10
+_ATTENDED = 8  # images of those that are surely right, and of the wrong ones
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Query:
-    """A test image and its nearest training images."""
+    """A test image, and its nearest training images or its heat maps."""
 
     tile: Tile
     neighbors: list[Tile]
@@ -229,6 +231,10 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
         "queries": _queries(folder, study),
         "best": _extremes(folder, study, found, right=True),
         "worst": _extremes(folder, study, found, right=False),
+        "attention": [
+            *_attention(folder, study, found, right=True),
+            *_attention(folder, study, found, right=False),
+        ],
         "confusion": "confusion.png" if len(names) < SPARSE else None,
         "confused": most_confused(found.confused().numpy(), names, _PAIRS),
         "classes": _per_class(found, names),
@@ -286,6 +292,26 @@ def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> li
         _judged(folder, pixels[number], test, found, place, number)
         for number, place in enumerate(places.tolist())
     ]
+
+
+def _attention(folder: Path, study: Study, found: Predictions, right: bool) -> list[Query]:
+    """Return where an encoder with attention looks in the surest images."""
+    test, places = study.evaluation.test, most_confident(found, right, _ATTENDED)
+    stages = study.attention(places) if len(places) else []
+    if not stages:
+        return []
+    pixels = study.pixels(test, places)
+    looked = []
+    for number, place in enumerate(places.tolist()):
+        tile = _judged(folder, pixels[number], test, found, place, number)
+        heat = []
+        for stage, weights in zip((2, 3), stages, strict=True):
+            file = f"{tile.file.removesuffix('.png')}_stage_{stage}.png"
+            draw_heat(folder / file, pixels[number], weights[number])
+            peak = f"{weights[number].max() * weights[number].numel():.1f} × mean"
+            heat.append(Tile(file, f"stage {stage}", peak, f"stage {stage} over {tile.alt}"))
+        looked.append(Query(tile, heat))
+    return looked
 
 
 def _judged(

@@ -33,6 +33,7 @@ _LONGEST = 16  # letters of a name
 _PANEL = (5, 3.6)  # inches
 _RATES = 5  # whose names fit into a legend
 _PALE = "#b9c4d0"
+_HEAT = 0.6  # of an image's color that is the attention's
 _DECADE = 10  # from which spread on numbers lie on a logarithmic axis
 Drawn = Sequence[float | None]
 
@@ -75,6 +76,20 @@ def draw_maps(path: Path, maps: Mapping[str, torch.Tensor]) -> None:
     side = max(found.shape[-1] for found in maps.values())
     rows = {f"{name}\n{_size(found)}": _colored(found, side) for name, found in maps.items()}
     draw_views(path, rows, f"The {_CHANNELS} channels that vary most, each over its own range")
+
+
+def draw_heat(path: Path, pixels: npt.NDArray[np.uint8], weights: torch.Tensor) -> None:
+    """Draw (h, w) attention over a (side, side, 3) image, from none to its largest weight."""
+    from matplotlib import colormaps
+
+    side = len(pixels)
+    shares = torch.nn.functional.interpolate(
+        weights[None, None] / weights.max(), size=side, mode="bilinear"
+    )[0, 0]
+    heat = 255 * colormaps["inferno"](shares.numpy())[..., :3]
+    # On gray, for the image's own colors would be taken for heat.
+    gray = pixels.mean(axis=-1, keepdims=True)
+    save_tile(path, (_HEAT * heat + (1 - _HEAT) * gray).round().astype(np.uint8))
 
 
 def _size(found: torch.Tensor) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from parsed_page import Parsed, samples
 from PIL import Image
 
@@ -16,10 +17,12 @@ from fastmoco import cli
 from fastmoco.config.loading import load_recipe
 from fastmoco.errors import DataError, UsageError
 from fastmoco.evaluate.evaluator import Evaluation
+from fastmoco.models.encoder import Encoder
 from fastmoco.runs.run_folder import RunFolder
 from fastmoco.viz import encoder_study as study_module
 from fastmoco.viz import report as module
 from fastmoco.viz.report import report
+from fastmoco.viz.report_plots import draw_heat
 from fastmoco.viz.run_facts import gather
 
 SECTIONS = (
@@ -287,3 +290,24 @@ def test_the_command(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
+
+
+def test_attention_is_drawn_where_it_looks(make_run, tmp_path: Path) -> None:
+    """All of stage 3's weight in one corner: the picture is bright there and dark elsewhere."""
+    run = make_run(tmp_path / "run", checkpoint=False, encoder={"attention": "dot"})
+    encoder = Encoder(run.spec())
+    run.save({"encoder_q": encoder.state_dict()}, 12, {}, keep=2)
+    parsed = Parsed(report(run.root, device="cpu"))
+    alts = parsed.alts["extremes"]
+    heat = [alt for alt in alts if alt.startswith("stage ")]
+    surest = [alt for alt in alts if alt.startswith("stage 2 over ")]
+    assert len(heat) == 2 * len(surest) and 0 < len(surest) <= 16
+    assert all(alt.removeprefix("stage 2 over ") in alts for alt in surest)
+    for stage, width in ((2, 128), (3, 256)):
+        assert encoder.backbone.attend[f"stage{stage}"].project.in_features == width
+    weights = torch.zeros(4, 4)
+    weights[0, 3] = 1
+    draw_heat(tmp_path / "heat.png", np.full((16, 16, 3), 100, np.uint8), weights)
+    drawn = np.asarray(Image.open(tmp_path / "heat.png")).astype(int).sum(axis=-1)
+    assert drawn[0, 15] == drawn.max()
+    assert drawn[8:, :8].max() == drawn.min() < drawn.max() // 2
