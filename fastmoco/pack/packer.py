@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import __version__ as pillow_version
@@ -25,9 +27,10 @@ from fastmoco.pack.shard_layout import Schedule, divided
 from fastmoco.pack.shard_writer import Journal
 from fastmoco.pack.sources import open_sources
 from fastmoco.pack.sources.base import Reject, Source, refuse_lost_class
-from fastmoco.pack.worker import Fragment, make_fragment
+from fastmoco.pack.worker import Fragment, Run, make_fragment
 
 SHOWN_REJECTS = 3
+_SCRATCH = ".runs-"
 Progress = Callable[[int, int], None]  # images done, their total
 
 
@@ -199,8 +202,6 @@ def _write_set(
         rejects.count += manifest.rejected - len(source.left_out)
         return manifest
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(".run-*"):  # by an attempt that was killed
-        left.unlink()
     schedule = Schedule(source, options.seed, options.shard_mb * 10**6, options.rules)
     journal = Journal(folder, options.gray)
     unfit = _Unfit(schedule, rejects)
@@ -214,7 +215,33 @@ def _write_set(
         report(schedule.bounds[shard + 1] - schedule.bounds[shard])
         unfit.add(record.rejects)
         spans += record.spans
-    runs = (run for shard in missing for run in schedule.runs(shard, folder))
+    _clear(folder)
+    # Workers outlive a killed attempt for a moment. In a folder of its own what they still write
+    # meets nothing of this attempt's.
+    with TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+        runs = (run for shard in missing for run in schedule.runs(shard, Path(scratch)))
+        if not _write_shards(runs, options, journal, unfit, spans, report):
+            return None
+    _clear(folder)
+    unfit.refuse_lost_class()
+    return write_tables(folder, schedule, journal, options)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what attempts that were killed have left."""
+    for left in folder.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _write_shards(
+    runs: Iterable[Run],
+    options: PackOptions,
+    journal: Journal,
+    unfit: "_Unfit",
+    spans: list[Span],
+    report: Callable[[int], None],
+) -> bool:
+    """Write the shards that are missing; False: more is left out than is put up with."""
     with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
         watched = _watched(fragments, unfit, report)
         if options.levels is None:
@@ -224,9 +251,8 @@ def _write_set(
                 journal.write(shard, its_fragments)
         except _TooManyRejects:
             unfit.refuse_lost_class()
-            return None
-    unfit.refuse_lost_class()
-    return write_tables(folder, schedule, journal, options)
+            return False
+    return True
 
 
 class _Unfit:

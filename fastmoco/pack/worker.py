@@ -140,7 +140,7 @@ def make_fragment(run: Run) -> Fragment:
             extensions.append(image.extension)
             totals.count(image)
             spans += [image.span] if image.span else []
-    path = os.path.join(run.scratch, f".run-{run.first}")
+    path = os.path.join(run.scratch, str(run.first))
     with open(path, "wb", buffering=0) as stream:
         stream.write(tar)
     return Fragment(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from PIL import Image
 
 from fastmoco.core.rng import Stream, shuffled
 from fastmoco.errors import UsageError
+from fastmoco.pack import packer
 from fastmoco.pack.options import PackOptions
 from fastmoco.pack.packer import pack
+from fastmoco.pack.parallel import ordered_map
 from fastmoco.pack.worker import make_fragment
 
 Make = Callable[..., Path]
@@ -81,6 +84,27 @@ def interrupted(source: Path, out: Path, options: PackOptions, after: int) -> No
 
     with pytest.raises(KeyboardInterrupt):
         pack(source, out, options, stop)
+
+
+def test_workers_that_outlive_their_attempt_leave_nothing(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, out, runs = PackOptions(shard_mb=1, workers=1), tmp_path / "set", []
+
+    def noted(function, tasks, workers):
+        return ordered_map(function, (runs.append(task) or task for task in tasks), workers)
+
+    monkeypatch.setattr(packer, "ordered_map", noted)
+    interrupted(noisy, out, options, after=40)
+    last = runs[-1]
+
+    def late(done: int, total: int) -> None:
+        with suppress(FileNotFoundError):
+            make_fragment(last)
+
+    pack(noisy, out, options, late)
+    pack(noisy, tmp_path / "at_once", options)
+    assert content_of(out) == content_of(tmp_path / "at_once")
 
 
 def test_finished_shards_are_not_made_again(
