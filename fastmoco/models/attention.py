@@ -14,7 +14,9 @@ class AttentionPool(nn.Module):
     """The mean of a map's vectors, weighted by how they go with a summary of the image.
 
     A map's vectors L_i are projected, l_i = P L_i; weights are a = softmax(c) over the positions.
-    "dot": c_i = <l_i, g> (Jetley et al. 2018, section 3.1). "parametrized": c_i =
+    "dot": c_i = <l_i, g> / sqrt(features): Jetley et al. 2018, section 3.1, but for the root,
+    which Vaswani et al. 2017 divide by; without it one place soon takes all of the weight, and
+    little is learnt (benchmarks/NOTES.md). "parametrized": c_i =
     <u, tanh(l_i + g)>, additive attention as Bahdanau et al. 2015 have it. Jetley et al. write
     <u, l_i + g>: of that the softmax takes <u, g> away again, and the last stage, which makes g,
     would neither count nor learn.
@@ -52,7 +54,7 @@ class AttentionPool(nn.Module):
             vectors = vectors.to(wide)
             if self.score is None:
                 # <P L_i, g> = <L_i, P' g>: one vector an image is projected, not each position.
-                asked = summary.to(wide) @ self.project.weight
+                asked = summary.to(wide) @ self.project.weight / summary.shape[1] ** 0.5
                 scores = torch.einsum("npc,nc->np", vectors, asked)
             else:
                 scores = hidden.to(wide) @ self.score

@@ -18,7 +18,7 @@ def test_the_mean_is_that_of_sums_written_out(kind: str) -> None:
     for n in range(3):
         vectors = [pool.project.weight @ local[n, :, y, x] for y in range(4) for x in range(6)]
         if kind == "dot":
-            scores = torch.stack([(v * summary[n]).sum() for v in vectors])
+            scores = torch.stack([(v * summary[n]).sum() / 7**0.5 for v in vectors])
         else:
             scores = torch.stack([(pool.score * (v + summary[n]).tanh()).sum() for v in vectors])
         weights = scores.exp() / scores.exp().sum()
