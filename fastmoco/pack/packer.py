@@ -27,7 +27,7 @@ from fastmoco.pack.shard_layout import Schedule, divided
 from fastmoco.pack.shard_writer import Journal
 from fastmoco.pack.sources import open_sources
 from fastmoco.pack.sources.base import Reject, Source, refuse_lost_class
-from fastmoco.pack.worker import Fragment, Run, make_fragment
+from fastmoco.pack.worker import Fragment, make_fragment
 
 SHOWN_REJECTS = 3
 _SCRATCH = ".runs-"
@@ -216,11 +216,26 @@ def _write_set(
         unfit.add(record.rejects)
         spans += record.spans
     _clear(folder)
-    # Workers outlive a killed attempt for a moment. In a folder of its own what they still write
-    # meets nothing of this attempt's.
-    with TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-        runs = (run for shard in missing for run in schedule.runs(shard, Path(scratch)))
-        if not _write_shards(runs, options, journal, unfit, spans, report):
+    with (
+        # Workers outlive a killed attempt for a moment. In a folder of its own what they still
+        # write meets nothing of this attempt's.
+        TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch,
+        closing(
+            ordered_map(
+                make_fragment,
+                (run for shard in missing for run in schedule.runs(shard, Path(scratch))),
+                options.workers,
+            )
+        ) as fragments,
+    ):
+        watched = _watched(fragments, unfit, report)
+        if options.levels is None:
+            watched = _judged(watched, spans)
+        try:
+            for shard, its_fragments in groupby(watched, key=lambda fragment: fragment.shard):
+                journal.write(shard, its_fragments)
+        except _TooManyRejects:
+            unfit.refuse_lost_class()
             return None
     _clear(folder)
     unfit.refuse_lost_class()
@@ -231,28 +246,6 @@ def _clear(folder: Path) -> None:
     """Remove what attempts that were killed have left."""
     for left in folder.glob(f"{_SCRATCH}*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _write_shards(
-    runs: Iterable[Run],
-    options: PackOptions,
-    journal: Journal,
-    unfit: "_Unfit",
-    spans: list[Span],
-    report: Callable[[int], None],
-) -> bool:
-    """Write the shards that are missing; False: more is left out than is put up with."""
-    with closing(ordered_map(make_fragment, runs, options.workers)) as fragments:
-        watched = _watched(fragments, unfit, report)
-        if options.levels is None:
-            watched = _judged(watched, spans)
-        try:
-            for shard, its_fragments in groupby(watched, key=lambda fragment: fragment.shard):
-                journal.write(shard, its_fragments)
-        except _TooManyRejects:
-            unfit.refuse_lost_class()
-            return False
-    return True
 
 
 class _Unfit:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastmoco.core.distributed import get_device
 from fastmoco.core.files import write_bytes
+from fastmoco.core.rng import Ids
 from fastmoco.dataset.labels import Labelled
 from fastmoco.dataset.shard_set import ConcatShardSets
 from fastmoco.errors import FastmocoError, UsageError
@@ -220,6 +221,7 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
     """Draw what needs labels."""
     study = Study.of(evaluation, samples)
     found, names = study.predictions(), study.evaluation.train.classes
+    best, worst = (_extremes(folder, study, found, right) for right in (True, False))
     if len(names) < SPARSE:
         draw_confusion(folder / "confusion.png", found.confusion().numpy(), names)
     return {
@@ -229,11 +231,11 @@ def _labelled(folder: Path, evaluation: Evaluation, samples: int) -> dict[str, A
         "feature": study.feature,
         "top1": found.top(1),
         "queries": _queries(folder, study),
-        "best": _extremes(folder, study, found, right=True),
-        "worst": _extremes(folder, study, found, right=False),
+        "best": best,
+        "worst": worst,
         "attention": [
-            *_attention(folder, study, found, right=True),
-            *_attention(folder, study, found, right=False),
+            *_attention(folder, study, most_confident(found, True, _ATTENDED), best),
+            *_attention(folder, study, most_confident(found, False, _ATTENDED), worst),
         ],
         "confusion": "confusion.png" if len(names) < SPARSE else None,
         "confused": most_confused(found.confused().numpy(), names, _PAIRS),
@@ -294,16 +296,14 @@ def _extremes(folder: Path, study: Study, found: Predictions, right: bool) -> li
     ]
 
 
-def _attention(folder: Path, study: Study, found: Predictions, right: bool) -> list[Query]:
-    """Return where an encoder with attention looks in the surest images."""
-    test, places = study.evaluation.test, most_confident(found, right, _ATTENDED)
+def _attention(folder: Path, study: Study, places: Ids, tiles: Sequence[Tile]) -> list[Query]:
+    """Return where an encoder with attention looks in images whose tiles are drawn already."""
     stages = study.attention(places) if len(places) else []
     if not stages:
         return []
-    pixels = study.pixels(test, places)
+    pixels = study.pixels(study.evaluation.test, places)
     looked = []
-    for number, place in enumerate(places.tolist()):
-        tile = _judged(folder, pixels[number], test, found, place, number)
+    for number, tile in enumerate(tiles[: len(places)]):
         heat = []
         for stage, weights in zip((2, 3), stages, strict=True):
             file = f"{tile.file.removesuffix('.png')}_stage_{stage}.png"
